@@ -1,0 +1,169 @@
+"""The settings of a run: frozen dataclasses that check themselves, to and from JSON.
+
+A notebook's `parameters` cell holds the same names in capitals with the same
+defaults (a test compares them), which are those of the real run. `from_parameters`
+reads them back and, where a profile is chosen, fills in what was left untouched.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+PROFILES = Path(__file__).resolve().parents[2] / "notebooks" / "profiles"
+
+
+def read_profile(profile: str) -> dict[str, dict[str, Any]]:
+    """Read a profile: papermill parameters, one section a notebook.
+
+    Args:
+        profile: a name in `notebooks/profiles`, e.g. "demo", or a path to a YAML file.
+
+    Returns:
+        Notebook name -> parameter name -> value.
+
+    Raises:
+        FileNotFoundError: no such profile; the message lists those there are.
+        ValueError: the file is not a mapping of mappings.
+    """
+    path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
+    if not path.exists():
+        names = sorted(file.stem for file in PROFILES.glob("*.yaml"))
+        raise FileNotFoundError(f"profile {profile!r}: expected a YAML file or one of {names}")
+    sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+        raise ValueError(f"{path}: expected one section of parameters per notebook, got {sections!r:.100}")
+    return sections
+
+
+def _expect(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every settings class can do."""
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any], notebook: str, profile: str = "none") -> Self:
+        """Take the settings from a notebook's globals.
+
+        Args:
+            parameters: holds each field's name in capitals, e.g. `globals()`.
+            notebook: section of the profile to read, e.g. "03_modernbert".
+            profile: "none", or a profile whose values replace parameters that still have
+                their default; a parameter that was changed by hand keeps its value.
+        """
+        chosen = {} if profile == "none" else read_profile(profile).get(notebook, {})
+        values = {}
+        for field in dataclasses.fields(cls):
+            name = field.name.upper()
+            value = parameters[name]
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            untouched = value == default or (isinstance(value, list) and tuple(value) == default)
+            values[field.name] = chosen.get(name, value) if untouched else value
+        return cls.from_json(values)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_json`.
+
+        Raises:
+            ValueError: a key is unknown (the nearest name is suggested), or a value is outside its range.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in content:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, 1)
+                raise ValueError(
+                    f"{cls.__name__}: unknown setting {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
+                )
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class BaselineConfig(Config):
+    """Settings of 02, the CPU floor."""
+
+    n_hashed: int = 2**18  # width of the hashed word space
+    ridge: float = 1.0  # inverse strength of the penalty of the linear models (scikit-learn's C)
+    n_trees: int = 200  # boosting rounds at most
+    learning_rate: float = 0.05  # shrinkage of each tree
+    seed: int = 20240501
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _expect(self.n_hashed >= 16, "n_hashed", "at least 16", self.n_hashed)
+        _expect(self.ridge > 0, "ridge", "above 0", self.ridge)
+        _expect(self.n_trees >= 1, "n_trees", "at least 1", self.n_trees)
+        _expect(0 < self.learning_rate <= 1, "learning_rate", "in (0, 1]", self.learning_rate)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Config):
+    """Settings of 03 (an encoder, every weight trained); `DecoderConfig` has those of 04."""
+
+    checkpoint: str = "answerdotai/ModernBERT-base"  # hub id, a folder, or tiny:modernbert / tiny:qwen3
+    revision: str = "8949b909ec900327062f0ebf497f51aef5e6f0c8"  # commit on the hub; empty resolves main
+    quantization: str = "none"  # none, 8bit or 4bit (NF4, double quantisation)
+    lora_rank: int = 0  # 0 trains every weight
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    max_tokens: int = 2048  # budget of one battle
+    tokens_per_batch: int = 16384  # padded tokens of one forward pass
+    batches_per_step: int = 2  # gradient accumulation
+    n_epochs: float = 2.0
+    learning_rate: float = 5e-5  # peak
+    warmup_share: float = 0.1  # share of the steps
+    weight_decay: float = 0.01
+    n_evals: int = 4  # validations an epoch
+    folds: tuple[int, ...] = (0,)  # folds held out, one model each
+    max_pairs: int = 0  # training battles at most, 0 takes all
+    seed: int = 20240501
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _expect(bool(self.checkpoint), "checkpoint", "a hub id or a folder", self.checkpoint)
+        _expect(self.quantization in ("none", "8bit", "4bit"), "quantization", "none, 8bit or 4bit", self.quantization)
+        _expect(self.lora_rank >= 0, "lora_rank", "0 or more", self.lora_rank)
+        _expect(
+            self.lora_rank > 0 or self.quantization == "none",
+            "lora_rank",
+            "above 0 for a quantised base, whose weights cannot be trained",
+            self.lora_rank,
+        )
+        _expect(self.max_tokens >= 32, "max_tokens", "at least 32", self.max_tokens)
+        _expect(
+            self.tokens_per_batch >= self.max_tokens,
+            "tokens_per_batch",
+            f"at least max_tokens ({self.max_tokens})",
+            self.tokens_per_batch,
+        )
+        _expect(self.batches_per_step >= 1, "batches_per_step", "at least 1", self.batches_per_step)
+        _expect(self.n_epochs > 0, "n_epochs", "above 0", self.n_epochs)
+        _expect(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
+        _expect(0 <= self.warmup_share < 1, "warmup_share", "in [0, 1)", self.warmup_share)
+        _expect(self.n_evals >= 1, "n_evals", "at least 1", self.n_evals)
+        _expect(len(self.folds) > 0, "folds", "at least one fold", self.folds)
+
+
+@dataclass(frozen=True)
+class DecoderConfig(FinetuneConfig):
+    """Settings of 04: a quantised decoder with LoRA; same fields, other defaults."""
+
+    checkpoint: str = "Qwen/Qwen3-4B-Instruct-2507"
+    revision: str = "cdbee75f17c01a7cc42f958dc650907174af0554"
+    quantization: str = "4bit"
+    lora_rank: int = 32
+    lora_alpha: float = 4.0  # goes with learning_rate 2e-4
+    n_epochs: float = 1.0
+    learning_rate: float = 2e-4

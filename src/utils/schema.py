@@ -1,0 +1,106 @@
+"""The words of the suite: columns, classes and their order, and what a valid table is.
+
+A battle is one row: a prompt, two answers, and how a person voted. In memory
+the three texts are tuples of turns, `str` or `None` (the data hold nulls), so
+that turns are never joined before a model's template says how.
+"""
+
+import numpy as np
+import pandas as pd
+
+# The only place that knows the classes and their order: the columns of the
+# competition's submission, which are also the names of every probability column.
+LABELS = ("winner_model_a", "winner_model_b", "winner_tie")
+A_WINS, B_WINS, TIE = range(3)
+LABEL_NAMES = ("A wins", "B wins", "tie")  # for people
+
+TEXTS = ("prompt", "response_a", "response_b")
+MODELS = ("model_a", "model_b")
+UNKNOWN_MODEL = "unknown"
+
+PAIR_COLUMNS = ("id", *TEXTS)
+LABELLED_COLUMNS = (*PAIR_COLUMNS, *MODELS, "label")
+FROZEN_COLUMNS = (*LABELLED_COLUMNS, "group", "fold")
+
+Turns = tuple[str | None, ...]
+
+
+def check_pairs(pairs: pd.DataFrame, columns: tuple[str, ...] = PAIR_COLUMNS) -> pd.DataFrame:
+    """Assert that a table of battles is whole, and hand it back.
+
+    Args:
+        pairs: one row a battle; `prompt`, `response_a`, `response_b` hold tuples of
+            turns; `label`, where asked for, is 0 (A), 1 (B) or 2 (tie).
+        columns: the columns that must be there, e.g. `LABELLED_COLUMNS`.
+
+    Returns:
+        The same table, unchanged.
+
+    Raises:
+        ValueError: a column is missing, a text is not a tuple of turns, or a label is
+            outside 0..2; the message names the column, the id and what was found.
+    """
+    missing = [name for name in columns if name not in pairs.columns]
+    if missing:
+        raise ValueError(f"pairs: expected columns {list(columns)}, missing {missing}, got {list(pairs.columns)}")
+    for name in TEXTS:
+        for battle_id, turns in zip(pairs["id"], pairs[name], strict=True):
+            if not isinstance(turns, tuple) or not all(turn is None or isinstance(turn, str) for turn in turns):
+                raise ValueError(
+                    f"pairs: id {battle_id}, column {name}: expected a tuple of str or None, got {turns!r:.80}"
+                )
+    if "label" in columns:
+        wrong = ~pairs["label"].isin(range(len(LABELS)))
+        if wrong.any():
+            row = pairs[wrong].iloc[0]
+            raise ValueError(f"pairs: id {row['id']}, column label: expected 0, 1 or 2, got {row['label']!r}")
+    return pairs
+
+
+def check_probs(probs: np.ndarray, n_pairs: int | None = None, tolerance: float = 1e-4) -> np.ndarray:
+    """Assert that an array holds probabilities, and hand it back.
+
+    Args:
+        probs: (N, C) float, columns in `LABELS` order.
+        n_pairs: N, where the caller knows it.
+        tolerance: how far a row may be from summing to 1.
+
+    Returns:
+        The same array, unchanged.
+
+    Raises:
+        ValueError: wrong shape, a value outside [0, 1] or not finite, or a row that does
+            not sum to 1; the message names the first such row.
+    """
+    probs = np.asarray(probs)
+    if probs.ndim != 2 or probs.shape[1] != len(LABELS) or n_pairs not in (None, len(probs)):
+        expected = ("N" if n_pairs is None else n_pairs, len(LABELS))
+        raise ValueError(f"probs: expected shape {expected}, got {probs.shape}")
+    bad = ~(np.isfinite(probs) & (probs >= 0) & (probs <= 1)).all(axis=1)
+    bad |= ~(np.abs(probs.sum(axis=1) - 1) <= tolerance)
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise ValueError(f"probs: row {row}: expected values in [0, 1] that sum to 1, got {probs[row].tolist()}")
+    return probs
+
+
+def probs_table(ids: pd.Series | np.ndarray, probs: np.ndarray, **columns: object) -> pd.DataFrame:
+    """Give probabilities their ids and column names.
+
+    Args:
+        ids: (N,) battle ids.
+        probs: (N, C) float, rows sum to 1.
+        **columns: more columns to place after `id`, e.g. `fold=folds`.
+
+    Returns:
+        A table: id, the given columns, one float32 column per label.
+    """
+    check_probs(probs, n_pairs=len(ids))
+    table = pd.DataFrame({"id": np.asarray(ids), **columns})
+    table[list(LABELS)] = np.asarray(probs, dtype=np.float32)
+    return table
+
+
+def probs_of(table: pd.DataFrame) -> np.ndarray:
+    """Take the probabilities out of a table: (N, C) float64, columns in `LABELS` order."""
+    return check_probs(table[list(LABELS)].to_numpy(dtype=np.float64))
