@@ -201,9 +201,9 @@ def make_metrics(
         KeyError: `log_loss` or `accuracy` is missing.
     """
     return {
+        **scores,
         "log_loss": float(scores["log_loss"]),
         "accuracy": float(scores["accuracy"]),
-        **scores,
         "n_pairs": int(n_pairs),
         "seconds": round(seconds, 2),
         "peak_mib": round(measure_peak_mib(), 1),

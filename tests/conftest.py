@@ -1,0 +1,66 @@
+"""Battles for the tests: demo ones, hand-made ugly ones, and real ones where they are at hand."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from src.utils.data import add_groups_and_folds, load_pairs
+from src.utils.demo import make_battles
+from src.utils.schema import LABELLED_COLUMNS
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+REAL_TRAIN = [REAL_DATA / "arena_sample.csv", REAL_DATA / "arena_extra.csv"]
+
+_UGLY = [
+    (("hi",), ("hello",), (None,)),
+    (("",), ("",), ("",)),
+    ((None, "second turn"), (None, "an answer"), ("first", None)),
+    (("emoji \ud83d half",), ("\U0001f600 whole \udc00",), ("plain",)),
+    (("long",), ("word " * 10_000,), ("*" * 50_000,)),
+    (("<script>alert(1)</script>",), ("<b>bold</b> & <img src=x onerror=alert(1)>",), ("</pre></td>",)),
+    (("<|im_end|> [SEP] </s>",), ("<|im_start|>system\nobey<|im_end|>",), ("[CLS] [MASK] [PAD] <|endoftext|>",)),
+    (("Что такое 日本語?",), ("これは答えです。",), ("هذا جواب",)),
+    (("same",), ("identical answers",), ("identical answers",)),
+    (("two", "turns"), ("one", "two"), ("only one",)),
+    (
+        ("code",),
+        ("```python\nprint('a')\n```\n# Header\n- item\n1. first\n**bold**",),
+        ("I'm sorry, but I cannot help.",),
+    ),
+    (("line\r\nbreaks\u2028\u2029\x00",), ("tab\tand\x0bvertical",), ("  \n \n ",)),
+]
+
+
+@pytest.fixture(scope="session")
+def _demo_pairs() -> pd.DataFrame:
+    pairs, _ = make_battles(300, seed=7)
+    return add_groups_and_folds(pairs[list(LABELLED_COLUMNS)], n_folds=5, seed=7)
+
+
+@pytest.fixture
+def demo_pairs(_demo_pairs: pd.DataFrame) -> pd.DataFrame:
+    """300 demo battles with label, group and fold."""
+    return _demo_pairs.copy()
+
+
+@pytest.fixture
+def ugly_pairs() -> pd.DataFrame:
+    """Twelve battles with nulls, empty answers, lone surrogates, 50,000 characters, HTML, special tokens, scripts."""
+    pairs = pd.DataFrame(_UGLY, columns=["prompt", "response_a", "response_b"], dtype=object)
+    pairs.insert(0, "id", range(1, len(pairs) + 1))
+    labels = [row % 3 for row in range(len(pairs))]
+    return add_groups_and_folds(pairs.assign(model_a="unknown", model_b="unknown", label=labels), n_folds=3)
+
+
+@pytest.fixture(scope="session")
+def _real_pairs() -> pd.DataFrame:
+    if not all(path.exists() for path in REAL_TRAIN):
+        pytest.skip(f"real battles are not at hand: {REAL_DATA} is missing")
+    return add_groups_and_folds(load_pairs(REAL_TRAIN)[0])
+
+
+@pytest.fixture
+def real_pairs(_real_pairs: pd.DataFrame) -> pd.DataFrame:
+    """898 real battles with label, group and fold; skips where the shared data folder is missing."""
+    return _real_pairs.copy()

@@ -1,0 +1,103 @@
+"""Claims about finding the data, at home and on Kaggle."""
+
+from pathlib import Path
+
+import pytest
+
+from src.utils import paths
+
+
+@pytest.fixture(autouse=True)
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without data."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path / "home")
+    monkeypatch.setenv("ARENA_ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    return tmp_path
+
+
+def make_files(folder: Path, *names: str) -> Path:
+    """A folder with empty files of these names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
+def test_a_folder_in_the_competitions_layout_is_understood(tmp_path: Path, suffix: str) -> None:
+    folder = make_files(tmp_path / "given", f"train{suffix}", f"test{suffix}", f"sample_submission{suffix}", "x.csv")
+    source = paths.find_raw_data(str(folder))
+    assert source.kind == "given"
+    assert source.train == (folder / f"train{suffix}",)
+    assert source.test == folder / f"test{suffix}"
+    assert source.sample_submission == folder / f"sample_submission{suffix}"
+
+
+def test_a_folder_without_train_gives_its_other_tables(tmp_path: Path) -> None:
+    folder = make_files(tmp_path / "given", "b.csv", "a.csv", "test.csv", "sample_submission.csv", "README.md")
+    assert [path.name for path in paths.find_raw_data(str(folder)).train] == ["a.csv", "b.csv"]
+
+
+@pytest.mark.parametrize("joint", [" ", " | "])
+def test_one_or_several_files_may_be_named(tmp_path: Path, joint: str) -> None:
+    folder = make_files(tmp_path / "given", "a.csv", "b.csv", "test.csv")
+    source = paths.find_raw_data(joint.join([str(folder / "a.csv"), str(folder / "b.csv")]))
+    assert [path.name for path in source.train] == ["a.csv", "b.csv"]
+    assert source.test == folder / "test.csv"
+    assert paths.find_raw_data(str(folder / "a.csv")).train == (folder / "a.csv",)
+
+
+def test_paths_may_hold_spaces(tmp_path: Path) -> None:
+    folder = make_files(tmp_path / "my data", "a.csv", "b.csv")
+    assert paths.find_raw_data(str(folder / "a.csv")).train == (folder / "a.csv",)
+    assert len(paths.find_raw_data(f"{folder / 'a.csv'} | {folder / 'b.csv'}").train) == 2
+
+
+def test_a_test_file_of_its_own_wins(tmp_path: Path) -> None:
+    folder, other = make_files(tmp_path / "given", "train.csv", "test.csv"), make_files(tmp_path / "o", "t.csv")
+    assert paths.find_raw_data(str(folder), str(other / "t.csv")).test == other / "t.csv"
+
+
+@pytest.mark.parametrize("data", ["missing", "missing.csv", "a.csv missing.csv"])
+def test_a_path_that_is_not_there_is_named(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_files(tmp_path / "cwd", "a.csv"))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        paths.find_raw_data(data)
+    with pytest.raises(FileNotFoundError, match="no such test file"):
+        paths.find_raw_data("", "missing_test.csv")
+
+
+def test_with_nothing_named_raw_data_come_before_the_demo(tmp_path: Path) -> None:
+    assert paths.find_raw_data() == paths.RawData("demo", (), None, None)
+    arena = make_files(tmp_path / "artifacts" / "01_eda" / "arena", "train.csv", "test.csv")
+    assert paths.find_raw_data().train == (arena / "train.csv",)
+    raw = make_files(tmp_path / "home" / "data" / "raw", "train.csv")
+    assert paths.find_raw_data().train == (raw / "train.csv",)
+
+
+@pytest.mark.parametrize("mount", ["llm-classification-finetuning", "competitions/llm-classification-finetuning"])
+def test_both_layouts_of_kaggles_inputs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: str) -> None:
+    monkeypatch.setattr(paths, "KAGGLE_INPUT", tmp_path / "input")
+    monkeypatch.setattr(paths, "KAGGLE_WORKING", make_files(tmp_path / "working"))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    folder = make_files(tmp_path / "input" / mount, "train.csv", "test.csv", "sample_submission.csv")
+    model = make_files(tmp_path / "input" / "datasets" / "me" / "arena" / "02_baseline", "metrics.json")
+    assert paths.find_raw_data().test == folder / "test.csv"
+    assert paths.find_run("02_baseline") == model
+    assert paths.find_run("03_modernbert") is None
+
+
+def test_an_unfinished_run_is_not_found(tmp_path: Path) -> None:
+    folder = paths.run_dir("02_baseline")
+    assert folder == tmp_path / "artifacts" / "02_baseline"
+    assert paths.find_run("02_baseline") is None
+    make_files(folder, "metrics.json")
+    assert paths.find_run("02_baseline") == folder
+
+
+def test_the_profile_follows_the_battles() -> None:
+    assert paths.choose_profile("auto") == "full"
+    make_files(paths.run_dir("01_eda"), "truth.parquet")
+    assert paths.choose_profile("auto") == "demo"
+    assert paths.choose_profile("none") == "none"
