@@ -91,6 +91,24 @@ class Config:
 
 
 @dataclass(frozen=True)
+class EdaConfig(Config):
+    """Settings of 01."""
+
+    n_folds: int = 5
+    min_battles: int = 30  # a chatbot with fewer is not ranked
+    n_demo_battles: int = 12_000  # training battles of the demo arena, where no other data are found
+    n_demo_test: int = 600
+    seed: int = 20240501  # of the demo arena and the folds
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _expect(self.n_folds >= 2, "n_folds", "2 or more", self.n_folds)
+        _expect(self.min_battles >= 1, "min_battles", "1 or more", self.min_battles)
+        _expect(self.n_demo_battles >= 1, "n_demo_battles", "1 or more", self.n_demo_battles)
+        _expect(self.n_demo_test >= 1, "n_demo_test", "1 or more", self.n_demo_test)
+
+
+@dataclass(frozen=True)
 class BaselineConfig(Config):
     """Settings of 02, the CPU floor."""
 

@@ -5,7 +5,14 @@ figure. A, B and tie have one fixed colour everywhere.
 """
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import PercentFormatter
+
+from src.utils.schema import A_WINS, LABEL_NAMES, TIE
 
 # Okabe-Ito colours, told apart by colour-blind readers, in LABELS order.
 LABEL_COLORS = ("#0072B2", "#D55E00", "#7F7F7F")
@@ -16,3 +23,281 @@ def use_style() -> None:
     """Set the suite's look once, in a notebook's import cell."""
     sns.set_theme(style="whitegrid", context="notebook", rc={"axes.titleweight": "bold", "axes.titlesize": 12})
     plt.rcParams["figure.dpi"] = 100
+
+
+def percent(share: float) -> str:
+    """Write a share for a title: 0.613 -> "61.3 %" (with a no-break space), NaN -> "–"."""
+    return "–" if np.isnan(share) else f"{100 * share:.1f}\u00a0%"
+
+
+def _percent_axis(axis: Axis) -> None:
+    axis.set_major_formatter(PercentFormatter(1))
+
+
+def _say(ax: Axes, text: str) -> Axes:
+    """Fill axes that have nothing to show with the reason."""
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, text, ha="center", va="center", wrap=True, transform=ax.transAxes)
+    return ax
+
+
+def _draw_intervals(ax: Axes, table: pd.DataFrame, value: str, y: np.ndarray, **style: object) -> None:
+    """Dots with horizontal intervals `low` to `high`; rows without a value are left out."""
+    kept = table[value].notna().to_numpy()
+    rows = table[kept]
+    reach = np.abs(rows[["low", "high"]].to_numpy(dtype=float).T - rows[value].to_numpy(dtype=float))
+    ax.errorbar(rows[value], y[kept], xerr=reach, fmt="o", capsize=3, markersize=5, **style)
+
+
+def plot_winner_shares(ax: Axes, shares: pd.DataFrame) -> Axes:
+    """Show who wins, with intervals.
+
+    Args:
+        ax: axes to draw on.
+        shares: from `bias.winner_shares`: outcome, n, share, low, high.
+    """
+    reach = np.abs(shares[["low", "high"]].to_numpy().T - shares["share"].to_numpy())
+    bars = ax.bar(shares["outcome"], shares["share"], yerr=reach, color=LABEL_COLORS, capsize=6)
+    ax.bar_label(
+        bars,
+        [f"{percent(row.share)}\nn = {row.n:,}" for row in shares.itertuples()],
+        label_type="center",
+        color="white",
+    )
+    a, b, tie = shares["share"]
+    ax.set(xlabel="vote", ylabel="share of battles (95 % interval)")
+    ax.set_title(f"A wins {percent(a)}, B wins {percent(b)}, and {percent(tie)} are ties", loc="left")
+    _percent_axis(ax.yaxis)
+    return ax
+
+
+def plot_models_usage(ax: Axes, records: pd.DataFrame, n_shown: int = 25) -> Axes:
+    """Show how many battles each chatbot fought.
+
+    Args:
+        ax: axes to draw on.
+        records: from `bias.model_records`, most battles first.
+        n_shown: chatbots at most.
+    """
+    if records.empty:
+        return _say(ax, "No chatbot is named in these battles.")
+    shown = records.head(n_shown)[::-1]
+    ax.barh(shown["model"], shown["n"], color=ACCENT)
+    ax.set(xlabel="battles fought, in either seat", ylabel="chatbot")
+    first = records.iloc[0]
+    among = f", the {len(shown)} busiest shown" if len(records) > len(shown) else ""
+    ax.set_title(f"{len(records)} chatbots{among}: {first['model']} fought {first['n']:,} battles", loc="left")
+    return ax
+
+
+def plot_win_rates(ax: Axes, records: pd.DataFrame, min_battles: int = 30, n_shown: int = 25) -> Axes:
+    """Rank the chatbots by their share of decided battles won, with intervals.
+
+    Args:
+        ax: axes to draw on.
+        records: from `bias.model_records`.
+        min_battles: chatbots with fewer are left out.
+        n_shown: chatbots at most, those with most battles.
+    """
+    shown = records[(records["n"] >= min_battles) & (records["n_decided"] > 0)].head(n_shown).sort_values("win_share")
+    if shown.empty:
+        return _say(ax, f"No named chatbot fought {min_battles} battles or more.")
+    _draw_intervals(ax, shown, "win_share", np.arange(len(shown)), color=ACCENT)
+    labels = [f"{row.model} ({row.n_decided:,})" for row in shown.itertuples()]
+    ax.set_yticks(np.arange(len(shown)), labels)
+    ax.axvline(0.5, color="black", linewidth=1)
+    ax.set(xlabel="share of decided battles won (95 % interval)", ylabel="chatbot (decided battles)")
+    best, worst = shown.iloc[-1], shown.iloc[0]
+    ax.set_title(
+        f"From {percent(worst['win_share'])} ({worst['model']}) to {percent(best['win_share'])} ({best['model']})",
+        loc="left",
+    )
+    _percent_axis(ax.xaxis)
+    return ax
+
+
+def plot_length_difference(ax: Axes, n_chars_a: np.ndarray, n_chars_b: np.ndarray, labels: np.ndarray) -> Axes:
+    """Show by how much the winner is longer.
+
+    Args:
+        ax: axes to draw on.
+        n_chars_a: (N,) characters of answer A.
+        n_chars_b: (N,) characters of answer B.
+        labels: (N,) int, 0 A, 1 B, 2 tie; ties are left out.
+    """
+    decided = labels != TIE
+    gain = np.where(labels == A_WINS, n_chars_a - n_chars_b, n_chars_b - n_chars_a)[decided]
+    if not len(gain):
+        return _say(ax, "No decided battle.")
+    reach = max(float(np.quantile(np.abs(gain), 0.98)), 1.0)
+    bins = np.linspace(-reach, reach, 41)
+    for part, color, name in ((gain < 0, MUTED, "winner is shorter"), (gain > 0, ACCENT, "winner is longer")):
+        ax.hist(gain[part], bins=bins, color=color, label=f"{name}: {part.sum():,}")
+    median = float(np.median(gain))
+    ax.axvline(0, color="black", linewidth=1)
+    ax.axvline(median, color=ACCENT, linestyle="--", label=f"median {median:+,.0f} characters")
+    ax.set(xlabel="characters of the winner − characters of the loser (middle 98 %)", ylabel="decided battles")
+    share = (gain > 0).sum() / max((gain != 0).sum(), 1)
+    ax.set_title(f"The longer answer wins {percent(share)} of decided battles", loc="left")
+    ax.legend()
+    return ax
+
+
+def plot_prompt_and_length_difference(ax: Axes, bins: pd.DataFrame) -> Axes:
+    """Show whether the pull of length depends on the prompt's length.
+
+    Args:
+        ax: axes to draw on.
+        bins: from `bias.larger_wins_by` of prompt length: left, right (characters), n,
+            share (won by the longer answer), low, high.
+    """
+    kept = bins.dropna(subset=["share"])
+    if kept.empty:
+        return _say(ax, "No decided battle with answers of different length.")
+    x = np.arange(len(kept))
+    reach = np.abs(kept[["low", "high"]].to_numpy().T - kept["share"].to_numpy())
+    ax.errorbar(x, kept["share"], yerr=reach, fmt="o-", color=ACCENT, capsize=4)
+    ax.set_xticks(x, [f"{row.left:,.0f}–{row.right:,.0f}\nn = {row.n:,}" for row in kept.itertuples()])
+    ax.axhline(0.5, color="black", linewidth=1)
+    ax.set(xlabel="characters of the prompt, decided battles", ylabel="won by the longer answer (95 % interval)")
+    low, high = kept["share"].min(), kept["share"].max()
+    ax.set_title(f"By prompt length, {percent(low)} to {percent(high)} go to the longer answer", loc="left")
+    _percent_axis(ax.yaxis)
+    return ax
+
+
+def plot_punctuation_winner(ax: Axes, shares: pd.DataFrame) -> Axes:
+    """Compare, mark by mark, how often the answer with more of it wins: by count and per character.
+
+    Args:
+        ax: axes to draw on.
+        shares: one row a mark and measure: caption, measure ("count" or "per character"),
+            share, low, high.
+    """
+    shares = shares.dropna(subset=["share"])
+    if shares.empty:
+        return _say(ax, "No decided battle with answers that differ in punctuation.")
+    marks = list(dict.fromkeys(shares["caption"]))[::-1]
+    series = (("count", MUTED, 0.12), ("per character", ACCENT, -0.12))
+    for measure, color, shift in series:
+        part = shares[shares["measure"] == measure]
+        y = part["caption"].map(marks.index).to_numpy(dtype=float) + shift
+        _draw_intervals(ax, part, "share", y, color=color, label=measure)
+    ax.set_yticks(range(len(marks)), marks)
+    ax.axvline(0.5, color="black", linewidth=1)
+    ax.set(xlabel="decided battles won by the answer with more (95 % interval)", ylabel="mark")
+    first = shares[shares["caption"] == marks[-1]].set_index("measure")["share"].map(percent)
+    said = ", ".join(f"{share} {'by count' if measure == 'count' else measure}" for measure, share in first.items())
+    ax.set_title(f"More {marks[-1]} win: {said}", loc="left")
+    ax.legend()
+    _percent_axis(ax.xaxis)
+    return ax
+
+
+def plot_curve(ax: Axes, bins: pd.DataFrame, color: str = ACCENT, null: float | None = None) -> Axes:
+    """Draw a rate against a difference with its band; the caller names the axes and the claim.
+
+    Args:
+        ax: axes to draw on.
+        bins: from `bias.win_rate_by`: value, share, low, high, sorted by value.
+        color: of line and band.
+        null: the rate that would mean no effect, drawn as a line.
+    """
+    if null is not None:
+        ax.axhline(null, color="black", linewidth=1)
+    ax.fill_between(bins["value"], bins["low"], bins["high"], color=color, alpha=0.2, linewidth=0)
+    ax.plot(bins["value"], bins["share"], "o-", color=color, markersize=4)
+    _percent_axis(ax.yaxis)
+    return ax
+
+
+def plot_effects(ax: Axes, effects: dict[str, pd.DataFrame]) -> Axes:
+    """Forest plot: effects in log-odds per standard deviation, with intervals.
+
+    Args:
+        ax: axes to draw on.
+        effects: series name -> rows of `bias.effect_sizes` (effect, log_odds, low, high); the
+            first series is drawn muted, the second accented, and gives the order.
+    """
+    order = list(effects.values())[-1].dropna(subset=["log_odds"]).sort_values("log_odds")["effect"].tolist()
+    if not order:
+        return _say(ax, "No effect can be estimated from these battles.")
+    shifts = np.linspace(0.15, -0.15, len(effects)) if len(effects) > 1 else [0.0]
+    for (name, table), color, shift in zip(effects.items(), (MUTED, ACCENT)[-len(effects) :], shifts, strict=True):
+        part = table[table["effect"].isin(order)]
+        y = part["effect"].map(order.index).to_numpy(dtype=float) + shift
+        _draw_intervals(ax, part, "log_odds", y, color=color, label=name)
+    ax.set_yticks(range(len(order)), order)
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set(xlabel="log-odds of winning per standard deviation (95 % interval)", ylabel="more of …")
+    last = list(effects.values())[-1].set_index("effect")
+    n_clear = int(((last["low"] > 0) | (last["high"] < 0)).sum())
+    ax.set_title(f"{n_clear} of {len(order)} style differences move the vote, {list(effects)[-1]}", loc="left")
+    ax.legend(loc="lower right")
+    return ax
+
+
+def plot_strengths(ax: Axes, strengths: dict[str, pd.DataFrame], n_shown: int = 25) -> Axes:
+    """Leaderboard before and after control for style.
+
+    Args:
+        ax: axes to draw on.
+        strengths: series name -> `VoteModel.strengths`; the first, drawn muted, gives the order.
+        n_shown: chatbots at most, those with most battles.
+    """
+    first = next(iter(strengths.values())).dropna(subset=["strength"])
+    if first.empty:
+        return _say(ax, "No strength can be estimated: too few battles between named chatbots.")
+    order = first.nlargest(n_shown, "n").sort_values("strength")["model"].tolist()
+    spreads = {}
+    for (name, table), color, shift in zip(strengths.items(), (MUTED, ACCENT), (0.15, -0.15), strict=True):
+        part = table[table["model"].isin(order)]
+        y = part["model"].map(order.index).to_numpy(dtype=float) + shift
+        _draw_intervals(ax, part, "strength", y, color=color, label=name)
+        spreads[name] = part["strength"].std()
+    ax.set_yticks(range(len(order)), order)
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set(xlabel="strength, log-odds against the mean (95 % interval)", ylabel="chatbot")
+    said = ", ".join(f"{spread:.2f} {name}" for name, spread in spreads.items())
+    ax.set_title(f"Spread of strengths: {said}", loc="left")
+    ax.legend(loc="lower right")
+    return ax
+
+
+def plot_planted(ax: Axes, planted: pd.Series, estimated: pd.DataFrame) -> Axes:
+    """Lay estimated effects beside those that were planted, each divided by the planted size.
+
+    Args:
+        ax: axes to draw on.
+        planted: true effect, indexed by name, none of them 0.
+        estimated: effect, log_odds_per_unit, low, high.
+    """
+    rows = estimated.set_index("effect").loc[list(planted.index), ["log_odds_per_unit", "low", "high"]]
+    ratios = rows.div(planted, axis=0)
+    # Dividing by a negative effect exchanges the bounds.
+    bounds = np.sort(ratios[["low", "high"]].to_numpy(), axis=1)
+    ratios = ratios.assign(low=bounds[:, 0], high=bounds[:, 1])
+    _draw_intervals(ax, ratios, "log_odds_per_unit", np.arange(len(ratios))[::-1], color=ACCENT)
+    ax.set_yticks(np.arange(len(ratios))[::-1], [f"{name} ({value:+.2f})" for name, value in planted.items()])
+    ax.axvline(1, color="black", linewidth=1)
+    ax.set(xlabel="estimated / planted effect (95 % interval)", ylabel="effect (planted size)")
+    covered = int(((bounds[:, 0] <= 1) & (bounds[:, 1] >= 1)).sum())
+    ax.set_title(f"{covered} of {len(ratios)} intervals cover the planted effect", loc="left")
+    return ax
+
+
+def plot_probabilities(ax: Axes, probs: np.ndarray) -> Axes:
+    """Draw how the predicted probabilities of A, B and tie spread over the battles.
+
+    Args:
+        ax: where to draw.
+        probs: (N, C) float, rows sum to 1.
+    """
+    edges = np.linspace(0, 1, 26)
+    for name, color, column in zip(LABEL_NAMES, LABEL_COLORS, probs.T, strict=True):
+        ax.hist(column, bins=edges, histtype="step", linewidth=2, color=color, label=f"P({name})")
+    sure = (probs.max(axis=1) > 0.9).mean() if len(probs) else 0.0
+    ax.set(xlim=(0, 1), xlabel="predicted probability", ylabel="battles")
+    ax.set_title(f"{sure:.0%} of the battles get a probability above 0.9")
+    ax.legend(frameon=False)
+    return ax

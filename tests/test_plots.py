@@ -1,0 +1,117 @@
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from src.utils import bias, plots
+from src.utils.style import density_differences, measure_style, style_differences
+
+
+@pytest.fixture
+def ax():
+    fig, axes = plt.subplots()
+    yield axes
+    fig.canvas.draw()  # what cannot be drawn fails here
+    plt.close(fig)
+
+
+@pytest.fixture
+def votes() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=400)
+    return values, np.where(rng.random(400) < 0.2, 2, values + rng.normal(size=400) < 0).astype(int)
+
+
+def test_shares_are_drawn_as_given_in_the_fixed_colours(ax):
+    plots.plot_winner_shares(ax, bias.winner_shares(np.repeat([0, 1, 2], [50, 30, 20])))
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([0.5, 0.3, 0.2])
+    assert [matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in ax.patches] == list(plots.LABEL_COLORS)
+    assert "A wins 50.0\u00a0%" in ax.get_title(loc="left")
+
+
+def test_the_title_claims_what_the_lengths_show(ax):
+    labels = np.array([0, 0, 1, 1, 2])
+    plots.plot_length_difference(ax, np.array([9, 9, 1, 9, 9]), np.array([1, 1, 9, 1, 1]), labels)
+    assert "75.0\u00a0%" in ax.get_title(loc="left")
+    assert sum(bar.get_height() for bar in ax.patches) == 4
+
+
+def test_chatbots_with_few_battles_are_not_ranked(ax):
+    records = bias.model_records(["x"] * 60 + ["rare"] * 3, ["y"] * 63, np.arange(63) % 3)
+    plots.plot_win_rates(ax, records, min_battles=30)
+    names = [text.get_text() for text in ax.get_yticklabels()]
+    assert len(names) == 2 and not any("rare" in name for name in names)
+
+
+def test_usage_shows_the_busiest(ax):
+    plots.plot_models_usage(ax, bias.model_records(["x"] * 9, ["y"] * 4 + ["z"] * 5, np.zeros(9, dtype=int)), n_shown=2)
+    assert [bar.get_width() for bar in ax.patches] == [5, 9]
+
+
+def test_a_curve_keeps_its_band_around_its_line(ax, votes):
+    wins, _ = bias.win_rate_by(*votes, n_bins=5)
+    plots.plot_curve(ax, wins, null=0.5)
+    np.testing.assert_allclose(ax.lines[-1].get_ydata(), wins["share"])
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((wins["low"].min(), wins["high"].max()))
+
+
+def test_length_by_prompt_names_every_bin(ax, votes):
+    values, labels = votes
+    bins = bias.larger_wins_by(np.arange(400.0), values, labels, n_bins=4)
+    plots.plot_prompt_and_length_difference(ax, bins)
+    assert len(ax.get_xticklabels()) == 4
+
+
+def test_effects_are_sorted_and_counted(ax, votes):
+    values, labels = votes
+    table = bias.effect_sizes(np.column_stack([-values, values, np.zeros(400)]), ["less", "more", "none"], labels)
+    plots.plot_effects(ax, {"alone": table, "again": table})
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["less", "more"]
+    assert ax.get_title(loc="left").startswith("2 of 2")
+
+
+def test_punctuation_is_shown_by_count_and_per_character(ax, demo_pairs):
+    styles, labels = measure_style(demo_pairs), demo_pairs["label"].to_numpy()
+    differences, names = style_differences(styles)
+    marks = ["n_punctuation", "n_commas", "n_question_marks"]
+    count = bias.larger_wins_table(differences[:, [names.index(name) for name in marks]], marks, labels)
+    density = bias.larger_wins_table(density_differences(styles, marks), marks, labels)
+    table = pd.concat([count.assign(measure="count"), density.assign(measure="per character")])
+    plots.plot_punctuation_winner(ax, table.assign(caption=table["effect"]))
+    assert "by count" in ax.get_title(loc="left") and "per character" in ax.get_title(loc="left")
+
+
+def test_strengths_of_both_fits_share_their_rows(ax, demo_pairs):
+    seats, labels = (demo_pairs["model_a"], demo_pairs["model_b"]), demo_pairs["label"].to_numpy()
+    fitted = bias.fit_bradley_terry(*seats, labels)
+    plots.plot_strengths(ax, {"as voted": fitted.strengths, "at equal style": fitted.strengths})
+    assert len(ax.get_yticklabels()) == fitted.strengths["strength"].notna().sum()
+
+
+def test_an_interval_around_a_negative_effect_covers_it(ax):
+    estimated = pd.DataFrame({"effect": ["x", "y"], "log_odds_per_unit": [-1.1, 2.0], "low": [-1.4, 1.5]})
+    estimated["high"] = [-0.9, 2.5]
+    plots.plot_planted(ax, pd.Series({"x": -1.0, "y": 1.0}), estimated)
+    assert ax.get_title(loc="left").startswith("1 of 2")
+
+
+def test_nothing_to_show_is_said(ax):
+    nobody = bias.model_records(["unknown"], ["unknown"], np.array([0]))
+    nothing = bias.fit_bradley_terry(["unknown"], ["unknown"], np.array([0])).strengths
+    effects = bias.effect_sizes(np.ones((1, 1)), ["x"], np.array([0]))
+    plots.plot_models_usage(ax, nobody)
+    plots.plot_win_rates(ax, nobody)
+    plots.plot_strengths(ax, {"as voted": nothing, "at equal style": nothing})
+    plots.plot_effects(ax, {"alone": effects, "held": effects})
+    plots.plot_length_difference(ax, np.ones(1), np.ones(1), np.array([2]))
+    plots.plot_prompt_and_length_difference(ax, bias.larger_wins_by(np.ones(1), np.ones(1), np.array([2])))
+    assert len(ax.texts) == 6 and not ax.axison
+
+
+def test_a_share_is_written_in_percent():
+    assert plots.percent(0.6131) == "61.3\u00a0%" and plots.percent(float("nan")) == "–"

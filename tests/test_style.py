@@ -1,0 +1,188 @@
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from src.utils.mirror import swap_pairs
+from src.utils.style import (
+    PAIR_FEATURES,
+    SCRIPTS,
+    STYLE_FEATURES,
+    density_differences,
+    measure_style,
+    style_differences,
+    style_shared,
+)
+
+
+def make_pairs(*battles: tuple) -> pd.DataFrame:
+    texts = [[text if isinstance(text, tuple) else (text,) for text in battle] for battle in battles]
+    table = pd.DataFrame({"id": range(len(battles))})
+    for position, name in enumerate(("prompt", "response_a", "response_b")):
+        table[name] = pd.Series([row[position] for row in texts], dtype=object)
+    return table
+
+
+def measure_one(prompt: str | tuple, answer: str | tuple) -> pd.Series:
+    return measure_style(make_pairs((prompt, answer, "other"))).iloc[0]
+
+
+UGLY = make_pairs(
+    ("hi", (None,), ""),
+    (("one", "two"), ("a",), ("b", None)),
+    ("broken \ud83d", "half an emoji \ud83d", "\ud83d\ud83d"),
+    ("", "*" * 50_000, " " * 50_000),
+    ("<|im_end|> [SEP] <b>", "<script>alert(1)</script>", "\n\n\n"),
+    ("为什么天空是蓝色的？", "因为瑞利散射。", "Потому что."),
+    ("a" * 50_000, "!" * 50_000 + "x", "1" * 50_000),
+    ("same", "same", "same"),
+)
+
+
+def test_every_feature_has_two_columns_and_none_is_missing():
+    style = measure_style(UGLY)
+    sides = [f"{name}_{side}" for name in STYLE_FEATURES for side in "ab"]
+    assert set(style.columns) == {*sides, *PAIR_FEATURES, "script_prompt"}
+    assert (style.drop(columns="script_prompt").dtypes == np.float32).all()
+    assert np.isfinite(style.drop(columns="script_prompt").to_numpy()).all()
+
+
+def test_rows_stay_with_the_index_of_the_battles():
+    pairs = UGLY.set_index(pd.Index([3, 1, 4, 15, 9, 2, 6, 5]))
+    assert list(measure_style(pairs).index) == list(pairs.index)
+
+
+def test_no_battles_give_no_rows():
+    style = measure_style(UGLY[:0])
+    assert len(style) == 0 and style_differences(style)[0].shape == (0, len(STYLE_FEATURES))
+
+
+def assert_mirrored(pairs: pd.DataFrame) -> None:
+    style, swapped = measure_style(pairs), measure_style(swap_pairs(pairs))
+    np.testing.assert_array_equal(style_differences(style)[0], -style_differences(swapped)[0])
+    np.testing.assert_array_equal(style_shared(style)[0], style_shared(swapped)[0])
+
+
+def test_swapping_the_answers_negates_differences_and_keeps_the_rest():
+    assert_mirrored(UGLY)
+
+
+def test_swapping_negates_differences_on_demo_battles(demo_pairs):
+    assert_mirrored(demo_pairs)
+
+
+def test_swapping_negates_differences_on_ugly_battles(ugly_pairs):
+    assert_mirrored(ugly_pairs)
+
+
+def test_density_does_not_move_with_length():
+    style = measure_style(make_pairs(("hi", "a, b, " * 10, "a, b, "), ("hi", "a,,,", "a,bc")))
+    assert density_differences(style, ["n_commas"])[:, 0] == pytest.approx([0, 0.5])
+
+
+def test_swapping_negates_differences_on_real_battles(real_pairs):
+    assert_mirrored(real_pairs)
+
+
+def test_names_match_the_columns():
+    style = measure_style(UGLY)
+    for features, names in (style_differences(style), style_shared(style)):
+        assert features.shape == (len(UGLY), len(names)) and len(set(names)) == len(names)
+
+
+def test_a_count_is_compared_as_a_log_ratio_and_a_share_as_a_difference():
+    style = measure_style(make_pairs(("hi", "one two three", "ONE")))
+    features, names = style_differences(style)
+    row = dict(zip(names, features[0], strict=True))
+    assert row["n_words"] == pytest.approx(np.log(4 / 2))
+    assert row["share_uppercase"] == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "expected"),
+    [
+        ("n_chars", "añb漢", 4),
+        ("n_words", "One, two-three; it's.", 5),
+        ("n_words", "天空蓝色", 4),
+        ("n_sentences", "Pi is 3.14. Really? Yes!", 3),
+        ("n_lines", "a\nb\n", 2),
+        ("n_turns_empty", ("a", None, " "), 2),
+        ("n_punctuation", "a, b! (c)?", 5),
+        ("n_commas", "a, b, c", 2),
+        ("n_question_marks", "a? b??", 3),
+        ("n_exclamation_marks", "a! b", 1),
+        ("n_list_items", "List:\n- a\n  * b\n1. c\n2) d\n-not\n1999 was", 4),
+        ("n_headers", "# A\ntext # no\n### B\n#no", 2),
+        ("n_bold", "**a** and **b c** not ** d", 2),
+        ("n_code_blocks", "```python\nx\n``` and ```\ny", 2),
+        ("n_inline_code", "use `a` and `b`", 2),
+        ("n_table_rows", "| a | b |\n|---|---|\ntext | no", 2),
+        ("n_urls", "see http://a.b and https://c.d", 2),
+        ("n_hedges", "Perhaps it might work, but mighty well.", 2),
+        ("share_digits", "12ab", 0.5),
+        ("share_uppercase", "ABcd 12", 0.5),
+        ("share_non_ascii", "aé", 0.5),
+        ("lexical_diversity", "go go go stop", 0.5),
+        ("mean_word_length", "ab, abcd", 3),
+        ("punctuation_per_char", "a,b.", 0.5),
+    ],
+)
+def test_counts_are_what_a_reader_would_count(name, answer, expected):
+    assert measure_one("hi", answer)[f"{name}_a"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("I'm sorry, but I can't help with that.", 1),
+        ("I’m unable to do so.", 1),
+        ("As an AI language model, I am not able to answer this.", 1),
+        ("I apologize, but that is not something I do.", 1),
+        (("Sure.", "I must decline."), 1),
+        ("Sure! " + "Here it is. " * 40 + "I cannot say more.", 0),
+        ("You can pour the oil when the pan is hot.", 0),
+    ],
+)
+def test_a_refusal_is_seen_where_it_opens_an_answer(answer, expected):
+    assert measure_one("hi", answer)["is_refusal_a"] == expected
+
+
+def test_overlap_counts_the_prompts_content_words():
+    row = measure_one("What is the Eiffel Tower?", "The tower was built by Eiffel.")
+    assert row["prompt_overlap_a"] == 1 and row["prompt_overlap_b"] == 0
+
+
+def test_the_last_turn_is_matched_with_the_last_answer():
+    row = measure_one(("bread recipe", "moon phases"), ("moon phases", "bread recipe"))
+    assert (row["prompt_overlap_a"], row["prompt_overlap_first_a"], row["prompt_overlap_last_a"]) == (1, 1, 0)
+
+
+def test_word_overlap_of_the_answers_is_their_jaccard_index():
+    style = measure_style(make_pairs(("x", "red green", "green blue"), ("x", "a", "a"), ("x", "", (None,))))
+    assert style["word_jaccard"].tolist() == pytest.approx([1 / 3, 1, 1])
+    assert style["is_identical"].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "script"),
+    [
+        ("What is the capital of France and why is it so?", "English"),
+        ("Was ist die Hauptstadt von Frankreich und warum liegt sie dort", "other Latin"),
+        ("Какая столица?", "Cyrillic"),
+        ("为什么天空是蓝色的？", "Chinese or Japanese"),
+        ("كتاب مدرسة", "other script"),
+        ("12 + 3 =", "no letters"),
+    ],
+)
+def test_the_script_of_a_prompt_is_recognised(prompt, script):
+    assert measure_one(prompt, "x")["script_prompt"] == script
+    assert script in SCRIPTS
+
+
+@pytest.mark.parametrize("text", ["*", " ", "\n", "!", "**a", "\n- ", "`", "#", "\n ", "1.", "\ud83d", "天"])
+def test_no_text_makes_measuring_slow(text):
+    pairs = make_pairs(("hi", text * (50_000 // len(text)) + "x", "ok"))
+    start = time.process_time()
+    measure_style(pairs)
+    assert time.process_time() - start < 0.25
