@@ -115,3 +115,41 @@ def test_nothing_to_show_is_said(ax):
 
 def test_a_share_is_written_in_percent():
     assert plots.percent(0.6131) == "61.3\u00a0%" and plots.percent(float("nan")) == "–"
+
+
+def test_the_ladder_says_what_its_last_rung_gains(ax):
+    plots.plot_ladder(ax, ["prior", "floor"], [1.1, 1.05], [1.09, 1.03], [1.11, 1.07], best=1.0)
+    assert ax.get_title(loc="left") == "floor takes 0.050 nats off prior"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["prior", "floor"]
+    assert ax.get_yticks()[0] > ax.get_yticks()[1]  # the first rung is at the top
+
+
+def test_reliability_is_drawn_in_the_fixed_colours(ax):
+    curve = pd.DataFrame({"label": [0, 1, 2], "predicted": 0.3, "observed": 0.4, "low": 0.3, "high": 0.5})
+    plots.plot_reliability(ax, curve, ece=0.1)
+    assert [matplotlib.colors.to_hex(bars[0].get_color()).upper() for bars in ax.containers] == list(plots.LABEL_COLORS)
+    assert "10.0\u00a0%" in ax.get_title(loc="left")
+
+
+def test_the_strongest_coefficient_is_named_and_at_the_top(ax):
+    effects = pd.DataFrame({"caption": ["refusal", "words", "lists"], "effect": [-0.5, 0.2, 0.1]})
+    plots.plot_coefficients(ax, effects, n_shown=2)
+    assert [bar.get_width() for bar in ax.patches] == [0.2, -0.5]
+    assert "refusal (-0.50)" in ax.get_title(loc="left")
+
+
+def test_preferences_count_where_the_model_is_like_people(ax):
+    shares = pd.DataFrame(
+        [
+            ("longer", "people", 0.6, 0.5, 0.7, 9),
+            ("longer", "model", 0.65, 0.6, 0.7, 9),
+            ("refusal", "people", 0.1, 0.05, 0.2, 4),
+            ("refusal", "model", 0.5, 0.4, 0.6, 4),
+            ("nothing", "people", np.nan, np.nan, np.nan, 0),
+            ("nothing", "model", np.nan, np.nan, np.nan, 0),
+        ],
+        columns=["leaning", "voter", "share", "low", "high", "n"],
+    )
+    plots.plot_preferences(ax, shares)
+    assert ax.get_title(loc="left").startswith("On 1 of 2 leanings")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["refusal (n = 4)", "longer (n = 9)"]

@@ -185,4 +185,4 @@ def test_no_text_makes_measuring_slow(text):
     pairs = make_pairs(("hi", text * (50_000 // len(text)) + "x", "ok"))
     start = time.process_time()
     measure_style(pairs)
-    assert time.process_time() - start < 0.25
+    assert time.process_time() - start < 5, "a pattern backtracks"

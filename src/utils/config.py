@@ -112,10 +112,11 @@ class EdaConfig(Config):
 class BaselineConfig(Config):
     """Settings of 02, the CPU floor."""
 
-    n_hashed: int = 2**18  # width of the hashed word space
-    ridge: float = 1.0  # inverse strength of the penalty of the linear models (scikit-learn's C)
-    n_trees: int = 200  # boosting rounds at most
+    n_hashed: int = 262_144  # width of each hashed text block
+    ridge: float = 1.0  # strength of the linear models' penalty; doubling it halves every prior variance
+    n_trees: int = 200  # boosting rounds at most; one for every 15 battles where these are few
     learning_rate: float = 0.05  # shrinkage of each tree
+    n_bootstrap: int = 1000  # resamples of each interval
     seed: int = 20240501
 
     def __post_init__(self) -> None:
@@ -124,6 +125,23 @@ class BaselineConfig(Config):
         _expect(self.ridge > 0, "ridge", "above 0", self.ridge)
         _expect(self.n_trees >= 1, "n_trees", "at least 1", self.n_trees)
         _expect(0 < self.learning_rate <= 1, "learning_rate", "in (0, 1]", self.learning_rate)
+        _expect(self.n_bootstrap >= 1, "n_bootstrap", "at least 1", self.n_bootstrap)
+
+
+@dataclass(frozen=True)
+class EnsembleConfig(Config):
+    """Settings of 05."""
+
+    n_folds: int = 5  # parts in which the blend is fitted and scored in turn
+    seed: int = 20240501
+    n_bootstrap: int = 1000  # resamples of each interval
+    members: tuple[str, ...] = ("02_baseline", "03_modernbert", "04_qwen")
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _expect(self.n_folds >= 2, "n_folds", "2 or more", self.n_folds)
+        _expect(self.n_bootstrap >= 1, "n_bootstrap", "at least 1", self.n_bootstrap)
+        _expect(len(self.members) > 0, "members", "at least one notebook", self.members)
 
 
 @dataclass(frozen=True)

@@ -301,3 +301,141 @@ def plot_probabilities(ax: Axes, probs: np.ndarray) -> Axes:
     ax.set_title(f"{sure:.0%} of the battles get a probability above 0.9")
     ax.legend(frameon=False)
     return ax
+
+
+def plot_ladder(
+    ax: Axes, names: list[str], means: np.ndarray, lows: np.ndarray, highs: np.ndarray, best: float | None = None
+) -> Axes:
+    """Draw log losses as rungs, first at the top, the last accented.
+
+    Args:
+        ax: axes to draw on.
+        names: K models, from the simplest to the fullest.
+        means: (K,) float, log loss in nats per battle.
+        lows: (K,) float, lower bounds of the 95 % intervals.
+        highs: (K,) float, upper bounds.
+        best: the best reachable log loss, where it is known.
+    """
+    means, rungs = np.asarray(means), np.arange(len(names))[::-1]
+    colors, white = [MUTED] * (len(names) - 1) + [ACCENT], {"facecolor": "white", "linewidth": 0, "pad": 1}
+    for rung, mean, low, high, color in zip(rungs, means, lows, highs, colors, strict=True):
+        ax.errorbar(mean, rung, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=4, markersize=8)
+        ax.annotate(f"{mean:.4f}", (mean, rung), xytext=(0, 9), textcoords="offset points", ha="center", bbox=white)
+    if best is not None:
+        ax.axvline(best, color="black", linestyle="--", label=f"best reachable {best:.4f}")
+        ax.legend(loc="lower right")
+    ax.set_yticks(rungs, names)
+    ax.set(xlabel="log loss, nats per battle (95 % interval), lower is better", ylabel="model")
+    ax.set_ylim(-0.6, len(names) - 0.3)
+    ax.set_title(f"{names[-1]} takes {means[0] - means[-1]:.3f} nats off {names[0]}", loc="left")
+    return ax
+
+
+def plot_reliability(ax: Axes, curve: pd.DataFrame, ece: float) -> Axes:
+    """Draw observed against predicted shares for A, B and tie.
+
+    Args:
+        ax: axes to draw on.
+        curve: from `metrics.reliability_curve`: label, predicted, observed, low, high.
+        ece: expected calibration error, 0..1.
+    """
+    reach = min(1.0, float(curve[["predicted", "high"]].to_numpy().max()) + 0.05)
+    ax.plot([0, reach], [0, reach], color="black", linewidth=1)
+    for label, bins in curve.groupby("label"):
+        ends = np.abs(bins[["low", "high"]].to_numpy().T - bins["observed"].to_numpy())
+        ax.errorbar(
+            bins["predicted"], bins["observed"], yerr=ends, fmt="o-", capsize=3, markersize=4,
+            color=LABEL_COLORS[label], label=LABEL_NAMES[label],
+        )  # fmt: skip
+    ax.set(xlabel="predicted probability", ylabel="observed share (95 % interval)", xlim=(0, reach), ylim=(0, reach))
+    ax.set_title(f"Confidence and accuracy lie {percent(ece)} apart on average", loc="left")
+    ax.legend()
+    _percent_axis(ax.xaxis)
+    _percent_axis(ax.yaxis)
+    return ax
+
+
+def plot_coefficients(ax: Axes, effects: pd.DataFrame, n_shown: int = 15) -> Axes:
+    """Draw what a model makes of each feature, the strongest at the top.
+
+    Args:
+        ax: axes to draw on.
+        effects: caption, effect (log-odds per standard deviation), the strongest first.
+        n_shown: features at most.
+    """
+    shown = effects.head(n_shown)[::-1]
+    colors = np.where(shown["effect"] > 0, ACCENT, MUTED)
+    ax.barh(shown["caption"], shown["effect"], color=colors)
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set(xlabel="log-odds of winning per standard deviation more than the other answer", ylabel="more of …")
+    first = effects.iloc[0]
+    ax.set_title(f"Strongest, all else equal: {first['caption']} ({first['effect']:+.2f})", loc="left")
+    return ax
+
+
+def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
+    """Lay the leanings of a model beside those of people, on the same battles.
+
+    Args:
+        ax: axes to draw on.
+        shares: one row a leaning and voter: leaning, voter ("people" or "model"), and share, low,
+            high and n of `metrics.preference_share`.
+    """
+    shares = shares.dropna(subset=["share"])
+    counts = shares.drop_duplicates("leaning").set_index("leaning")["n"][::-1]
+    for voter, color, shift in (("people", "black", 0.12), ("model", ACCENT, -0.12)):
+        part = shares[shares["voter"] == voter]
+        y = part["leaning"].map(list(counts.index).index).to_numpy(dtype=float) + shift
+        _draw_intervals(ax, part, "share", y, color=color, label=voter)
+    ax.set_yticks(range(len(counts)), [f"{leaning} (n = {n:,})" for leaning, n in counts.items()])
+    ax.set_ylim(-0.5, len(counts) - 0.5)
+    ax.axvline(0.5, color="black", linewidth=1)
+    ax.set(xlabel="share of decided votes (95 % interval)", ylabel="votes for … (battles that differ in it)")
+    people, model = (shares[shares["voter"] == voter].set_index("leaning") for voter in ("people", "model"))
+    n_inside = int(model["share"].between(people["low"], people["high"]).sum())
+    ax.set_title(f"On {n_inside} of {len(counts)} leanings the model is where people may well be", loc="left")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _percent_axis(ax.xaxis)
+    return ax
+
+
+def plot_token_lengths(ax: Axes, lengths: np.ndarray, budget: int) -> Axes:
+    """Show how long battles are, and which are cut.
+
+    Args:
+        ax: axes to draw on.
+        lengths: (N,) int, tokens of each battle before anything is cut.
+        budget: most tokens that the model reads of one battle.
+    """
+    top = max(budget * 1.25, np.quantile(lengths, 0.99))
+    # The last bar gathers what lies beyond the axis.
+    ax.hist(np.minimum(lengths, top), bins=np.linspace(0, top, 41), color=ACCENT)
+    ax.axvline(budget, color="black", linewidth=1.5)
+    ax.text(budget, ax.get_ylim()[1] * 0.95, f" budget {budget:,}", va="top")
+    ax.set(xlim=(0, top), xlabel="tokens of a battle (the last bar holds all longer ones)", ylabel="battles")
+    ax.set_title(f"{percent(float((lengths > budget).mean()))} of the battles are cut", loc="left")
+    return ax
+
+
+def plot_learning_curve(ax: Axes, history: pd.DataFrame, prior: float, best: float | None = None) -> Axes:
+    """Show how the loss fell in training, beside what knows nothing and what knows everything.
+
+    Args:
+        ax: axes to draw on.
+        history: fold, epoch, train_loss, log_loss (nats per battle), one row a validation.
+        prior: log loss of the class shares, nats per battle.
+        best: log loss of the true probabilities, where they are known.
+    """
+    for place, (_, rows) in enumerate(history.groupby("fold")):
+        names = ("held out", "training") if place == 0 else (None, None)
+        ax.plot(rows["epoch"], rows["log_loss"], marker="o", color=ACCENT, label=names[0])
+        ax.plot(rows["epoch"], rows["train_loss"], marker=".", linestyle=":", color=MUTED, label=names[1])
+    ax.axhline(prior, color="black", linewidth=1, linestyle="--", label=f"class shares {prior:.3f}")
+    if best is not None:
+        ax.axhline(best, color=LABEL_COLORS[0], linewidth=1, linestyle="-.", label=f"best reachable {best:.3f}")
+    gain = prior - history.groupby("fold")["log_loss"].min().mean()
+    side = "below" if gain > 0 else "above"
+    ax.set(xlabel="epochs", ylabel="log loss (nats per battle)", xlim=(0, None))
+    ax.set_title(f"Held-out battles: {abs(gain):.3f} nats {side} the class shares", loc="left")
+    ax.legend(frameon=False)
+    return ax
