@@ -64,3 +64,19 @@ def _real_pairs() -> pd.DataFrame:
 def real_pairs(_real_pairs: pd.DataFrame) -> pd.DataFrame:
     """898 real battles with label, group and fold; skips where the shared data folder is missing."""
     return _real_pairs.copy()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
+    """A function: kind ("modernbert", "qwen3") -> folder of a tiny checkpoint, made once a session."""
+    from src.utils.config import FinetuneConfig
+    from src.utils.tiny import prepare_base
+
+    def make(kind: str) -> Path:
+        folder = tmp_path_factory.getbasetemp() / f"tiny_{kind}"
+        config = FinetuneConfig(checkpoint=f"tiny:{kind}", revision="")
+        prepared = prepare_base(config, _demo_pairs, folder, n_lessons=0)
+        assert prepared is not None
+        return prepared
+
+    return make

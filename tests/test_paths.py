@@ -86,11 +86,13 @@ def test_both_layouts_of_kaggles_inputs_are_found(tmp_path: Path, monkeypatch: p
     assert paths.find_raw_data().test == folder / "test.csv"
     assert paths.find_run("02_baseline") == model
     assert paths.find_run("03_modernbert") is None
+    assert paths.submission_path(tmp_path / "run") == tmp_path / "working" / "submission.csv"
 
 
 def test_an_unfinished_run_is_not_found(tmp_path: Path) -> None:
     folder = paths.run_dir("02_baseline")
     assert folder == tmp_path / "artifacts" / "02_baseline"
+    assert paths.submission_path(folder) == folder / "submission.csv"
     assert paths.find_run("02_baseline") is None
     make_files(folder, "metrics.json")
     assert paths.find_run("02_baseline") == folder

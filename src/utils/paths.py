@@ -35,6 +35,11 @@ def run_dir(name: str) -> Path:
     return folder
 
 
+def submission_path(folder: Path) -> Path:
+    """Where `submission.csv` goes: a run folder, on Kaggle the top of the output, where the competition looks."""
+    return (KAGGLE_WORKING if on_kaggle() else folder) / "submission.csv"
+
+
 def find_run(name: str) -> Path | None:
     """The finished run folder of a notebook: here, else in Kaggle's inputs; None when there is none."""
     candidates = [artifacts_dir() / name]

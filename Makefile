@@ -1,0 +1,62 @@
+# Predict human votes between chatbot answers. `make run` needs nothing else; `make help` lists the rest.
+# VENV=path uses (or makes) another environment, PYTHON=python3.12 chooses the Python that makes it.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Values from the command line reach the shell through the environment, so spaces in them survive.
+export DATA TEST SET
+SUITE = $(BIN)/python -m src.utils.suite $(if $(NB),--only "$(NB)") $(if $(PROFILE),--profile "$(PROFILE)") \
+	$(if $(DATA),--data "$$DATA") $(if $(TEST),--test "$$TEST") $(if $(SET),--set "$$SET") \
+	$(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") $(if $(filter-out 0,$(FORCE)),--force) \
+	$(if $(filter-out 0,$(LIST)),--list)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check data train kernel bench notebook clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "  run takes DATA=… TEST=… PROFILE=demo|small|full|file.yaml NB=02-05 SET=\"03.N_EPOCHS=1\" ARTIFACTS=… FORCE=1 LIST=1"
+
+$(READY): requirements.txt pyproject.toml
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+			echo "Python 3.11 or later is needed, $(PYTHON) is `$(PYTHON) -V 2>&1`. Name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }; \
+		$(PYTHON) -m venv $(VENV); }
+	@echo "Installing requirements.txt into $(VENV); the first time takes some minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $(READY)
+
+run: $(READY)  ## raw battles to submission.csv: the notebooks in order, those that are whole are skipped
+	@$(SUITE)
+
+test: $(READY)  ## every test, also those that train and run notebooks
+	@$(BIN)/python -m pytest
+
+check: $(READY)  ## style and the fast tests, under a minute
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+	@$(BIN)/python -m pytest -m "not slow"
+
+data: $(READY)  ## the competition's battles into data/raw
+	@$(BIN)/python -m src.utils.fetch
+
+train: NB := 01-05
+train: PROFILE := full
+train: run  ## the real thing on a GPU, without inference: NB=01-05 PROFILE=full
+
+kernel: $(READY)  ## build/kaggle: what is uploaded to Kaggle (WHEELS=1 adds packages that its image lacks)
+	@$(BIN)/python kaggle_kernel/build.py $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") $(if $(filter-out 0,$(WHEELS)),--wheels)
+
+bench: $(READY)  ## every benchmark
+	@for script in benchmarks/*.py; do test ! -e "$$script" || $(BIN)/python "$$script" || exit 1; done
+
+notebook: $(READY)  ## Jupyter Lab in the notebooks folder
+	@$(BIN)/jupyter lab --notebook-dir notebooks
+
+clean:  ## remove artifacts and build, keep data and .venv
+	rm -rf artifacts build

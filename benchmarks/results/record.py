@@ -1,0 +1,110 @@
+"""Record a finished run of the suite: scores to `benchmarks/results/`, the table to README.
+
+    python benchmarks/results/record.py demo artifacts
+    python benchmarks/results/record.py real artifacts/real
+
+Every number of README's result table comes from the files that this writes; a test
+compares the two.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from src.utils.artifacts import read_json, write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SCORED = ("02_baseline", "03_modernbert", "04_qwen", "05_ensemble")
+FIGURES = {"demo": {"05_ensemble/figures/ladder.png": "ladder.png"}}
+START, END = "<!-- results: made by benchmarks/results/record.py -->", "<!-- end of results -->"
+CAPTIONS = {
+    "02_baseline": "02 floor, CPU",
+    "03_modernbert": "03 ModernBERT",
+    "04_qwen": "04 Qwen3",
+    "05_ensemble": "05 blend",
+}
+FIELDS = (
+    "log_loss log_loss_low log_loss_high accuracy n_pairs prior_log_loss best_log_loss excess_log_loss "
+    "seconds peak_mib machine data_hash config_hash versions"
+).split()
+
+
+def collect_results(name: str, artifacts: Path) -> dict:
+    """Take what README tells of a run out of its `metrics.json` files and stamps."""
+    runs = {}
+    for notebook in SCORED:
+        metrics = read_json(artifacts / notebook / "metrics.json")
+        runs[notebook] = {field: metrics.get(field) for field in FIELDS}
+        runs[notebook]["parameters"] = read_json(artifacts / notebook / "run.json")["parameters"]
+    summary = read_json(artifacts / "summary.json")
+    data = read_json(artifacts / "01_eda" / "bias.json")
+    return {
+        "name": name,
+        "n_pairs": data["n_pairs"],
+        "seconds_of_all_notebooks": round(sum(row["seconds"] for row in summary), 1),
+        "runs": runs,
+    }
+
+
+def format_table(results: dict) -> str:
+    """One line a model, as Markdown."""
+    known = results["runs"]["05_ensemble"].get("best_log_loss") is not None
+    head = ["model", "log loss", "class prior", *(["best reachable"] if known else []), "accuracy", "held-out battles"]
+    lines = [head, ["---"] * len(head)]
+    for notebook, run in results["runs"].items():
+        best = [f"{run['best_log_loss']:.3f}"] if known else []
+        score = f"**{run['log_loss']:.3f}**"
+        if run.get("log_loss_low") is not None:
+            score += f" ({run['log_loss_low']:.3f} to {run['log_loss_high']:.3f})"
+        lines.append(
+            [
+                CAPTIONS[notebook],
+                score,
+                f"{run['prior_log_loss']:.3f}",
+                *best,
+                f"{run['accuracy']:.1%}",
+                f"{run['n_pairs']:,}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def format_results() -> str:
+    """The result section of README, from the committed results."""
+    parts = []
+    for name, title in {
+        "demo": "**Demo arena** (`make run`: {n:,} battles, tiny models from random weights, best log loss known)",
+        "real": "**Real battles** ({n} rows of the competition, the same tiny models, which cannot learn from so few)",
+    }.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            results = json.loads(path.read_text())
+            machine = results["runs"]["02_baseline"]["machine"]
+            parts += [title.format(n=results["n_pairs"]) + f", {machine}:", format_table(results)]
+    return "\n\n".join(parts)
+
+
+def write_readme() -> None:
+    """Put the result section between its marks in README."""
+    readme = (ROOT / "README.md").read_text()
+    before, rest = readme.split(START)
+    _, after = rest.split(END)
+    write_text(ROOT / "README.md", f"{before}{START}\n{format_results()}\n{END}{after}")
+
+
+def main() -> None:
+    """Record one run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=["demo", "real"])
+    parser.add_argument("artifacts", type=Path)
+    options = parser.parse_args()
+    write_json(RESULTS / f"{options.name}.json", collect_results(options.name, options.artifacts))
+    for source, target in FIGURES.get(options.name, {}).items():
+        shutil.copyfile(options.artifacts / source, ROOT / "assets" / target)
+    write_readme()
+
+
+if __name__ == "__main__":
+    main()

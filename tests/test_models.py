@@ -1,0 +1,240 @@
+import dataclasses
+import os
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import nn
+
+from src.utils import models
+from src.utils.batches import collate, encode_pairs
+from src.utils.config import DecoderConfig, FinetuneConfig
+from src.utils.models import (
+    atomic_folder,
+    choose_dtype,
+    head_names,
+    in_float32,
+    load_classifier,
+    load_finetuned,
+    make_tiny_checkpoint,
+    merge,
+    save_model,
+)
+
+ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="", max_tokens=128)
+DECODER = DecoderConfig(checkpoint="tiny:qwen3", revision="", quantization="none", lora_rank=4, max_tokens=192)
+
+
+def logits_of(model, tokenizer, pairs):
+    batch = collate(encode_pairs(pairs, tokenizer, 192), tokenizer.pad_token_id)
+    with torch.no_grad():
+        return model.eval()(**batch).logits.double()
+
+
+def train_a_little(model, tokenizer, pairs, n_steps=3):
+    batch = collate(encode_pairs(pairs, tokenizer, 192), tokenizer.pad_token_id)
+    labels = torch.tensor(pairs["label"].to_numpy())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(n_steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model.train()(**batch).logits.float(), labels).backward()
+        optimizer.step()
+
+
+def test_a_tiny_checkpoint_has_the_architecture_of_the_real_one(tiny_base):
+    encoder, _ = load_classifier(ENCODER, tiny_base("modernbert"))
+    decoder, _ = load_classifier(dataclasses.replace(DECODER, lora_rank=0), tiny_base("qwen3"))
+    assert type(encoder).__name__ == "ModernBertForSequenceClassification"
+    assert {"full_attention", "sliding_attention"} == set(encoder.config.layer_types)
+    assert type(decoder).__name__ == "Qwen3ForSequenceClassification"
+    assert decoder.config.num_key_value_heads < decoder.config.num_attention_heads
+    for model in (encoder, decoder):
+        assert 0.15e6 < sum(p.numel() for p in model.parameters()) < 2e6
+        assert model.config.num_labels == 3
+
+
+def test_the_same_seed_makes_the_same_checkpoint(tmp_path):
+    one, two = (make_tiny_checkpoint("qwen3", ["some words", None], tmp_path / name, 1) for name in "ab")
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    assert (one / "tokenizer.json").read_bytes() == (two / "tokenizer.json").read_bytes()
+
+
+def test_an_unknown_tiny_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match="got tiny:bert"):
+        make_tiny_checkpoint("bert", ["x"], tmp_path / "x", 0)
+
+
+def test_a_missing_tiny_checkpoint_says_how_to_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"call prepare_base\(\) first"):
+        load_classifier(ENCODER, tmp_path)
+
+
+def test_an_unreachable_checkpoint_says_what_to_do(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("We couldn't connect to 'https://huggingface.co'\nmore lines")
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(OSError, match=r"answerdotai/ModernBERT-base.*HF_HOME.*CHECKPOINT.*PROFILE=demo"):
+        load_classifier(FinetuneConfig())
+
+
+def test_revision_and_safety_are_passed_on(monkeypatch, tiny_base):
+    seen = []
+    real = models.AutoModelForSequenceClassification.from_pretrained
+
+    def record(source, **options):
+        seen.append(options)
+        return real(source, **options)
+
+    monkeypatch.setattr(models.AutoModelForSequenceClassification, "from_pretrained", record)
+    monkeypatch.setattr(models, "_locate", lambda config, base: (str(base), config.revision))
+    load_classifier(dataclasses.replace(ENCODER, revision="8949b909"), tiny_base("modernbert"))
+    assert seen[0]["revision"] == "8949b909"
+    assert seen[0]["use_safetensors"] is True and seen[0]["trust_remote_code"] is False
+
+
+def test_a_bf16_checkpoint_is_trained_in_32_bit(tiny_base, tmp_path):
+    model, tokenizer = load_classifier(ENCODER, tiny_base("modernbert"))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_classifier(ENCODER, tmp_path)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((6, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_bf16_is_used_only_where_it_is_real(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert choose_dtype(torch.device("cuda")) == dtype
+    assert choose_dtype(torch.device("cpu")) == torch.float32
+
+
+def test_lora_sits_on_every_linear_layer_of_attention_and_mlp_and_the_head_is_trained(tiny_base):
+    encoder, _ = load_classifier(dataclasses.replace(ENCODER, lora_rank=4), tiny_base("modernbert"))
+    decoder, _ = load_classifier(DECODER, tiny_base("qwen3"))
+    names = {
+        kind: {n for n, p in m.named_parameters() if p.requires_grad}
+        for kind, m in (("encoder", encoder), ("decoder", decoder))
+    }
+    for layer in ("Wqkv", "Wo", "Wi"):
+        assert any(f".{layer}.lora_A" in name for name in names["encoder"])
+    for layer in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert any(f".{layer}.lora_A" in name for name in names["decoder"])
+    assert any("classifier.modules_to_save" in name for name in names["encoder"])
+    assert any("head.modules_to_save" in name for name in names["encoder"])
+    assert any("score.modules_to_save" in name for name in names["decoder"])
+    for model in (encoder, decoder):
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        assert all("lora_" in n or "modules_to_save" in n for n, _ in trained)
+        assert {p.dtype for _, p in trained} == {torch.float32}
+
+
+@pytest.mark.parametrize(("quantization", "layer"), [("8bit", bnb.nn.Linear8bitLt), ("4bit", bnb.nn.Linear4bit)])
+def test_the_base_is_quantised_and_the_head_is_not(tiny_base, quantization, layer):
+    model, _ = load_classifier(dataclasses.replace(DECODER, quantization=quantization), tiny_base("qwen3"))
+    plain = model.get_base_model()
+    assert sum(isinstance(m, layer) for m in plain.model.modules()) == 14
+    assert not any(isinstance(m, layer) for m in plain.score.modules())
+    assert head_names(plain) == ["score"]
+    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
+
+
+def test_a_quantised_head_is_refused():
+    class Classifier(nn.Module):
+        base_model_prefix = "model"
+
+        def __init__(self):
+            super().__init__()
+            self.config, self.model = type("Config", (), {})(), nn.Linear(4, 4)
+            self.score = bnb.nn.Linear8bitLt(4, 3)
+
+    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
+    with pytest.raises(TypeError, match="head score: expected 16- or 32-bit weights, got Linear8bitLt"):
+        models._finish_base(Classifier(), tokenizer)
+
+
+def test_gradients_of_a_4bit_base_are_right_after_an_evaluation(tiny_base, demo_pairs):
+    model, tokenizer = load_classifier(dataclasses.replace(DECODER, quantization="4bit"), tiny_base("qwen3"))
+    batch = collate(encode_pairs(demo_pairs[:4], tokenizer, 192), tokenizer.pad_token_id)
+    labels = torch.tensor(demo_pairs["label"][:4].to_numpy())
+
+    def gradient():
+        model.zero_grad()
+        nn.functional.cross_entropy(model.eval()(**batch).logits, labels).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    before = gradient()
+    logits_of(model, tokenizer, demo_pairs[:4])
+    assert torch.equal(before, gradient())
+    assert before.abs().max() > 0
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_saved_adapters_load_to_the_same_probabilities(tiny_base, demo_pairs, tmp_path, quantization):
+    config = dataclasses.replace(DECODER, quantization=quantization)
+    model, tokenizer = load_classifier(config, tiny_base("qwen3"))
+    train_a_little(model, tokenizer, demo_pairs[:4])
+    folder = save_model(model, tokenizer, tmp_path / "fold_0")
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        assert any("score" in name for name in file.keys())  # noqa: SIM118
+        assert not any("embed_tokens" in name for name in file.keys())  # noqa: SIM118
+    again, _ = load_finetuned(folder, config, tiny_base("qwen3"))
+    assert not again.training
+    torch.testing.assert_close(
+        logits_of(again, tokenizer, demo_pairs[:8]), logits_of(model, tokenizer, demo_pairs[:8]), atol=1e-6, rtol=0
+    )
+
+
+def test_a_saved_encoder_is_complete_and_safe(tiny_base, demo_pairs, tmp_path):
+    model, tokenizer = load_classifier(ENCODER, tiny_base("modernbert"))
+    train_a_little(model, tokenizer, demo_pairs[:4])
+    folder = save_model(model, tokenizer, tmp_path / "fold_0")
+    assert not [file for file in os.listdir(folder) if file.endswith((".bin", ".pt", ".pkl"))]
+    again, _ = load_finetuned(folder, ENCODER)
+    torch.testing.assert_close(
+        logits_of(again, tokenizer, demo_pairs[:8]), logits_of(model, tokenizer, demo_pairs[:8]), atol=1e-6, rtol=0
+    )
+
+
+def test_a_model_of_another_template_is_refused(tiny_base, tmp_path, monkeypatch):
+    folder = save_model(*load_classifier(ENCODER, tiny_base("modernbert")), tmp_path / "fold_0")
+    monkeypatch.setattr(models, "TEMPLATE_VERSION", models.TEMPLATE_VERSION + 1)
+    with pytest.raises(ValueError, match="train it again"):
+        load_finetuned(folder, ENCODER)
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_merging_gives_a_plain_model_with_the_same_probabilities(tiny_base, demo_pairs, tmp_path, quantization):
+    config = dataclasses.replace(DECODER, quantization=quantization)
+    model, tokenizer = load_classifier(config, tiny_base("qwen3"))
+    train_a_little(model, tokenizer, demo_pairs[:4])
+    folder = save_model(model, tokenizer, tmp_path / "fold_0")
+    merged, _ = merge(folder, config, tiny_base("qwen3"))
+    unmerged, _ = models.load_unquantized(folder, config, tiny_base("qwen3"))
+    assert not isinstance(merged, PeftModel)
+    assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    torch.testing.assert_close(
+        logits_of(merged, tokenizer, demo_pairs[:8]), logits_of(unmerged, tokenizer, demo_pairs[:8]), atol=1e-5, rtol=0
+    )
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    with atomic_folder(target) as tmp:
+        (tmp / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as tmp:
+        (tmp / "a").write_text("new")
+        raise KeyboardInterrupt
+    assert (target / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_half_precision_is_left_and_entered_again_exactly():
+    model = nn.Linear(3, 3).half()
+    weight = model.weight.detach().clone()
+    with in_float32(model):
+        assert model.weight.dtype == torch.float32
+    assert torch.equal(model.weight, weight) and model.weight.dtype == torch.float16

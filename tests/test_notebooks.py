@@ -1,0 +1,94 @@
+"""All seven notebooks through the runner, small: promises kept, a valid submission, and symmetric."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from src.utils.paths import ROOT
+from src.utils.river import STAGES, files_under
+from src.utils.schema import LABELS
+from src.utils.submission import check_submission
+
+pytestmark = pytest.mark.slow
+
+REAL_DATA = ROOT.parent / "shared" / "data"
+TINY = ["02_baseline.N_TREES=20", "N_EPOCHS=0.5", "MAX_PAIRS=60", "FOLDS=[0]", "N_EVALS=1"]
+MINI_ARENA = ["01_eda.N_DEMO_BATTLES=300", "01_eda.N_DEMO_TEST=24"]
+SUBMISSION = Path("06_kaggle_inference") / "submission.csv"
+
+
+def run_suite(artifacts, *arguments, settings=()):
+    command = [sys.executable, "-m", "src.utils.suite", "--artifacts", artifacts, *arguments]
+    command += ["--set", *settings] if settings else []
+    ran = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-5000:]
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tiny_base):
+    """Settings that give 03 and 04 tiny checkpoints with random weights, in place of making their own."""
+    bases = {"03_modernbert": "modernbert", "04_qwen": "qwen3"}
+    return [*TINY, *(f"{notebook}.CHECKPOINT={tiny_base(kind)}" for notebook, kind in bases.items())]
+
+
+def swap_answers(test):
+    return test.rename(columns={"response_a": "response_b", "response_b": "response_a"})[test.columns]
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory, tiny_models):
+    artifacts = tmp_path_factory.mktemp("demo")
+    return artifacts, run_suite(artifacts, "--profile", "demo", settings=[*MINI_ARENA, *tiny_models])
+
+
+def test_every_notebook_keeps_its_promises(demo_run):
+    artifacts, told = demo_run
+    for stage in STAGES:
+        assert f"{stage.name}: done" in told
+        for promise in stage.leaves:
+            assert files_under(artifacts / stage.name, promise), f"{stage.name}/{promise}"
+    for name in ("02_baseline", "03_modernbert", "04_qwen", "05_ensemble"):
+        assert np.isfinite(json.loads((artifacts / name / "metrics.json").read_text())["log_loss"])
+
+
+def test_the_submission_is_valid(demo_run):
+    artifacts, _ = demo_run
+    test = pd.read_csv(artifacts / "01_eda" / "arena" / "test.csv")
+    assert len(test) == 24
+    check_submission(pd.read_csv(artifacts / SUBMISSION), test["id"].to_numpy())
+
+
+def test_a_second_run_skips_everything(demo_run, tiny_models):
+    artifacts, _ = demo_run
+    told = run_suite(artifacts, "--profile", "demo", settings=[*MINI_ARENA, *tiny_models])
+    assert told.count(": skipped, nothing changed") == len(STAGES)
+
+
+def test_exchanging_the_answers_exchanges_the_columns(demo_run, tmp_path):
+    artifacts = shutil.copytree(demo_run[0], tmp_path / "artifacts")
+    given = pd.read_csv(artifacts / SUBMISSION)
+    swapped = swap_answers(pd.read_csv(artifacts / "01_eda" / "arena" / "test.csv"))
+    swapped.to_csv(tmp_path / "test.csv", index=False)
+    run_suite(artifacts, "--profile", "demo", "--only", "06", "--test", tmp_path / "test.csv")
+    a, b, tie = LABELS
+    mirrored = pd.read_csv(artifacts / SUBMISSION).rename(columns={a: b, b: a})[["id", a, b, tie]]
+    np.testing.assert_allclose(mirrored[list(LABELS)], given[list(LABELS)], atol=1e-5)
+    assert not np.allclose(given[a], given[b]), "a submission that ignores the answers would pass as well"
+
+
+def test_real_battles_go_through(tmp_path, tiny_models):
+    if not (REAL_DATA / "arena_sample.csv").exists():
+        pytest.skip(f"real battles are not at hand: {REAL_DATA} is missing")
+    pd.read_csv(REAL_DATA / "arena_sample.csv").head(60).to_csv(tmp_path / "rows.csv", index=False)
+    run_suite(
+        tmp_path / "artifacts", "--data", tmp_path / "rows.csv", "--test", REAL_DATA / "test.csv", settings=tiny_models
+    )
+    expected = pd.read_csv(REAL_DATA / "sample_submission.csv")["id"].to_numpy()
+    check_submission(pd.read_csv(tmp_path / "artifacts" / SUBMISSION), expected)

@@ -1,0 +1,164 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from src.utils import predict
+from src.utils.config import FinetuneConfig
+from src.utils.mirror import average_over_swap, swap_pairs, swap_probs
+from src.utils.models import load_classifier
+from src.utils.predict import predict_probs
+from src.utils.schema import check_probs
+
+OPTIONS = {"max_tokens": 256, "tokens_per_batch": 2048}
+
+
+@pytest.fixture(params=["modernbert", "qwen3"])
+def loaded(request, tiny_base):
+    config = FinetuneConfig(checkpoint=f"tiny:{request.param}", revision="")
+    model, tokenizer = load_classifier(config, tiny_base(request.param))
+    # A fresh head says nearly nothing: make differences large enough to see.
+    for name, parameter in model.named_parameters():
+        if name.startswith(("classifier", "score")):
+            nn.init.normal_(parameter, std=0.5)
+    return model, tokenizer
+
+
+def test_rows_are_probabilities_and_differ(loaded, demo_pairs):
+    probs = check_probs(predict_probs(*loaded, demo_pairs[:20], **OPTIONS), n_pairs=20, tolerance=1e-9)
+    assert probs.dtype == np.float64
+    assert probs.std(axis=0).min() > 1e-4
+
+
+def test_batch_size_row_order_and_padding_change_nothing(loaded, demo_pairs, ugly_pairs):
+    pairs = demo_pairs[:24]
+    probs = predict_probs(*loaded, pairs, **OPTIONS)
+    alone = predict_probs(*loaded, pairs, max_tokens=256, tokens_per_batch=1)
+    order = np.random.default_rng(0).permutation(24)
+    shuffled = predict_probs(*loaded, pairs.iloc[order], **OPTIONS)
+    few = predict_probs(*loaded, pairs[:3], **OPTIONS)
+    np.testing.assert_allclose(alone, probs, atol=1e-5)
+    np.testing.assert_allclose(shuffled, probs[order], atol=1e-5)
+    np.testing.assert_allclose(few, probs[:3], atol=1e-5)
+
+
+def test_exchanging_the_answers_exchanges_the_columns(loaded, demo_pairs, ugly_pairs):
+    for pairs in (demo_pairs[:12], ugly_pairs):
+        probs = predict_probs(*loaded, pairs, **OPTIONS)
+        np.testing.assert_allclose(predict_probs(*loaded, swap_pairs(pairs), **OPTIONS), swap_probs(probs), atol=1e-6)
+
+
+def test_the_swap_is_the_mean_of_both_readings(loaded, demo_pairs):
+    pairs = demo_pairs[:12]
+    given = predict_probs(*loaded, pairs, swap=False, **OPTIONS)
+    swapped = predict_probs(*loaded, swap_pairs(pairs), swap=False, **OPTIONS)
+    assert np.abs(given - swap_probs(swapped)).max() > 1e-3
+    averaged = predict_probs(*loaded, pairs, **OPTIONS)
+    np.testing.assert_allclose(averaged, average_over_swap(given, swapped), atol=1e-6)
+
+
+def test_no_battles_give_an_empty_array(loaded, demo_pairs):
+    assert predict_probs(*loaded, demo_pairs[:0], **OPTIONS).shape == (0, 3)
+
+
+def test_the_model_keeps_its_mode(loaded, demo_pairs):
+    model, tokenizer = loaded
+    model.train()
+    predict_probs(model, tokenizer, demo_pairs[:2], **OPTIONS)
+    assert model.training
+
+
+class Clock:
+    """A clock that only the fake model moves."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(predict, "time", clock)
+    return clock
+
+
+class Fake(nn.Module):
+    """Logits from the token ids; takes one second per padded token of the clock."""
+
+    def __init__(self, clock=None, overflow_rows=0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.clock, self.overflow_rows = clock or Clock(), overflow_rows
+
+    def forward(self, input_ids, attention_mask):
+        self.clock.now += input_ids.numel()
+        position = torch.arange(input_ids.shape[1])
+        place = (input_ids * attention_mask * position).sum(1).double()
+        logits = torch.stack([torch.sin(place), torch.cos(place), torch.zeros_like(place)], dim=1)
+        if len(input_ids) > 1:
+            logits[: self.overflow_rows] = torch.nan
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.fixture
+def tokenizer(tiny_base):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_base("modernbert"))
+
+
+def test_a_passed_deadline_reaches_no_row(clock, tokenizer, demo_pairs):
+    probs = predict_probs(Fake(clock), tokenizer, demo_pairs[:5], deadline=-1.0, **OPTIONS)
+    assert probs.shape == (5, 3) and np.isnan(probs).all()
+
+
+def test_time_for_all_gives_what_no_deadline_gives(clock, tokenizer, demo_pairs):
+    whole = predict_probs(Fake(clock), tokenizer, demo_pairs, **OPTIONS)
+    late = predict_probs(Fake(clock), tokenizer, demo_pairs, deadline=2 * clock.now, **OPTIONS)
+    np.testing.assert_array_equal(late, whole)
+
+
+@pytest.mark.parametrize(("share", "all_reached"), [(0.75, True), (0.5, True), (0.25, False), (0.05, False)])
+def test_the_swap_is_given_up_before_any_row_and_the_clock_is_kept(clock, tokenizer, demo_pairs, share, all_reached):
+    whole = predict_probs(Fake(clock), tokenizer, demo_pairs, **OPTIONS)
+    seconds, clock.now = clock.now, 0.0
+    probs = predict_probs(Fake(clock), tokenizer, demo_pairs, deadline=share * seconds, **OPTIONS)
+    assert clock.now <= share * seconds
+    reached = np.isfinite(probs).all(axis=1)
+    assert reached.all() == all_reached and reached.any()
+    np.testing.assert_allclose(probs[reached].sum(axis=1), 1)
+    # Some were read once, which is not the mean of two readings.
+    assert np.abs(probs - whole)[reached].max() > 0.01
+    # Nearly all of the time is used.
+    assert clock.now > share * seconds - 2 * OPTIONS["tokens_per_batch"]
+
+
+def test_a_single_reading_is_symmetric_too(clock, tokenizer, demo_pairs, ugly_pairs):
+    for pairs in (demo_pairs[:40], ugly_pairs):
+        clock.now = 0.0
+        predict_probs(Fake(clock), tokenizer, pairs, swap=False, **OPTIONS)
+        seconds = clock.now
+        readings = []
+        for table in (pairs, swap_pairs(pairs)):
+            clock.now = 0.0
+            readings.append(predict_probs(Fake(clock), tokenizer, table, deadline=seconds, **OPTIONS))
+            assert clock.now == seconds
+        np.testing.assert_allclose(readings[1], swap_probs(readings[0]), atol=1e-12)
+        assert np.isfinite(readings[0]).all()
+
+
+def test_rows_that_overflow_are_read_again_alone(tokenizer, demo_pairs):
+    pairs = demo_pairs[:30]
+    lost = predict_probs(Fake(overflow_rows=2), tokenizer, pairs, **OPTIONS)
+    np.testing.assert_allclose(lost, predict_probs(Fake(), tokenizer, pairs, **OPTIONS), atol=1e-12)
+
+
+def test_rows_that_overflow_in_32_bit_too_are_nan(tokenizer, demo_pairs):
+    model = Fake()
+    model.forward = lambda input_ids, attention_mask: SimpleNamespace(logits=torch.full((len(input_ids), 3), torch.inf))
+    assert np.isnan(predict_probs(model, tokenizer, demo_pairs[:4], **OPTIONS)).all()

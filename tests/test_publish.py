@@ -1,0 +1,86 @@
+import dataclasses
+import json
+
+import pytest
+
+from src.utils.config import DecoderConfig
+from src.utils.models import load_classifier, save_model
+from src.utils.predict import predict_probs
+from src.utils.publish import make_card, publish_model, push_model
+from src.utils.schema import LABELS, probs_table
+
+CONFIG = DecoderConfig(
+    checkpoint="tiny:qwen3", revision="", quantization="4bit", lora_rank=4, max_tokens=160, tokens_per_batch=1024
+)
+METRICS = {"log_loss": 1.0512, "accuracy": 0.4321, "n_pairs": 2400, "n_train_pairs": 9600, "prior_log_loss": 1.0951}
+PARITY = {"max_abs_difference": 2e-7, "n_pairs": 200, "tolerance": 1e-4, "passed": True} | {
+    "log_loss_trained": 1.05,
+    "log_loss_merged": 1.06,
+}
+
+
+@pytest.fixture
+def published(tiny_base, demo_pairs, tmp_path):
+    pairs = demo_pairs[:12].reset_index(drop=True)
+    model, tokenizer = load_classifier(CONFIG, tiny_base("qwen3"))
+    source = save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0")
+    probs = predict_probs(model, tokenizer, pairs, max_tokens=160, tokens_per_batch=1024)
+    oof = probs_table(pairs["id"], probs, fold=0)
+    parity = publish_model(source, CONFIG, pairs, oof, tmp_path / "07" / "model", tiny_base("qwen3"))
+    return parity, tmp_path / "07"
+
+
+def test_a_merged_model_gives_the_probabilities_of_the_unmerged_one(published):
+    parity, run_dir = published
+    assert parity["passed"] and parity["max_abs_difference"] <= 1e-4
+    assert parity["n_pairs"] == 12
+    assert abs(parity["log_loss_merged"] - parity["log_loss_trained"]) < 0.1
+    files = {path.name for path in (run_dir / "model").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= files
+    assert not any("adapter" in name for name in files)
+
+
+def test_a_published_model_names_its_classes_and_no_place_on_this_machine(published):
+    _, run_dir = published
+    config = json.loads((run_dir / "model" / "config.json").read_text())
+    assert [config["id2label"][str(index)] for index in range(3)] == list(LABELS)
+    texts = [path.read_text() for path in (run_dir / "model").glob("*.json")]
+    assert not any(str(run_dir.parent) in text for text in texts)
+
+
+def test_a_difference_beyond_the_tolerance_fails(tiny_base, demo_pairs, tmp_path, monkeypatch):
+    pairs = demo_pairs[:4].reset_index(drop=True)
+    model, tokenizer = load_classifier(CONFIG, tiny_base("qwen3"))
+    source = save_model(model, tokenizer, tmp_path / "fold_0")
+    oof = probs_table(pairs["id"], predict_probs(model, tokenizer, pairs, max_tokens=160, tokens_per_batch=1024))
+
+    def merge_badly(*args):
+        merged, tokenizer = load_classifier(dataclasses.replace(CONFIG, lora_rank=0, quantization="none"), args[2])
+        merged.score.weight.data *= 50
+        return merged, tokenizer
+
+    monkeypatch.setattr("src.utils.publish.merge", merge_badly)
+    assert not publish_model(source, CONFIG, pairs, oof, tmp_path / "model", tiny_base("qwen3"))["passed"]
+
+
+def test_the_card_states_the_measured_numbers_and_what_the_data_are():
+    real = str(make_card(dataclasses.replace(CONFIG, checkpoint="Qwen/X"), METRICS, PARITY, "me/model", is_demo=False))
+    assert "1.0512" in real and "2,400" in real and "2.0e-07" in real
+    assert "base_model: Qwen/X" in real and "arena-human-preference-55k" in real
+    assert 'from_pretrained("me/model"' in real
+    demo = str(make_card(CONFIG, METRICS, PARITY, "", is_demo=True))
+    assert "No person voted" in demo and "base_model" not in demo
+
+
+def test_a_dry_run_pushes_nothing(published, monkeypatch):
+    _, run_dir = published
+    (run_dir / "README.md").write_text("card")
+    monkeypatch.setattr("src.utils.publish.HfApi", None)
+    assert push_model(run_dir, "", True).startswith("dry run: would push")
+
+
+def test_a_push_without_a_repository_is_refused(published):
+    _, run_dir = published
+    (run_dir / "README.md").write_text("card")
+    with pytest.raises(ValueError, match="REPO_ID"):
+        push_model(run_dir, "", False)

@@ -1,0 +1,282 @@
+import dataclasses
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from src.utils import train
+from src.utils.config import DecoderConfig, FinetuneConfig
+from src.utils.metrics import log_loss
+from src.utils.models import load_finetuned
+from src.utils.predict import predict_probs
+from src.utils.schema import probs_of
+from src.utils.train import HISTORY_COLUMNS, fit, plan_batches
+
+ENCODER = FinetuneConfig(
+    checkpoint="tiny:modernbert",
+    revision="",
+    max_tokens=96,
+    tokens_per_batch=512,
+    batches_per_step=2,
+    n_epochs=2.0,
+    learning_rate=1e-3,
+    n_evals=2,
+)
+DECODER = DecoderConfig(
+    checkpoint="tiny:qwen3",
+    revision="",
+    quantization="4bit",
+    lora_rank=8,
+    lora_alpha=8.0,
+    max_tokens=160,
+    tokens_per_batch=640,
+    batches_per_step=2,
+    n_epochs=1.0,
+    learning_rate=5e-3,
+    n_evals=2,
+)
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+def kill_at(monkeypatch, step):
+    """Make every fold's training raise at a step, as a killed run stops."""
+    real = train._FoldTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        self.add_callback(KillAt(step))
+
+    monkeypatch.setattr(train._FoldTrainer, "__init__", init)
+
+
+# ---- the plan -----------------------------------------------------------------
+
+
+def test_every_epoch_has_every_battle_once_and_the_next_has_it_mirrored():
+    lengths = np.random.default_rng(0).integers(5, 90, 101)
+    plan = plan_batches(lengths, ENCODER)
+    items = np.concatenate(plan)
+    assert len(items) == 202
+    first, second = items[:101], items[101:]
+    assert sorted(first // 2) == sorted(second // 2) == list(range(101))
+    order = {item // 2: item % 2 for item in first}
+    assert all(item % 2 == 1 - order[item // 2] for item in second)
+    assert 30 < sum(order.values()) < 70
+
+
+def test_a_fraction_of_an_epoch_takes_that_share_of_its_batches():
+    lengths = np.random.default_rng(0).integers(5, 90, 400)
+    whole = plan_batches(lengths, dataclasses.replace(ENCODER, n_epochs=1.0))
+    half = plan_batches(lengths, dataclasses.replace(ENCODER, n_epochs=0.5))
+    assert half == whole[: len(half)]
+    assert abs(len(half) - len(whole) / 2) <= 1
+
+
+def test_validations_are_spread_evenly_and_the_last_step_has_one():
+    assert train._validation_steps(ENCODER, 100) == {25, 50, 75, 100}
+    assert train._validation_steps(ENCODER, 2) == {1, 2}
+    assert train._validation_steps(dataclasses.replace(ENCODER, n_epochs=0.1, n_evals=1), 7) == {7}
+
+
+# ---- whole runs ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted(_demo_pairs, tiny_base, tmp_path_factory):
+    """One finished run of two folds of the tiny encoder, with the learning rate of every step."""
+    run_dir = tmp_path_factory.mktemp("fitted")
+    pairs = _demo_pairs[:80].reset_index(drop=True)
+    rates = []
+    real = train._FoldTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        rates.append((self.fold, self.state.global_step, self.optimizer.param_groups[0]["lr"]))
+        return real(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._FoldTrainer, "training_step", step)
+        result = fit(pairs, dataclasses.replace(ENCODER, folds=(0, 1)), run_dir, tiny_base("modernbert"))
+    return pairs, result, run_dir, pd.DataFrame(rates, columns=["fold", "step", "rate"])
+
+
+@pytest.mark.slow
+def test_every_held_out_battle_is_predicted_once(fitted):
+    pairs, result, _, _ = fitted
+    heldout = pairs[pairs["fold"].isin([0, 1])]
+    assert sorted(result.oof["id"]) == sorted(heldout["id"])
+    assert result.oof.set_index("id")["fold"].to_dict() == heldout.set_index("id")["fold"].to_dict()
+    probs_of(result.oof)
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_kept_and_give_the_oof_again(fitted):
+    pairs, result, run_dir, _ = fitted
+    for fold in (0, 1):
+        model, tokenizer = load_finetuned(run_dir / "model" / f"fold_{fold}", ENCODER)
+        heldout = pairs[pairs["fold"] == fold]
+        probs = predict_probs(model, tokenizer, heldout, max_tokens=96, tokens_per_batch=512)
+        oof = probs_of(result.oof[result.oof["fold"] == fold])
+        np.testing.assert_allclose(probs, oof, atol=1e-6)
+        losses = result.history.loc[result.history["fold"] == fold, "log_loss"]
+        assert log_loss(probs, heldout["label"].to_numpy()) == pytest.approx(losses.min(), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_warmup_and_cosine_are_really_applied(fitted):
+    _, _, _, rates = fitted
+    rate = rates[rates["fold"] == 0].groupby("step")["rate"].first().to_numpy()
+    n_steps = len(rate)
+    n_warm = int(np.ceil(0.1 * n_steps))
+    steps = np.arange(n_steps)
+    cosine = 0.5 * (1 + np.cos(np.pi * (steps - n_warm) / (n_steps - n_warm)))
+    np.testing.assert_allclose(rate, 1e-3 * np.where(steps < n_warm, steps / n_warm, cosine), atol=1e-9)
+
+
+@pytest.mark.slow
+def test_history_has_a_row_a_validation(fitted):
+    _, result, run_dir, _ = fitted
+    history = result.history
+    assert tuple(history.columns) == HISTORY_COLUMNS
+    assert history.groupby("fold").size().to_dict() == {0: 4, 1: 4}
+    assert history["epoch"].max() == 2
+    assert history[["train_loss", "log_loss"]].to_numpy().min() > 0
+    assert (history["tokens_per_second"] > 0).all() and history["padding_share"].between(0, 0.6).all()
+    assert result.n_train_pairs == 64
+    assert result.seconds > 0 and result.tokens_per_second > 0 and result.n_parameters > 1e5
+    assert not list(run_dir.rglob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_finished_fold_is_not_trained_again(fitted, monkeypatch, tiny_base):
+    pairs, result, run_dir, _ = fitted
+    monkeypatch.setattr(train, "load_classifier", None)
+    again = fit(pairs, dataclasses.replace(ENCODER, folds=(0, 1)), run_dir, tiny_base("modernbert"))
+    pd.testing.assert_frame_equal(again.oof, result.oof)
+    pd.testing.assert_frame_equal(again.history, result.history)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "kind"), [(ENCODER, "modernbert"), (DECODER, "qwen3")])
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
+    config, kind, demo_pairs, tiny_base, tmp_path, monkeypatch
+):
+    pairs = demo_pairs[:60].reset_index(drop=True)
+    unbroken = fit(pairs, config, tmp_path / "unbroken", tiny_base(kind))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, int(unbroken.history["step"].iloc[-1]) - 1)
+        fit(pairs, config, tmp_path / "killed", tiny_base(kind))
+    checkpoints = tmp_path / "killed" / "checkpoints" / "fold_0"
+    newest = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    # A second kill, in the middle of writing the next checkpoint.
+    shutil.copytree(newest, checkpoints / "checkpoint-999999")
+    first_steps = []
+    real = train._FoldTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        first_steps.append(self.state.global_step)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(train._FoldTrainer, "training_step", step)
+    resumed = fit(pairs, config, tmp_path / "killed", tiny_base(kind))
+    assert first_steps[0] == int(newest.name.split("-")[1]) > 0
+    (weights,) = (tmp_path / "unbroken" / "model" / "fold_0").glob("*.safetensors")
+    before, after = load_file(weights), load_file(tmp_path / "killed" / "model" / "fold_0" / weights.name)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    pd.testing.assert_frame_equal(resumed.oof, unbroken.oof)
+    losses = ["step", "train_loss", "log_loss", "learning_rate"]
+    pd.testing.assert_frame_equal(resumed.history[losses], unbroken.history[losses])
+
+
+@pytest.mark.slow
+def test_checkpoints_of_other_settings_are_removed(demo_pairs, tiny_base, tmp_path, monkeypatch):
+    pairs = demo_pairs[:40].reset_index(drop=True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 4)
+        fit(pairs, dataclasses.replace(ENCODER, n_evals=4), tmp_path, tiny_base("modernbert"))
+    assert list(tmp_path.rglob("checkpoint-*"))
+    result = fit(pairs, dataclasses.replace(ENCODER, n_epochs=0.5, n_evals=1), tmp_path, tiny_base("modernbert"))
+    assert result.history["step"].tolist() == [result.history["step"].iloc[-1]]
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "kind"), [(ENCODER, "modernbert"), (DECODER, "qwen3")])
+def test_four_pairs_can_be_overfitted(config, kind, demo_pairs, tiny_base, tmp_path):
+    pairs = demo_pairs[:8].assign(fold=[0, 0, 0, 0, 1, 1, 1, 1]).reset_index(drop=True)
+    pairs["label"] = [0, 1, 2, 0] * 2
+    config = dataclasses.replace(config, n_epochs=40.0, n_evals=1, weight_decay=0.0, batches_per_step=1)
+    config = dataclasses.replace(config, learning_rate=2e-3 if kind == "modernbert" else 1e-2)
+    history = fit(pairs, config, tmp_path, tiny_base(kind)).history
+    assert history["train_loss"].iloc[0] > 0.3
+    assert history["train_loss"].iloc[-1] < 0.05
+
+
+@pytest.mark.slow
+def test_max_pairs_limits_the_training_battles_alone(demo_pairs, tiny_base, tmp_path):
+    pairs = demo_pairs[:60].reset_index(drop=True)
+    config = dataclasses.replace(ENCODER, max_pairs=16, n_epochs=1.0, n_evals=1)
+    result = fit(pairs, config, tmp_path, tiny_base("modernbert"))
+    assert result.n_train_pairs == 16
+    assert len(result.oof) == (pairs["fold"] == 0).sum()
+
+
+def test_a_gradient_does_not_depend_on_how_rows_fall_into_batches(demo_pairs, tiny_base, tmp_path):
+    pairs = demo_pairs[:6].assign(fold=[0, 1, 1, 1, 1, 1]).reset_index(drop=True)
+
+    def gradient(tokens_per_batch, batches_per_step):
+        config = dataclasses.replace(
+            ENCODER, max_tokens=96, tokens_per_batch=tokens_per_batch, batches_per_step=batches_per_step, n_epochs=1.0
+        )
+        model, tokenizer = train.load_classifier(config, tiny_base("modernbert"))
+        trainer = train._FoldTrainer(model, tokenizer, pairs[1:], pairs[:1], 0, config, tmp_path)
+        batches = list(trainer.get_train_dataloader())
+        trainer.current_gradient_accumulation_steps = len(batches)
+        trainer.model_wrapped = model
+        for batch in batches:
+            trainer.training_step(model, batch)
+        return len(batches), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    n_whole, whole = gradient(96 * 5, 1)
+    n_parts, parts = gradient(96 * 2, 3)
+    assert n_whole == 1 and n_parts > 2
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-3)
+
+
+def test_a_fold_that_does_not_exist_is_named(demo_pairs, tmp_path):
+    with pytest.raises(ValueError, match="expected fold 9 to hold some"):
+        fit(demo_pairs, dataclasses.replace(ENCODER, folds=(9,)), tmp_path)
+
+
+def test_a_budget_that_the_model_can_not_read_is_refused(demo_pairs, tiny_base, tmp_path):
+    config = dataclasses.replace(ENCODER, max_tokens=100_000, tokens_per_batch=100_000)
+    with pytest.raises(ValueError, match="max_tokens: expected at most 8192"):
+        fit(demo_pairs, config, tmp_path, tiny_base("modernbert"))
+
+
+def test_models_that_do_not_belong_to_the_run_are_removed(demo_pairs, tmp_path):
+    key = train._make_key(demo_pairs, ENCODER)
+    for fold, saved in ((0, key), (1, key), (2, "another")):
+        for kind in ("model", "checkpoints"):
+            (tmp_path / kind / f"fold_{fold}").mkdir(parents=True)
+        train.write_json(tmp_path / "checkpoints" / f"fold_{fold}" / "key.json", saved)
+    (tmp_path / "model" / "fold_7").mkdir()
+    train._remove_stale(tmp_path, key, (0, 2))
+    for kind in ("model", "checkpoints"):
+        assert [path.name for path in (tmp_path / kind).iterdir()] == ["fold_0"]
