@@ -75,7 +75,7 @@ def format_results() -> str:
     """The result section of README, from the committed results."""
     parts = []
     for name, title in {
-        "demo": "**Demo arena** (`make run`: {n:,} battles, tiny models from random weights, best log loss known)",
+        "demo": "**Demo arena** (`make run`: {n:,} battles, tiny models, best log loss known)",
         "real": "**Real battles** ({n} rows of the competition, the same tiny models, which cannot learn from so few)",
     }.items():
         path = RESULTS / f"{name}.json"
