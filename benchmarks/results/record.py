@@ -102,6 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     write_json(RESULTS / f"{options.name}.json", collect_results(options.name, options.artifacts))
     for source, target in FIGURES.get(options.name, {}).items():
+        (ROOT / "assets").mkdir(exist_ok=True)
         shutil.copyfile(options.artifacts / source, ROOT / "assets" / target)
     write_readme()
 
