@@ -1,6 +1,10 @@
 """Battles for the tests: demo ones, hand-made ugly ones, and real ones where they are at hand."""
 
+import os
 from pathlib import Path
+
+# Tiny models gain nothing from a second thread, and lose much where another process wants the core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pandas as pd
 import pytest
