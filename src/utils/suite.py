@@ -343,7 +343,7 @@ def _overall_bar(n_notebooks: int, stream: IO[str]) -> Iterator[Any]:
     """Give a function that prints a line above the bar and moves it on by so many notebooks."""
     bar = tqdm(
         total=n_notebooks,
-        bar_format="all                 {bar:16} {n_fmt}/{total_fmt} notebooks  {elapsed}",
+        bar_format="all                 {bar:16} {n_fmt}/{total_fmt} notebooks",
         file=stream,
         disable=not stream.isatty(),
         position=1,
