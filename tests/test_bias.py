@@ -1,12 +1,15 @@
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
+from scipy.special import expit, softmax
 
-from src.utils import bias
+from src.utils import bias, demo
+from src.utils.data import add_groups_and_folds, load_pairs
 from src.utils.mirror import swap_labels
 
 # American League 1987, wins of the row's team over the column's (Agresti, Categorical Data Analysis, table 10.10).
@@ -24,6 +27,20 @@ WINS = np.array(
 )
 # As published (Agresti; the R package BradleyTerry2 gives the same), Baltimore at 0.
 ABILITIES = (1.5814, 1.4364, 1.2945, 1.2476, 1.1077, 0.6839, 0.0)
+
+
+# Six brands of chocolate pudding, Davidson 1970, example 2: brands i and j, tasters for i, for j, and for neither
+# (as in the R package PlackettLuce, data set "pudding").
+PUDDING = np.array(
+    [
+        (1, 2, 19, 22, 16), (1, 3, 16, 19, 12), (2, 3, 19, 19, 10), (1, 4, 18, 23, 13), (2, 4, 23, 19, 9),
+        (3, 4, 19, 20, 15), (1, 5, 13, 19, 18), (2, 5, 16, 20, 12), (3, 5, 16, 15, 17), (4, 5, 17, 14, 16),
+        (1, 6, 18, 21, 12), (2, 6, 22, 20, 12), (3, 6, 13, 18, 10), (4, 6, 14, 19, 18), (5, 6, 11, 21, 12),
+    ]
+)  # fmt: skip
+# PlackettLuce's vignette prints these, stopped after 7 iterations "to obtain the same worth parameters as Davidson".
+PUDDING_WORTHS, PUDDING_NU = (0.1388005, 0.1729985, 0.1617420, 0.1653930, 0.1586805, 0.2023855), 0.7468147
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def draw_votes(n: int, seed: int, slope: float = 0.8, seat: float = 0.2, nu: float = 0.9) -> tuple:
@@ -116,7 +133,7 @@ def test_clusters_widen_the_interval_when_votes_repeat():
         (np.ones(1), np.array([0]), "too few"),
         (np.random.default_rng(0).normal(size=50), np.zeros(50, dtype=int), "too few"),
         (np.random.default_rng(0).normal(size=50), np.full(50, 2), "too few"),
-        (np.zeros(50), np.arange(50) % 2, "differ in 0"),
+        (np.zeros(50), np.arange(50) % 2, "seen in 0"),
         (np.linspace(-1, 1, 50), (np.arange(50) < 25).astype(int), "no finite estimate"),
     ],
 )
@@ -140,6 +157,18 @@ def test_strengths_match_the_published_example():
     assert strengths.sum() == pytest.approx(0, abs=1e-9)
     assert fitted.effects["log_odds_per_unit"].iloc[0] == pytest.approx(0, abs=1e-6)  # the seat
     assert fitted.effects["reason"].iloc[1] == "no ties"
+
+
+def test_strengths_and_ties_match_davidsons_own_example():
+    votes = [(i, j, label) for i, j, *counts in PUDDING for label, count in enumerate(counts) for _ in range(count)]
+    i, j, labels = np.array(votes).T
+    # Each tasting from both sides: the published model has no seat.
+    fitted = bias.fit_bradley_terry(
+        np.r_[i, j].astype(str), np.r_[j, i].astype(str), np.r_[labels, swap_labels(labels)]
+    )
+    worths = softmax(fitted.strengths.sort_values("model")["strength"].to_numpy(dtype=float))
+    np.testing.assert_allclose(worths, PUDDING_WORTHS, atol=2e-4)
+    assert np.exp(fitted.effects["log_odds_per_unit"].iloc[1]) == pytest.approx(PUDDING_NU, abs=2e-3)
 
 
 def test_davidson_recovers_what_was_planted():
@@ -168,7 +197,10 @@ def test_intervals_cover_the_planted_effect_at_their_rate_and_nulls_are_rarely_f
         covered += low < 0.5 < high
         found += not null["low"] < 0 < null["high"]
     # Four standard errors of a binomial around 95 % and 5 % of 200.
-    assert 178 <= covered <= 200 and found <= 22
+    rates = (
+        f"{covered / 200:.1%} of intervals cover (95 % promised), {found / 200:.1%} of nulls are found (5 % promised)"
+    )
+    assert 178 <= covered <= 200 and found <= 22, rates
 
 
 def test_strengths_and_style_on_the_demo_arena(demo_pairs):
@@ -254,3 +286,236 @@ def test_records_hold_nothing_that_json_refuses():
     records = bias.to_records(table)
     assert json.loads(json.dumps(records, allow_nan=False)) == records
     assert records[1]["x"] is None and records[0] == {"x": 1.5, "n": 1, "reason": None}
+
+
+# ── coverage on the demo arena, whose true probabilities are known ────────────────────
+
+N_ARENAS, N_VOTES = 150, 900
+
+
+@pytest.fixture(scope="module")
+def arena():
+    """1,800 demo battles: what voters look at (A − B), true probabilities, prompts."""
+    pairs, probs = demo.make_battles(1800, seed=11)
+    measured = [np.array(list(map(demo.measure_answer, pairs["prompt"], pairs[f"response_{side}"]))) for side in "ab"]
+    return pd.DataFrame(measured[0] - measured[1], columns=demo.MEASURES), probs, add_groups_and_folds(pairs)
+
+
+def vote_again(arena, seed):
+    """A fresh sample of the arena's battles with fresh votes by the true probabilities."""
+    measured, probs, pairs = arena
+    rng = np.random.default_rng(seed)
+    rows = rng.choice(len(probs), N_VOTES, replace=False)
+    labels = (rng.random((N_VOTES, 1)) > probs[rows].cumsum(axis=1)[:, :-1]).sum(axis=1)
+    noise = rng.normal(size=N_VOTES)
+    return measured.iloc[rows].reset_index(drop=True).assign(noise=noise), labels, pairs["group"].to_numpy()[rows]
+
+
+def test_demo_intervals_cover_every_planted_effect_at_their_rate(arena):
+    planted = {**{name: getattr(demo.EFFECTS, name) for name in demo.MEASURES}, "seat A": demo.EFFECTS.seat}
+    planted |= {"tie": np.log(demo.EFFECTS.nu), "noise": 0.0}
+    covered = dict.fromkeys(planted, 0)
+    for seed in range(N_ARENAS):
+        effects = bias.fit_votes(*vote_again(arena, seed)).effects.set_index("effect")
+        for name, size in planted.items():
+            covered[name] += effects.loc[name, "low"] < size < effects.loc[name, "high"]
+    rates = {name: count / N_ARENAS for name, count in covered.items()}
+    mean = np.mean(list(rates.values()))
+    said = f"95 % promised, {mean:.1%} covered; by effect {rates}; a null is found in {1 - rates['noise']:.1%}"
+    print(said)
+    # Four standard errors: 95 % ± 7.1 points for one effect over 150 arenas, ± 2.4 for the mean of nine.
+    assert min(rates.values()) >= 0.879 and 0.926 <= mean <= 0.974, said
+
+
+def test_position_and_length_are_not_found_where_there_is_none():
+    found_seat = found_length = 0
+    for seed in range(400):
+        x, labels, _ = draw_votes(300, seed=seed, slope=0, seat=0)
+        seat, longer = bias.position_effect(labels), bias.larger_wins(x, labels)
+        found_seat += seat["p_value"] < 0.05
+        found_length += not longer["low"] < 0.5 < longer["high"]
+    said = f"found where nothing is: seat {found_seat / 400:.1%}, length {found_length / 400:.1%} (5 % promised)"
+    assert max(found_seat, found_length) <= 0.05 * 400 + 4 * np.sqrt(400 * 0.05 * 0.95), said
+
+
+def test_the_band_of_a_smooth_curve_covers_the_true_curve_at_about_its_rate():
+    inside = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        x = np.abs(rng.normal(size=1500))
+        curve = bias.smooth_rate(x, rng.random(1500) < expit(1.2 * np.tanh(x)), n_boot=100, seed=seed)
+        inside.append(curve[["low", "high"]].sub(expit(1.2 * np.tanh(curve["value"])), axis=0).prod(axis=1) < 0)
+    rate = np.mean(inside)
+    assert 0.88 <= rate <= 0.99, f"{rate:.1%} of the curve lies in its 95 % band"
+
+
+# ── smooth curves ─────────────────────────────────────────────────────────────────────
+
+
+def test_exchanging_the_seats_changes_no_length_curve():
+    x, labels, groups = draw_votes(1000, seed=8)
+    for given, mirrored in zip(
+        bias.length_curves(x, labels, groups, 20), bias.length_curves(-x, swap_labels(labels), groups, 20), strict=True
+    ):
+        pd.testing.assert_frame_equal(given, mirrored)
+        assert len(given) and (given["low"] <= given["share"]).all() and (given["share"] <= given["high"]).all()
+
+
+def test_a_resampled_curve_is_what_a_full_fit_would_give():
+    rng = np.random.default_rng(0)
+    basis, hits = np.eye(6)[rng.integers(6, size=600)], (rng.random(600) < 0.6).astype(float)
+    start = bias._newton_rate(basis, hits, np.ones(600), np.zeros(6), n_steps=20)
+    weights = next(bias._resample_weights(np.arange(600), 1, seed=1))
+    assert weights.sum() == 600
+    two, full = (bias._newton_rate(basis, hits, weights, start, n_steps) for n_steps in (2, 20))
+    np.testing.assert_allclose(two, full, atol=1e-3)
+
+
+def test_votes_that_repeat_widen_the_band_of_their_curve():
+    x, labels, _ = draw_votes(800, seed=3)
+    again = np.repeat(np.arange(800), 4)
+    hits = (labels == 2)[again]
+    clustered, naive = (bias.smooth_rate(x[again], hits, groups) for groups in (again, None))
+    ratio = (clustered["high"] - clustered["low"]).mean() / (naive["high"] - naive["low"]).mean()
+    assert ratio == pytest.approx(2, rel=0.15)
+
+
+@pytest.mark.parametrize(("values", "n_hits"), [(np.arange(60.0), 20), (np.ones(400), 200), (np.empty(0), 0)])
+def test_too_little_gives_no_curve(values, n_hits):
+    assert bias.smooth_rate(values, np.arange(len(values)) < n_hits).empty
+
+
+# ── position by part, levels ──────────────────────────────────────────────────────────
+
+
+def test_levels_are_even_and_named_by_their_bounds():
+    levels = bias.cut_levels(np.arange(1, 9), 2, " turns")
+    assert list(levels.categories) == ["1–4 turns", "4–8 turns"] and list(levels.codes) == [0] * 4 + [1] * 4
+    assert list(bias.cut_levels(np.ones(3), 4).categories) == ["1"]
+    assert len(bias.cut_levels(np.empty(0), 4)) == 0
+
+
+def test_position_is_found_to_depend_only_on_what_moves_it():
+    rng = np.random.default_rng(0)
+    part, idle = rng.integers(2, size=2000), rng.integers(3, size=2000)
+    labels = np.where(rng.random(2000) < 0.2, 2, (rng.random(2000) > np.where(part == 1, 0.65, 0.45)).astype(int))
+    table = bias.position_by({"part": part, "idle": idle}, labels)
+    assert table["n"].sum() == 2 * (labels != 2).sum()
+    p_values = table.groupby("property")["p_value"].first()
+    assert p_values["part"] < 1e-6 and p_values["idle"] > 0.01
+    assert np.isnan(bias.position_by({"part": ["x"]}, np.array([2]))["share"].iloc[0])
+
+
+# ── strengths by bootstrap ────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("styled", [False, True])
+def test_bootstrap_and_sandwich_agree_on_the_demo_arena(arena, styled):
+    measured, _, pairs = arena
+    seats, labels = (pairs["model_a"], pairs["model_b"]), pairs["label"].to_numpy()
+    covariates = measured[["log_words", "lists"]] if styled else None
+    fitted = bias.fit_bradley_terry(*seats, labels, covariates, pairs["group"])
+    both = bias.compare_intervals(
+        fitted.strengths, bias.bootstrap_strengths(*seats, labels, covariates, pairs["group"], n_boot=1000)
+    )
+    assert len(both) == len(demo.CHATBOTS)
+    assert both["width_ratio"].median() == pytest.approx(1, abs=0.1), both["width_ratio"].describe()
+    assert both["width_ratio"].between(0.85, 1.15).all(), both["width_ratio"].describe()
+
+
+def test_a_resampled_strength_is_what_a_full_fit_would_give(arena):
+    measured, _, pairs = arena
+    labels = pairs["label"].to_numpy()
+    models = sorted({*pairs["model_a"]})
+    design = bias._design_models(pairs["model_a"].to_numpy(object), pairs["model_b"].to_numpy(object), models)
+    full, _, _ = bias._add_covariates(design, measured[["log_words"]])
+    codes = np.arange(len(labels))
+    params, cov, _, _ = bias._maximise(full, labels, codes, design.shape[1])
+    weights = next(bias._resample_weights(codes, 1, seed=3)).astype(int)
+    again = np.repeat(codes, weights)
+    exact, _, _, _ = bias._maximise(full[again], labels[again], again, design.shape[1])
+    for n_steps, tolerance in ((1, 0.1), (2, 0.01)):
+        (draw,) = bias._resample_davidson(params, full, labels, codes, 1, seed=3, n_steps=n_steps)
+        assert (np.abs(draw - exact) / np.sqrt(np.diag(cov))).max() < tolerance
+
+
+def test_no_strength_gives_no_bootstrap():
+    unknown = ["unknown"] * 20
+    assert bias.bootstrap_strengths(unknown, unknown, np.arange(20) % 3).empty
+    nothing = bias.fit_bradley_terry(unknown, unknown, np.arange(20) % 3).strengths
+    assert bias.compare_intervals(nothing, bias.bootstrap_strengths(["x"], ["y"], np.array([0]))).empty
+
+
+def test_mt_bench_strengths_are_in_the_known_order():
+    path = REAL_DATA / "transfer" / "mtbench_human.csv.gz"
+    if not path.exists():
+        pytest.skip(f"MT-bench votes are not at hand: {path} is missing")
+    pairs = add_groups_and_folds(load_pairs(path)[0])
+    fitted = bias.fit_bradley_terry(pairs["model_a"], pairs["model_b"], pairs["label"], groups=pairs["group"])
+    order = fitted.strengths["model"].tolist()
+    assert order[0] == "gpt-4" and order[-2:] == ["alpaca-13b", "llama-13b"] and len(order) == 6
+
+
+# ── families ──────────────────────────────────────────────────────────────────────────
+
+
+def test_families_are_the_letters_that_open_a_name():
+    names = ["gpt-4-0613", "GPT35", "claude-2.1", "4x"]
+    assert bias.name_families(names).tolist() == ["gpt", "gpt", "claude", "unknown"]
+
+
+def test_kin_that_tie_more_often_are_found_and_one_family_alone_is_not_judged():
+    rng = np.random.default_rng(0)
+    names = np.array(["red-1", "red-2", "blue-1", "blue-2"])
+    a, b = np.array([rng.choice(4, 2, replace=False) for _ in range(3000)]).T
+    kin = np.char.partition(names[a], "-")[:, 0] == np.char.partition(names[b], "-")[:, 0]
+    labels = np.where(rng.random(3000) < np.where(kin, 0.5, 0.2), 2, rng.integers(2, size=3000))
+    strengths = bias.fit_bradley_terry(names[a], names[b], labels).strengths
+    table = bias.family_ties(names[a], names[b], labels, strengths)
+    assert (table["low"] > 0).all() and table["log_odds_per_unit"].iloc[0] == pytest.approx(np.log(4), abs=0.3)
+    alike = bias.family_ties(["red-1"] * 99, ["red-2"] * 99, labels[:99], strengths)
+    assert alike["log_odds"].isna().all() and alike["reason"].notna().all()
+
+
+# ── leak ──────────────────────────────────────────────────────────────────────────────
+
+
+def make_leaky(n_prompts, n_again, seed=0):
+    """Battles whose vote is decided by the prompt's words, each prompt asked `n_again` times."""
+    rng = np.random.default_rng(seed)
+    prompts = [" ".join(f"w{word}" for word in rng.integers(10**6, size=8)) for _ in range(n_prompts)]
+    rows = np.repeat(np.arange(n_prompts), n_again)
+    labels = rng.integers(3, size=n_prompts)[rows]
+    text = pd.Series([(f"answer {i}",) for i in range(len(rows))], dtype=object)
+    return pd.DataFrame(
+        {
+            "prompt": pd.Series([(prompts[row],) for row in rows], dtype=object),
+            "response_a": text,
+            "response_b": text,
+            "label": labels,
+            "group": rows,
+        }
+    )
+
+
+def test_a_random_split_flatters_a_model_that_remembers_prompts():
+    pairs = make_leaky(60, 5)
+    losses = bias.score_both_splits(pairs, np.random.default_rng(0).normal(size=(300, 2)))
+    assert len(losses) == 300 and losses["is_repeated"].all()
+    assert losses["grouped"].mean() - losses["random"].mean() > 0.05
+
+
+def test_without_repeats_there_is_no_leak_to_find():
+    losses = bias.score_both_splits(make_leaky(300, 1), np.random.default_rng(0).normal(size=(300, 2)))
+    gap = losses["grouped"] - losses["random"]
+    assert not losses["is_repeated"].any() and abs(gap.mean()) <= 4 * gap.std() / np.sqrt(300)
+
+
+def test_the_leak_is_measured_on_whole_groups():
+    losses = bias.score_both_splits(make_leaky(60, 5), np.zeros((300, 1)), max_pairs=100)
+    assert len(losses) == 100 and (losses["group"].value_counts() == 5).all()
+
+
+@pytest.mark.parametrize("n_prompts", [0, 1, 4])
+def test_too_few_prompts_measure_no_leak(n_prompts):
+    assert bias.score_both_splits(make_leaky(n_prompts, 2), np.zeros((2 * n_prompts, 1))).empty

@@ -1,16 +1,23 @@
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from src.utils import style as style_module
 from src.utils.mirror import swap_pairs
 from src.utils.style import (
     PAIR_FEATURES,
     SCRIPTS,
     STYLE_FEATURES,
+    count_tokens,
     density_differences,
+    load_or_measure_style,
+    load_tokenizer,
     measure_style,
+    slice_battles,
     style_differences,
     style_shared,
 )
@@ -186,3 +193,57 @@ def test_no_text_makes_measuring_slow(text):
     start = time.process_time()
     measure_style(pairs)
     assert time.process_time() - start < 5, "a pattern backtracks"
+
+
+def test_style_is_measured_once_for_the_same_battles(tmp_path, monkeypatch, ugly_pairs):
+    path, pairs = tmp_path / "style.parquet", ugly_pairs.set_index(pd.Index(range(100, 112)))
+    measured = load_or_measure_style(pairs, path, "hash")
+    monkeypatch.setattr(style_module, "measure_style", lambda pairs: pytest.fail("measured again"))
+    pd.testing.assert_frame_equal(load_or_measure_style(pairs, path, "hash"), measured)
+    with pytest.raises(pytest.fail.Exception):
+        load_or_measure_style(pairs, path, "other battles")
+    assert [file.name for file in tmp_path.iterdir()] == ["style.parquet"]
+
+
+def test_without_a_tokenizer_four_characters_are_a_token(ugly_pairs):
+    assert count_tokens(make_pairs(("12345", "1234", ""), ("", "", ""))).tolist() == [3, 0]
+    assert (count_tokens(ugly_pairs) >= 0).all()
+
+
+def test_a_tokenizer_of_two_files_merges_as_told(tmp_path):
+    vocab = {letter: place for place, letter in enumerate([*"abcĠ", "ab", "abc"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nab c\n")
+    tokenizer = load_tokenizer(tmp_path)
+    assert count_tokens(make_pairs(("abc", "ab", "abc cab")), tokenizer).tolist() == [1 + 1 + 4]
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json, or vocab\.json and merges\.txt"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+# Mean and longest battle of the 898 real rows, as measured with the models' own tokenizers.
+@pytest.mark.parametrize(("name", "mean", "longest"), [("qwen2_5", 670, 6371), ("olmo_bpe", 714, 6412)])
+def test_real_vocabularies_give_the_known_lengths(name, mean, longest, real_pairs):
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers" / name
+    if not folder.exists():
+        pytest.skip(f"real vocabularies are not at hand: {folder} is missing")
+    counts = count_tokens(real_pairs, load_tokenizer(folder))
+    assert counts.mean() == pytest.approx(mean, rel=0.005) and counts.max() == pytest.approx(longest, abs=5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("I'm sorry to hear that.", 1), ("We APOLOGIZE.", 1), ("A sorrowful song", 0), ("", 0)],
+)
+def test_an_apology_is_found_anywhere(answer, expected):
+    assert measure_one("hi", answer)["has_apology_a"] == expected
+
+
+def test_slices_of_one_kind_part_the_battles_and_ignore_the_seats(ugly_pairs):
+    slices, swapped = (slice_battles(measure_style(pairs)) for pairs in (ugly_pairs, swap_pairs(ugly_pairs)))
+    kinds = {name.split(":")[0] for name in slices}
+    assert kinds == {"length", "turns", "language", "code", "refusal"}
+    for kind in kinds:
+        np.testing.assert_array_equal(sum(mask for name, mask in slices.items() if name.startswith(kind)), 1)
+    for name, mask in slices.items():
+        np.testing.assert_array_equal(swapped[name], mask, err_msg=name)
+    assert slices["refusal: one answer"].sum() == 1 and slices["turns: several"].sum() == 2

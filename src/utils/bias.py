@@ -5,9 +5,11 @@ among decided battles; Davidson's model puts ties beside it in the same unit. Wh
 cannot be estimated is NaN with a `reason`, never a wild number.
 """
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,14 @@ import statsmodels.api as sm
 from scipy import sparse, stats
 from scipy.optimize import minimize
 from scipy.sparse.csgraph import connected_components
-from scipy.special import logit, softmax
+from scipy.special import expit, logit, softmax
+from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, KFold
+from sklearn.preprocessing import SplineTransformer
 from statsmodels.stats.proportion import proportion_confint
 
-from src.utils.schema import A_WINS, B_WINS, LABEL_NAMES, TIE, UNKNOWN_MODEL
+from src.utils.schema import A_WINS, B_WINS, LABEL_NAMES, TEXTS, TIE, UNKNOWN_MODEL, Turns
 
 _ALPHA = 0.05
 _Z = float(stats.norm.ppf(1 - _ALPHA / 2))
@@ -111,6 +117,64 @@ def _half_test(n_hits: int, n: int, reason: str) -> dict[str, Any]:
     }
 
 
+def cut_levels(values: np.ndarray, n_levels: int = 3, unit: str = "", digits: int = 0) -> pd.Categorical:
+    """Cut a property into levels of equal count, named by their bounds.
+
+    Args:
+        values: (N,) float.
+        n_levels: levels at most; equal bounds are merged.
+        unit: written behind each name.
+        digits: decimals of the bounds.
+
+    Returns:
+        N levels in rising order.
+
+    Example:
+        [1, 2, 3, 4], 2 levels, " turns" -> "1–2 turns" and "2–4 turns", two battles each.
+    """
+    quantiles = np.quantile(values, np.linspace(0, 1, n_levels + 1)) if len(values) else np.zeros(1)
+    edges = np.unique(np.round(quantiles, digits))
+    bounds = [f"{edge:,.{digits}f}" for edge in edges]
+    names = [f"{low}–{high}{unit}" for low, high in pairwise(bounds)] or [bounds[0] + unit]
+    return pd.Categorical.from_codes(np.searchsorted(edges[1:-1], values, side="left"), names)
+
+
+def position_by(properties: Mapping[str, Sequence], labels: np.ndarray) -> pd.DataFrame:
+    """Split the preference for seat A by properties of the battle.
+
+    Args:
+        properties: name -> the level of each of N battles (a categorical keeps its order).
+        labels: (N,) int, 0 A, 1 B, 2 tie; ties are left out.
+
+    Returns:
+        One row a level: property, level, n (decided), share (won by A), low, high (exact), and
+        p_value of the chi-square test that the property's levels share one rate.
+    """
+    decided = labels != TIE
+    hits = labels[decided] == A_WINS
+    parts = [_position_levels(name, pd.Categorical(levels)[decided], hits) for name, levels in properties.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _position_levels(name: str, levels: pd.Categorical, hits: np.ndarray) -> pd.DataFrame:
+    n = np.bincount(levels.codes, minlength=len(levels.categories))
+    n_hits = np.bincount(levels.codes, weights=hits, minlength=len(n)).astype(int)
+    low, high = proportion_interval(n_hits, n, exact=True)
+    seen = np.column_stack([n_hits, n - n_hits])[n > 0]
+    testable = len(seen) > 1 and seen.sum(axis=0).all()
+    return pd.DataFrame(
+        {
+            "property": name,
+            "level": list(levels.categories),
+            "n": n,
+            "share": _share(n_hits, n),
+            "low": low,
+            "high": high,
+            "p_value": float(stats.chi2_contingency(seen).pvalue) if testable else np.nan,
+        }
+    )
+
+
 def larger_wins(values: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Test whether the answer with more of something wins.
 
@@ -192,6 +256,106 @@ def _rate_by(values: np.ndarray, hits: np.ndarray, n_bins: int) -> pd.DataFrame:
     return pd.DataFrame(dict(zip(columns, (means, left, right, n, _share(n_hits, n), low, high), strict=True)))[kept]
 
 
+def length_curves(
+    length_ratio: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    n_boot: int = 200,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Trace how the pull of length and the chance of a tie follow the log length ratio.
+
+    Args:
+        length_ratio: (N,) float, log length of A over B.
+        labels: (N,) int, 0 A, 1 B, 2 tie.
+        groups: (N,) prompt of each battle; the bands resample whole prompts.
+        n_boot: resamples.
+        seed: of the resampling.
+
+    Returns:
+        longer: P(the longer answer wins | decided) by |log length ratio|, from `smooth_rate`.
+        ties: P(tie) by |log length ratio|, from `smooth_rate`.
+    """
+    gap, codes = np.abs(length_ratio), _group_codes(groups, len(labels))
+    kept = (labels != TIE) & (gap > 0)
+    won = (length_ratio > 0) == (labels == A_WINS)
+    longer = smooth_rate(gap[kept], won[kept], codes[kept], n_boot, seed)
+    return longer, smooth_rate(gap, labels == TIE, codes, n_boot, seed)
+
+
+_N_POINTS = 61
+_CURVE_SUPPORT = 50  # fewer hits or misses bound no curve
+
+
+def smooth_rate(
+    values: np.ndarray,
+    hits: np.ndarray,
+    groups: np.ndarray | None = None,
+    n_boot: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Trace a rate as a smooth curve with a bootstrap band.
+
+    Logistic regression on a cubic spline with a light roughness penalty; values beyond the
+    central 98 % are drawn in to its ends. A resample takes whole groups and two Newton steps
+    from the estimate of all rows.
+
+    Args:
+        values: (N,) float.
+        hits: (N,) bool.
+        groups: (N,) prompt of each battle; None takes every battle for itself.
+        n_boot: resamples.
+        seed: of the resampling.
+
+    Returns:
+        61 rows: value, share, low, high (95 %, pointwise, percentiles); none where fewer than
+        50 battles are hits or misses, or all values are equal.
+
+    Source: Eilers and Marx 1996, doi:10.1214/ss/1038425655 (penalised splines); Field and
+        Welsh 2007, doi:10.1111/j.1467-9868.2007.00593.x (resampling of clusters).
+    """
+    columns = ["value", "share", "low", "high"]
+    hits = np.asarray(hits, dtype=np.float64)
+    if min(hits.sum(), (1 - hits).sum()) < _CURVE_SUPPORT:
+        return pd.DataFrame(columns=columns, dtype=np.float64)
+    ends = np.quantile(values, [0.01, 0.99])
+    values = np.clip(values, *ends)
+    knots = np.unique(np.quantile(values, np.linspace(0, 1, 6 if len(values) > 2000 else 4)))
+    if len(knots) < 3:
+        return pd.DataFrame(columns=columns, dtype=np.float64)
+    spline = SplineTransformer(degree=3, knots=knots[:, None]).fit(values[:, None])
+    basis, grid = spline.transform(values[:, None]), np.linspace(*ends, _N_POINTS)
+    shown = spline.transform(grid[:, None])
+    start = np.full(basis.shape[1], logit(hits.mean()))
+    coefs = _newton_rate(basis, hits, np.ones(len(hits)), start, n_steps=20)
+    weights = _resample_weights(_group_codes(groups, len(hits)), n_boot, seed)
+    draws = np.array([_newton_rate(basis, hits, weight, coefs, n_steps=2) for weight in weights])
+    low, high = np.quantile(expit(draws @ shown.T), [_ALPHA / 2, 1 - _ALPHA / 2], axis=0)
+    return pd.DataFrame(dict(zip(columns, (grid, expit(shown @ coefs), low, high), strict=True)))
+
+
+def _newton_rate(
+    basis: np.ndarray, hits: np.ndarray, weights: np.ndarray, coefs: np.ndarray, n_steps: int
+) -> np.ndarray:
+    """Coefficients of a weighted logistic regression whose second differences are penalised."""
+    roughness = np.diff(np.eye(len(coefs)), n=2, axis=0)
+    penalty = roughness.T @ roughness + 1e-6 * np.eye(len(coefs))
+    for _ in range(n_steps):
+        rates = expit(basis @ coefs)
+        gradient = basis.T @ (weights * (hits - rates)) - penalty @ coefs
+        information = basis.T @ (basis * (weights * rates * (1 - rates))[:, None]) + penalty
+        coefs = coefs + np.linalg.solve(information, gradient)
+    return coefs
+
+
+def _resample_weights(codes: np.ndarray, n_boot: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each row is drawn when whole groups are: n_boot times (N,) float."""
+    rng, n_groups = np.random.default_rng(seed), int(codes.max(initial=-1)) + 1
+    for _ in range(n_boot):
+        drawn = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)
+        yield drawn[codes].astype(np.float64)
+
+
 def effect_sizes(
     differences: np.ndarray,
     names: Sequence[str],
@@ -221,8 +385,38 @@ def effect_sizes(
     decided = labels != TIE
     y = (labels[decided] == A_WINS).astype(np.float64)
     codes = _group_codes(groups, len(labels))[decided]
-    held = np.ones((len(y), 1)) if controls is None else np.column_stack([np.ones(len(y)), controls[decided]])
-    rows = [_effect_row(differences[decided, f], held, y, codes) for f in range(len(names))]
+    return _estimate_effects(differences[decided], names, y, codes, None if controls is None else controls[decided])
+
+
+def tie_effects(
+    features: np.ndarray,
+    names: Sequence[str],
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    controls: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """Estimate each feature's effect on whether a battle is a tie, one logistic regression a feature.
+
+    Args:
+        features: (N, F) float, properties of the battle that do not change under the swap.
+        names: F names.
+        labels: (N,) int, 0 A, 1 B, 2 tie.
+        groups: (N,) prompt of each battle, for clustered errors.
+        controls: (N, K) float, properties to hold constant.
+
+    Returns:
+        As `effect_sizes`, in log-odds of a tie; n counts all battles, n_differ those in which
+        the feature is not 0.
+    """
+    y = (labels == TIE).astype(np.float64)
+    return _estimate_effects(features, names, y, _group_codes(groups, len(labels)), controls)
+
+
+def _estimate_effects(
+    features: np.ndarray, names: Sequence[str], y: np.ndarray, codes: np.ndarray, controls: np.ndarray | None
+) -> pd.DataFrame:
+    held = np.ones((len(y), 1)) if controls is None else np.column_stack([np.ones(len(y)), controls])
+    rows = [_effect_row(features[:, f], held, y, codes) for f in range(len(names))]
     columns = ["log_odds", "low", "high", "p_value", "log_odds_per_unit", "sd", "n", "n_differ", "reason"]
     table = pd.DataFrame(rows, columns=columns).astype({"reason": object})
     table.insert(0, "effect", list(names))
@@ -248,9 +442,11 @@ def _effect_row(values: np.ndarray, held: np.ndarray, y: np.ndarray, codes: np.n
 
 def _why_no_effect(values: np.ndarray, held: np.ndarray, y: np.ndarray, codes: np.ndarray, n_differ: int) -> str | None:
     if len(y) < MIN_SUPPORT or len(np.unique(y)) < 2:
-        return f"{len(y)} decided battles, {int(y.sum())} won by A: too few of one kind"
-    if n_differ < MIN_SUPPORT or values.std() == 0:
-        return f"the answers differ in {n_differ} decided battles, fewer than {MIN_SUPPORT}"
+        return f"{len(y)} battles, {int(y.sum())} of them one way: too few of one kind"
+    if n_differ < MIN_SUPPORT:
+        return f"seen in {n_differ} battles, where {MIN_SUPPORT} are needed"
+    if values.std() == 0:
+        return "alike in all battles"
     if len(np.unique(codes)) < MIN_SUPPORT:
         return f"{len(np.unique(codes))} prompts, fewer than {MIN_SUPPORT}"
     residual = values - held @ np.linalg.lstsq(held, values, rcond=None)[0]
@@ -425,11 +621,7 @@ def _fit_davidson(
     min_battles: int = 0,
 ) -> VoteModel:
     covariates = pd.DataFrame(index=range(len(labels))) if covariates is None else covariates
-    values = covariates.to_numpy(dtype=np.float64)
-    supported = (values != 0).sum(axis=0) >= MIN_SUPPORT
-    sds = values.std(axis=0) if len(values) else np.full(values.shape[1], np.nan)
-    used = supported & (sds > 0)
-    full = np.column_stack([design, np.ones(len(labels)), values[:, used] / sds[used]])
+    full, used, sds = _add_covariates(design, covariates)
     n_battles = (design != 0).sum(axis=0)
     params, cov, log_likelihood, reason = _maximise(full, labels, _group_codes(groups, len(labels)), design.shape[1])
     if reason:
@@ -441,6 +633,14 @@ def _fit_davidson(
     strengths = _strength_table(models, counts, params[:n_models], cov[:n_models, :n_models], min_battles)
     effects = _effect_table(covariates.columns, used, sds, params[n_models:], cov[n_models:, n_models:])
     return VoteModel(strengths, effects, len(labels), log_likelihood)
+
+
+def _add_covariates(design: np.ndarray, covariates: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The design with a column for the seat and the supported covariates, which these are, and all spreads."""
+    values = covariates.to_numpy(dtype=np.float64)
+    sds = values.std(axis=0) if len(values) else np.full(values.shape[1], np.nan)
+    used = ((values != 0).sum(axis=0) >= MIN_SUPPORT) & (sds > 0)
+    return np.column_stack([design, np.ones(len(design)), values[:, used] / sds[used]]), used, sds
 
 
 def _log_probs(params: np.ndarray, design: np.ndarray, with_ties: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -460,15 +660,15 @@ def _row_scores(probs: np.ndarray, design: np.ndarray, labels: np.ndarray, with_
     return np.hstack(columns)
 
 
-def _information(probs: np.ndarray, design: np.ndarray, with_ties: bool) -> np.ndarray:
-    """(P, P) float, minus the Hessian of the log-likelihood."""
+def _information(probs: np.ndarray, design: np.ndarray, with_ties: bool, n: np.ndarray | float = 1.0) -> np.ndarray:
+    """(P, P) float, minus the Hessian of the log-likelihood; `n` counts the votes of each row."""
     mean_side = (probs[:, A_WINS] - probs[:, B_WINS]) / 2
     variance = (probs[:, A_WINS] + probs[:, B_WINS]) / 4 - mean_side**2
-    block = design.T @ (design * variance[:, None])
+    block = design.T @ (design * (n * variance)[:, None])
     if not with_ties:
         return block
-    cross = -design.T @ (mean_side * probs[:, TIE])
-    tie = (probs[:, TIE] * (1 - probs[:, TIE])).sum()
+    cross = -design.T @ (n * mean_side * probs[:, TIE])
+    tie = (n * probs[:, TIE] * (1 - probs[:, TIE])).sum()
     return np.block([[block, cross[:, None]], [cross[None, :], np.array([[tie]])]])
 
 
@@ -542,13 +742,242 @@ def _strength_table(
         return _no_strengths([], "")
     strengths, cov = np.append(0, params), np.pad(cov, (1, 0))
     shown = counts >= min_battles
-    # Mean zero over those shown: the covariance follows the same contrast.
-    contrast = np.eye(len(models)) - shown / max(shown.sum(), 1)
+    contrast = _centre(shown)
     strengths = np.where(shown, contrast @ strengths, np.nan)
     error = np.sqrt(np.diag(contrast @ cov @ contrast.T))
     reasons = [None if n >= min_battles else f"{n} battles, fewer than {min_battles}" for n in counts]
     columns = (models, counts, strengths, strengths - _Z * error, strengths + _Z * error, reasons)
     return pd.DataFrame(dict(zip(_STRENGTH_COLUMNS, columns, strict=True)))
+
+
+def _centre(shown: np.ndarray) -> np.ndarray:
+    """(M, M) float, the contrast that makes the mean of those shown zero; covariances follow it too."""
+    return np.eye(len(shown)) - shown / max(shown.sum(), 1)
+
+
+def bootstrap_strengths(
+    model_a: Sequence[str],
+    model_b: Sequence[str],
+    labels: np.ndarray,
+    covariates: pd.DataFrame | None = None,
+    groups: np.ndarray | None = None,
+    min_battles: int = 30,
+    n_boot: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Bound the strengths of `fit_bradley_terry` again, by resampling whole prompts.
+
+    A resample takes Newton steps from the estimate of all battles, two without covariates
+    and one with them (whose battles cannot be pooled into counts).
+
+    Args:
+        model_a: (N,) names in seat A.
+        model_b: (N,) names in seat B.
+        labels: (N,) int, 0 A, 1 B, 2 tie.
+        covariates: N rows, one column a difference A − B; None for no control.
+        groups: (N,) prompt of each battle; None takes every battle for itself.
+        min_battles: a chatbot with fewer is fitted but not reported.
+        n_boot: resamples.
+        seed: of the resampling.
+
+    Returns:
+        One row a chatbot that `fit_bradley_terry` reports: model, low, high (95 %,
+        percentiles); none where it reports none.
+
+    Source: Efron and Tibshirani 1993, chapter 13; Field and Welsh 2007, doi:10.1111/j.1467-9868.2007.00593.x.
+    """
+    model_a, model_b = np.asarray(model_a, dtype=object), np.asarray(model_b, dtype=object)
+    labels, codes = np.asarray(labels), _group_codes(groups, len(labels))
+    models = _linked_models(model_a, model_b, labels)
+    kept = np.isin(model_a, models) & np.isin(model_b, models)
+    design = _design_models(model_a[kept], model_b[kept], models)
+    controls = pd.DataFrame(index=range(len(design))) if covariates is None else covariates[kept]
+    full, _, _ = _add_covariates(design, controls)
+    labels, codes = labels[kept], pd.factorize(codes[kept])[0]
+    nothing = pd.DataFrame({"model": [], "low": [], "high": []})
+    if not kept.any():
+        return nothing
+    params, _, _, reason = _maximise(full, labels, codes, design.shape[1])
+    if reason:
+        return nothing
+    draws = _resample_davidson(params, full, labels, codes, n_boot, seed, n_steps=2 if covariates is None else 1)
+    names = np.concatenate([model_a[kept], model_b[kept]])
+    shown = np.array([(names == name).sum() for name in models]) >= min_battles
+    strengths = np.column_stack([np.zeros(n_boot), draws[:, : len(models) - 1]]) @ _centre(shown).T
+    low, high = np.quantile(strengths, [_ALPHA / 2, 1 - _ALPHA / 2], axis=0)
+    return pd.DataFrame({"model": models, "low": low, "high": high})[shown].reset_index(drop=True)
+
+
+def _resample_davidson(
+    params: np.ndarray, design: np.ndarray, labels: np.ndarray, codes: np.ndarray, n_boot: int, seed: int, n_steps: int
+) -> np.ndarray:
+    """(n_boot, P) float, parameters of each resample."""
+    with_ties = bool((labels == TIE).any())
+    params = params if with_ties else params[:-1]
+    # Battles with the same row of the design are one row with counts.
+    rows, cells = np.unique(design, axis=0, return_inverse=True) if n_steps > 1 else (design, np.arange(len(design)))
+    rows = rows.astype(np.float32)  # half the time, and exact to a thousandth of a standard error
+    places, n_classes = cells.ravel() * len(LABEL_NAMES) + labels, len(LABEL_NAMES)
+    first = _log_probs(params, rows, with_ties)[1]
+    draws = np.empty((n_boot, len(params)))
+    for draw, weights in zip(draws, _resample_weights(codes, n_boot, seed), strict=True):
+        votes = np.bincount(places, weights=weights, minlength=len(rows) * n_classes).reshape(-1, n_classes)
+        draw[:] = params + _davidson_step(first, rows, votes, with_ties)
+        for _ in range(n_steps - 1):
+            draw += _davidson_step(_log_probs(draw, rows, with_ties)[1], rows, votes, with_ties)
+    return draws
+
+
+def _davidson_step(probs: np.ndarray, design: np.ndarray, votes: np.ndarray, with_ties: bool) -> np.ndarray:
+    """One Newton step on votes counted by row and label; the shortest one where a resample says too little."""
+    votes, probs = votes.astype(design.dtype), probs.astype(design.dtype)
+    n = votes.sum(axis=1)
+    surplus = votes - n[:, None] * probs
+    gradient = design.T @ ((surplus[:, A_WINS] - surplus[:, B_WINS]) / 2)
+    if with_ties:
+        gradient = np.append(gradient, surplus[:, TIE].sum())
+    information = _information(probs, design, with_ties, n).astype(np.float64)
+    return np.linalg.lstsq(information, gradient, rcond=1e-7)[0]
+
+
+def compare_intervals(strengths: pd.DataFrame, resampled: pd.DataFrame) -> pd.DataFrame:
+    """Lay sandwich and bootstrap intervals side by side.
+
+    Args:
+        strengths: of `fit_bradley_terry`.
+        resampled: of `bootstrap_strengths`.
+
+    Returns:
+        One row a chatbot: model, n, strength, low, high (sandwich), boot_low, boot_high, and
+        width_ratio, bootstrap over sandwich.
+    """
+    both = strengths[["model", "n", "strength", "low", "high"]].dropna(subset=["strength"])
+    bounds = resampled.set_index("model")
+    both = both.assign(**{f"boot_{side}": both["model"].map(bounds[side]).astype(float) for side in ("low", "high")})
+    return both.assign(width_ratio=(both["boot_high"] - both["boot_low"]) / (both["high"] - both["low"]))
+
+
+def name_families(models: Sequence[str]) -> np.ndarray:
+    """The family of each chatbot: the letters that open its name, "unknown" where there are none.
+
+    Example:
+        "gpt-4-0613", "gpt35", "claude-2.1" -> "gpt", "gpt", "claude"
+    """
+    opened = (re.match(r"[A-Za-z]+", str(name)) for name in models)
+    return np.array([match[0].lower() if match else UNKNOWN_MODEL for match in opened], dtype=object)
+
+
+def family_ties(
+    model_a: Sequence[str],
+    model_b: Sequence[str],
+    labels: np.ndarray,
+    strengths: pd.DataFrame,
+    groups: np.ndarray | None = None,
+    controls: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """Estimate whether rivals of one family tie more often.
+
+    Within a family one answer's gain is the other's loss, so ties are all that a shared
+    family can move.
+
+    Args:
+        model_a: (N,) names in seat A.
+        model_b: (N,) names in seat B.
+        labels: (N,) int, 0 A, 1 B, 2 tie.
+        strengths: of `fit_bradley_terry`; battles of chatbots without strength are left out.
+        groups: (N,) prompt of each battle, for clustered errors.
+        controls: (N, K) float, properties of the battle to hold constant beside the gap in strength.
+
+    Returns:
+        Two rows of `tie_effects` for a shared family, per unit in `log_odds_per_unit`: "alone"
+        and "at equal strength".
+    """
+    known = strengths.dropna(subset=["strength"]).set_index("model")["strength"]
+    gap = np.abs(pd.Series(model_a).map(known).to_numpy(float) - pd.Series(model_b).map(known).to_numpy(float))
+    kept = np.isfinite(gap)
+    same = (name_families(model_a) == name_families(model_b)).astype(np.float64)[kept, None]
+    held = gap[kept, None] if controls is None else np.column_stack([gap, controls])[kept]
+    labels, codes = np.asarray(labels)[kept], _group_codes(groups, len(labels))[kept]
+    return pd.concat(
+        [
+            tie_effects(same, ["alone"], labels, codes),
+            tie_effects(same, ["at equal strength"], labels, codes, held),
+        ],
+        ignore_index=True,
+    )
+
+
+_LEAK_CHARS = 400  # of each text's opening, enough to know a prompt again
+_N_HASHED = 2**14
+
+
+def score_both_splits(
+    pairs: pd.DataFrame, differences: np.ndarray, n_folds: int = 5, max_pairs: int = 8_000, seed: int = 0
+) -> pd.DataFrame:
+    """Score one cheap model on a split that keeps prompts whole and on one that does not.
+
+    The model is a logistic regression on style differences, their absolute values, and the
+    hashed words that open the prompt and the answers. What it gains on the random split it
+    remembered.
+
+    Args:
+        pairs: N battles with texts as tuples of turns, `label` and `group`.
+        differences: (N, F) float, style differences A − B.
+        n_folds: parts, each held out once.
+        max_pairs: battles at most; whole groups are drawn.
+        seed: of the draw and of both splits.
+
+    Returns:
+        One row a battle scored, with the index of `pairs`: group, is_repeated (another battle
+        has its prompt), grouped and random (nats, held out). None where fewer groups than
+        `n_folds` or one kind of vote remain.
+    """
+    kept = _draw_groups(pairs["group"].to_numpy(), max_pairs, seed)
+    pairs, differences = pairs[kept], differences[kept]
+    labels, groups = pairs["label"].to_numpy(), pd.factorize(pairs["group"])[0]
+    losses = pd.DataFrame({"group": pairs["group"], "is_repeated": pairs["group"].duplicated(keep=False)})
+    if len(np.unique(groups)) < n_folds or len(np.unique(labels)) < 2:
+        return losses.assign(grouped=np.nan, random=np.nan)[:0]
+    features = _leak_features(pairs, differences)
+    splits = {
+        "grouped": GroupKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels, groups),
+        "random": KFold(n_folds, shuffle=True, random_state=seed).split(labels),
+    }
+    for name, folds in splits.items():
+        losses[name] = 0.0
+        for train, test in folds:
+            losses.iloc[test, losses.columns.get_loc(name)] = _leak_losses(features, labels, train, test)
+    return losses
+
+
+def _draw_groups(groups: np.ndarray, max_pairs: int, seed: int) -> np.ndarray:
+    """(N,) bool, whole groups in random order until they hold `max_pairs` battles."""
+    codes = pd.factorize(groups)[0]
+    sizes = np.bincount(codes)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    return np.isin(codes, order[np.cumsum(sizes[order]) <= max(max_pairs, sizes.max(initial=0))])
+
+
+def _opening(turns: Turns) -> str:
+    text = "\n".join((turn or "")[:_LEAK_CHARS] for turn in turns)[:_LEAK_CHARS]
+    return text.encode("utf-8", "replace").decode()  # the hashing has no room for lone surrogates
+
+
+def _leak_features(pairs: pd.DataFrame, differences: np.ndarray) -> sparse.csr_matrix:
+    words = HashingVectorizer(n_features=_N_HASHED, alternate_sign=False)
+    prompt, a, b = (words.transform([_opening(turns) for turns in pairs[name]]) for name in TEXTS)
+    style = np.column_stack([differences, np.abs(differences)])
+    style = (style - style.mean(axis=0)) / np.maximum(style.std(axis=0), 1e-9)
+    return sparse.hstack([sparse.csr_matrix(np.clip(style, -4, 4) / 4), prompt, a - b], format="csr")
+
+
+def _leak_losses(features: sparse.csr_matrix, labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 60 steps are enough for a comparison
+        model = LogisticRegression(C=0.1, max_iter=60).fit(features[train], labels[train])
+    probs = np.full((len(test), len(LABEL_NAMES)), 1e-6)
+    probs[:, model.classes_] = model.predict_proba(features[test])
+    return -np.log(np.maximum(probs[np.arange(len(test)), labels[test]], 1e-6))
 
 
 def _effect_table(

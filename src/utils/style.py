@@ -9,16 +9,22 @@ Characters are counted by byte class: a text's UTF-8 bytes are mapped to a dozen
 classes and tallied in C, so that a megabyte takes milliseconds whatever it holds.
 """
 
+import hashlib
+import os
 import re
 import string
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from src.utils.schema import Turns
+from src.utils.schema import TEXTS, Turns
 
 
 class Feature(NamedTuple):
@@ -54,6 +60,7 @@ STYLE_FEATURES = {
     "mean_word_length": Feature("share", "mean word length"),
     "is_refusal": Feature("share", "refusal"),
     "has_disclaimer": Feature("share", "“as an AI” disclaimer"),
+    "has_apology": Feature("share", "apology"),
     "prompt_overlap": Feature("share", "prompt's words found in the answer"),
     "prompt_overlap_first": Feature("share", "first turn's words found in the answer"),
     "prompt_overlap_last": Feature("share", "last turn's words found in the last answer"),
@@ -87,6 +94,7 @@ REFUSAL_PHRASES = (
 DISCLAIMERS = (
     "as an ai", "as a language model", "as a large language model", "i am an ai", "i'm an ai", "i'm just an ai",
 )  # fmt: skip
+APOLOGIES = ("sorry", "apologize", "apologise")
 HEDGES = frozenset(
     b"may might could perhaps maybe possibly probably likely unlikely generally usually typically often sometimes "
     b"seems seem appears appear suggests somewhat relatively approximately potentially presumably arguably".split()
@@ -137,6 +145,13 @@ _UNICODE_MARKS = re.compile(r"[\u2010-\u2027\u3000-\u303f\uff01-\uff0f\uff1a-\uf
 _CODE_SIGNS = ("```", "def ", "import ", "#include", "</", "{\n", "();", "SELECT ", "function ", "public class")
 
 
+_CACHE_KEY = b"style_key"
+# How Qwen2 cuts text before its merges apply (tokenizer.json of the released checkpoints).
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 class _Text(NamedTuple):
     """What one answer or prompt turned out to hold: raw counts and its distinct words."""
 
@@ -147,7 +162,7 @@ class _Text(NamedTuple):
 
 _COUNTS = (
     "n_words", "n_sentences", "n_turns_empty", "n_list_items", "n_headers", "n_bold", "n_code_blocks", "n_inline_code",
-    "n_table_rows", "n_urls", "n_hedges", "lexical_diversity", "is_refusal", "has_disclaimer",
+    "n_table_rows", "n_urls", "n_hedges", "lexical_diversity", "is_refusal", "has_disclaimer", "has_apology",
 )  # fmt: skip
 
 
@@ -172,7 +187,7 @@ def _tally_bytes(data: bytes) -> np.ndarray:
 
 
 def _has_phrase(text: str, phrases: Iterable[str]) -> bool:
-    return any(phrase in text for phrase in phrases)
+    return any(map(text.__contains__, phrases))
 
 
 def _is_refusal(turns: Turns) -> bool:
@@ -197,7 +212,7 @@ def _count_markdown(text: str) -> tuple[float, ...]:
 def _measure_answer(turns: Turns) -> tuple[np.ndarray, _Text]:
     """Measure one answer: its byte classes, (15,) int64, and what takes words to see."""
     text = _join(turns)
-    tally, words = _tally_bytes(_encode(text)), _split_words(text)
+    tally, words, lowered = _tally_bytes(_encode(text)), _split_words(text), text.lower()
     distinct = frozenset(words)
     counts = (
         len(words),
@@ -207,7 +222,8 @@ def _measure_answer(turns: Turns) -> tuple[np.ndarray, _Text]:
         sum(map(HEDGES.__contains__, words)),
         len(set(words[:100])) / max(min(len(words), 100), 1),
         _is_refusal(turns),
-        _has_phrase(text.lower(), DISCLAIMERS),
+        _has_phrase(lowered, DISCLAIMERS),
+        _has_phrase(lowered, APOLOGIES),
     )
     return tally, _Text(counts, distinct, distinct if len(turns) == 1 else _distinct_words(turns[-1:]))
 
@@ -333,6 +349,73 @@ def measure_style(pairs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pairs.index)
 
 
+def load_or_measure_style(pairs: pd.DataFrame, path: Path, data_hash: str) -> pd.DataFrame:
+    """Measure every battle once: read `measure_style` back while battles and this module are unchanged.
+
+    Args:
+        pairs: N battles.
+        path: a `.parquet` file, written where it is missing or out of date.
+        data_hash: names the battles' content and order, e.g. `artifacts.hash_pairs`.
+
+    Returns:
+        As `measure_style`.
+    """
+    key = f"{data_hash} {hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()}"
+    if path.exists() and (pq.read_schema(path).metadata or {}).get(_CACHE_KEY) == key.encode():
+        return pd.read_parquet(path).set_index(pairs.index)
+    style = measure_style(pairs)
+    table = pa.Table.from_pandas(style, preserve_index=False)
+    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, _CACHE_KEY: key.encode()}), tmp)
+    tmp.replace(path)
+    return style
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load a tokenizer from `tokenizer.json`, else a byte-level BPE from `vocab.json` and `merges.txt`.
+
+    The second layout cuts words as Qwen2 does, the only one of the suite's checkpoints that has it.
+
+    Raises:
+        FileNotFoundError: the folder holds neither.
+    """
+    folder = Path(folder).expanduser()
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    files = [folder / "vocab.json", folder / "merges.txt"]
+    if not all(file.is_file() for file in files):
+        raise FileNotFoundError(f"{folder}: expected tokenizer.json, or vocab.json and merges.txt")
+    tokenizer = Tokenizer(models.BPE.from_file(*map(str, files)))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+def count_tokens(pairs: pd.DataFrame, tokenizer: Tokenizer | None = None) -> np.ndarray:
+    """Count the tokens of every battle, prompt and both answers, without template or special tokens.
+
+    Args:
+        pairs: N battles with texts as tuples of turns.
+        tokenizer: None estimates one token for every four characters.
+
+    Returns:
+        (N,) int64.
+    """
+    counts = np.zeros(len(pairs), dtype=np.int64)
+    for name in TEXTS:
+        texts = [_join(turns).encode("utf-8", "replace").decode() for turns in pairs[name]]
+        if tokenizer is None:
+            counts += [-(-len(text) // 4) for text in texts]
+        else:
+            counts += [len(found.ids) for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    return counts
+
+
 def _scaled(values: pd.Series, kind: str) -> np.ndarray:
     values = values.to_numpy(dtype=np.float64)
     return np.log1p(values) if kind == "count" else values
@@ -388,3 +471,30 @@ def style_shared(style: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
         columns[f"gap_{name}"] = np.abs(a - b)
         columns[f"mean_{name}"] = (a + b) / 2
     return np.column_stack(list(columns.values())), list(columns)
+
+
+def slice_battles(style: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Part the battles by what one sees at a glance: length ratio, turns, language, code, refusal.
+
+    Args:
+        style: from `measure_style`, N rows.
+
+    Returns:
+        Name -> (N,) bool. The slices of one kind, named "kind: value", share no battle and
+        leave none out; both are the same for the swapped battles.
+    """
+    gap = np.abs(_scaled(style["n_chars_a"], "count") - _scaled(style["n_chars_b"], "count"))
+    length = np.digitize(gap, np.log([1.25, 2]))
+    refusals = (style["is_refusal_a"] + style["is_refusal_b"]).to_numpy().astype(int)
+    code = (style["has_code_prompt"] + style["n_code_blocks_a"] + style["n_code_blocks_b"]).to_numpy() > 0
+    several = (style["n_turns"] > 1).to_numpy()
+    kinds = {
+        "length": (length, ("about equal", "up to twice", "more than twice")),
+        "turns": (several, ("one", "several")),
+        "language": (style["script_prompt"].cat.codes.to_numpy(), SCRIPTS),
+        "code": (code, ("none", "some")),
+        "refusal": (refusals, ("none", "one answer", "both answers")),
+    }
+    return {
+        f"{kind}: {name}": codes == code for kind, (codes, names) in kinds.items() for code, name in enumerate(names)
+    }
