@@ -11,6 +11,7 @@ from src.utils.metrics import (
     choose_blend,
     class_prior,
     compare_models,
+    compare_slices,
     confident_errors,
     cross_fit_blend,
     expected_calibration_error,
@@ -258,3 +259,17 @@ def test_the_worst_battles_come_first_and_read_safely(ugly_pairs):
     html = errors.to_html()
     html.encode("utf-8")  # lone surrogates would fail here
     assert "<script>" not in html and errors["response_b"].str.len().max() <= 42
+
+
+def test_slices_name_where_the_model_is_worse():
+    rng = np.random.default_rng(0)
+    losses, groups = rng.normal(1, 0.1, 400), np.arange(400)
+    first = groups < 200
+    reference = losses + np.where(first, -0.2, 0.2) + rng.normal(0, 0.1, 400)
+    table = compare_slices(losses, reference, {"first": first, "last": ~first, "one": groups == 0}, groups, 200)
+    assert table["slice"].tolist() == ["first", "last"] and table["n_pairs"].tolist() == [200, 200]
+    assert table["verdict"].tolist() == ["worse", "better"]
+    assert table["difference"].to_numpy() == pytest.approx([0.2, -0.2], abs=0.03)
+    assert (table["log_loss"] - table["reference"]).to_numpy() == pytest.approx(table["difference"].to_numpy())
+    same = compare_slices(losses, losses, {"all": first | ~first}, groups, 50)
+    assert same["verdict"].tolist() == ["no different"]

@@ -13,8 +13,8 @@ from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.metrics import log_loss
 from src.utils.models import load_finetuned
 from src.utils.predict import predict_probs
-from src.utils.schema import probs_of
-from src.utils.train import HISTORY_COLUMNS, fit, plan_batches
+from src.utils.schema import probs_of, probs_table
+from src.utils.train import HISTORY_COLUMNS, fit, make_targets, plan_batches
 
 ENCODER = FinetuneConfig(
     checkpoint="tiny:modernbert",
@@ -280,3 +280,34 @@ def test_models_that_do_not_belong_to_the_run_are_removed(demo_pairs, tmp_path):
     train._remove_stale(tmp_path, key, (0, 2))
     for kind in ("model", "checkpoints"):
         assert [path.name for path in (tmp_path / kind).iterdir()] == ["fold_0"]
+
+
+def soft_file(folder, pairs, probs):
+    path = folder / "soft_labels.parquet"
+    probs_table(pairs["id"], probs).to_parquet(path, index=False)
+    return path
+
+
+def test_targets_are_the_votes_mixed_with_soft_labels_where_there_are_some(demo_pairs, tmp_path):
+    pairs, soft = demo_pairs.head(6), np.tile([0.2, 0.3, 0.5], (4, 1))
+    votes = np.eye(3)[pairs["label"]]
+    config = FinetuneConfig(soft_labels=str(soft_file(tmp_path, pairs.iloc[[3, 2, 1, 0]], soft)), soft_weight=0.25)
+    targets = make_targets(pairs, config)
+    np.testing.assert_allclose(targets[:4], 0.75 * votes[:4] + 0.25 * soft, atol=1e-6)
+    np.testing.assert_array_equal(targets[4:], votes[4:])
+    np.testing.assert_array_equal(make_targets(pairs, FinetuneConfig()), votes)
+
+
+def test_soft_labels_of_other_battles_or_of_no_file_are_refused(demo_pairs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="WRITE_SOFT_LABELS"):
+        make_targets(demo_pairs, FinetuneConfig(soft_labels=str(tmp_path / "none.parquet")))
+    path = soft_file(tmp_path, demo_pairs.head(2), np.full((2, 3), 1 / 3))
+    with pytest.raises(ValueError, match="found none"):
+        make_targets(demo_pairs.tail(5), FinetuneConfig(soft_labels=str(path)))
+
+
+def test_other_soft_labels_are_another_run(demo_pairs, tmp_path):
+    config = FinetuneConfig(soft_labels=str(soft_file(tmp_path, demo_pairs, np.full((300, 3), 1 / 3))))
+    before = train._make_key(demo_pairs, config)
+    soft_file(tmp_path, demo_pairs, np.tile([0.5, 0.25, 0.25], (300, 1)))
+    assert train._make_key(demo_pairs, config) != before

@@ -1,13 +1,15 @@
 """The floor: a model for two CPU cores that every neural score stands beside.
 
-Four members see the same battles differently and are blended on held-out rows:
+Members see the same battles differently and are blended on held-out rows:
 
     style       counts of `style.py`: length, markdown, refusals, overlap with the prompt …
     words       style, and the share of each word among an answer's words
-    characters  style, and which runs of two to four bytes an answer holds
+    text        all of these, and which runs of two to four bytes an answer holds; where the
+                answers hold different ones also speaks for or against a tie
     trees       gradient boosting on style, for thresholds and interactions
+    embeddings  text, and frozen embeddings of prompt and answers; only where a checkpoint is named
 
-The first three are one model, Bradley-Terry with Davidson's ties: with d the features
+All but the trees are one model, Bradley-Terry with Davidson's ties: with d the features
 that change sign when A and B are exchanged, and s those that do not,
 
     p_A : p_B : p_tie = exp(w·d / 2) : exp(-w·d / 2) : exp(v·s + b)
@@ -18,8 +20,8 @@ learn from both orders of every battle and predict the mean of both.
 Source: Davidson 1970, JASA 65(329):317-328, doi:10.1080/01621459.1970.10481082.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import lightgbm as lgb
@@ -40,18 +42,43 @@ from src.utils.mirror import average_over_swap, swap_labels
 from src.utils.schema import A_WINS, B_WINS, FROZEN_COLUMNS, LABELS, TIE, Turns, check_pairs, probs_table
 from src.utils.style import STYLE_FEATURES, measure_style, style_differences, style_shared
 
-LINEAR_MEMBERS = {"style": (), "words": ("words",), "characters": ("characters",)}  # member -> its text blocks
-MEMBERS = (*LINEAR_MEMBERS, "trees")
+Matrix = np.ndarray | sparse.csr_matrix
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What a linear member reads, and the prior variance of each part, in squared logits.
+
+    A variance is that of what the part adds to a typical battle: to the log-odds of A
+    against B, for `shared` and `tie_texts` to the log-odds of a tie.
+    """
+
+    style: float
+    shared: float
+    texts: dict[str, float] = field(default_factory=dict)  # text block -> variance
+    tie_texts: dict[str, float] = field(default_factory=dict)  # text block, without its signs -> variance
+
+
+# Chosen by repeated grouped cross-validation, see notebooks/LOG.md.
+LINEAR_MEMBERS = {
+    "style": Prior(style=0.4, shared=0.3),
+    "words": Prior(style=0.4, shared=0.3, texts={"words": 1.0}),
+    "text": Prior(style=0.05, shared=0.15, texts={"words": 0.7, "characters": 1.2}, tie_texts={"characters": 0.8}),
+}
+LINEAR_MEMBERS["embeddings"] = Prior(
+    style=0.05,
+    shared=0.15,
+    texts=LINEAR_MEMBERS["text"].texts | {"embeddings": 0.3},
+    tie_texts=LINEAR_MEMBERS["text"].tie_texts,
+)
+# People mind an apology wherever they vote, so it is not held back like the crowd of style features.
+_CUE_VARIANCE = {"has_apology": 0.05}
 
 _N_GRAMS = (2, 3, 4)  # bytes
 _SALT = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: Fibonacci hashing, Knuth volume 3, 6.4
 _MEANS = ("mean_n_chars", "mean_is_refusal", "mean_n_list_items")
 _CHUNK = 4096  # battles whose predictions are made at once, bounds memory
 _MAX_DEVIATION = 4.0  # standardised features are cut here: one odd answer must not decide a fit
-# Prior variance, in squared logits, of what style and what each text block may add to
-# the log-odds of A against B in a typical battle; chosen by repeated grouped
-# cross-validation, see notebooks/LOG.md.
-_STYLE_VARIANCE, _TEXT_VARIANCE, _TIE_VARIANCE = 0.4, 1.0, 0.3
 _BATTLES_PER_TREE = 15  # fewer battles a round are learned by heart
 _TREES = {
     "objective": "multiclass",
@@ -77,10 +104,16 @@ class Features:
 
     differences: np.ndarray  # (N, F) float64, changes sign under the swap
     shared: np.ndarray  # (N, G) float64, stays under the swap
-    texts: dict[str, sparse.csr_matrix]  # block -> (N, n_hashed) float32, changes sign under the swap
+    texts: dict[str, Matrix]  # block -> (N, its width) float32, changes sign under the swap
 
     def __len__(self) -> int:
         return len(self.differences)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The members that find all they read here."""
+        linear = [name for name, prior in LINEAR_MEMBERS.items() if prior.texts.keys() <= self.texts.keys()]
+        return (*linear, "trees")
 
     def take(self, rows: np.ndarray) -> "Features":
         """Choose rows, by mask or position."""
@@ -93,12 +126,13 @@ class Features:
         return Features(-self.differences, self.shared, {name: -block for name, block in self.texts.items()})
 
 
-def measure_features(pairs: pd.DataFrame, config: BaselineConfig) -> Features:
+def measure_features(pairs: pd.DataFrame, config: BaselineConfig, embeddings: np.ndarray | None = None) -> Features:
     """Read battles once for all members.
 
     Args:
         pairs: N battles with `prompt`, `response_a`, `response_b` as tuples of turns.
         config: `n_hashed` is the width of each text block.
+        embeddings: (N, 3, H) float32 of prompt, answer A and answer B, where there are some.
     """
     style = measure_style(pairs)
     answers = [[_join(turns) for turns in pairs[name]] for name in ("response_a", "response_b")]
@@ -107,8 +141,17 @@ def measure_features(pairs: pd.DataFrame, config: BaselineConfig) -> Features:
     )
     word_shares = [words.transform(texts) for texts in answers]
     runs = [_hash_runs(texts, config.n_hashed) for texts in answers]
-    texts = {"words": word_shares[0] - word_shares[1], "characters": runs[0] - runs[1]}
-    return Features(style_differences(style)[0], _choose_shared(style), {k: v.tocsr() for k, v in texts.items()})
+    texts = {"words": (word_shares[0] - word_shares[1]).tocsr(), "characters": (runs[0] - runs[1]).tocsr()}
+    if embeddings is not None:
+        texts["embeddings"] = _compare_embeddings(embeddings)
+    return Features(style_differences(style)[0], _choose_shared(style), texts)
+
+
+def _compare_embeddings(embeddings: np.ndarray) -> np.ndarray:
+    """The difference of two answers, alone and weighed by the prompt: (N, 2 H) float32."""
+    prompt, difference = embeddings[:, 0], embeddings[:, 1] - embeddings[:, 2]
+    # The prompt's entries are about one over the root of their number.
+    return np.hstack([difference, difference * prompt * np.sqrt(prompt.shape[1])]).astype(np.float32)
 
 
 def _choose_shared(style: pd.DataFrame) -> np.ndarray:
@@ -157,23 +200,43 @@ class Scaling:
             _positive(np.sqrt((features.differences**2).mean(axis=0))),
             features.shared.mean(axis=0),
             _positive(features.shared.std(axis=0)),
-            {
-                k: float(_positive(np.sqrt(block.multiply(block).sum() / len(features))))
-                for k, block in features.texts.items()
-            },
+            {name: _root_mean_square(block) for name, block in features.texts.items()},
         )
 
-    def differences_of(self, features: Features, blocks: tuple[str, ...]) -> sparse.csr_matrix:
-        """Style and the chosen text blocks side by side, a typical row of each of its prior variance."""
+    def differences_of(self, features: Features, prior: Prior) -> "Blocks":
+        """Style and the text blocks that a member reads, in units of their prior standard deviation."""
         style = np.clip(features.differences / self.differences, -_MAX_DEVIATION, _MAX_DEVIATION)
-        parts = [sparse.csr_matrix(style * np.sqrt(_STYLE_VARIANCE / style.shape[1]))]
-        parts += [features.texts[name] * np.float32(np.sqrt(_TEXT_VARIANCE) / self.texts[name]) for name in blocks]
-        return sparse.hstack(parts, format="csr", dtype=np.float32)
+        parts = [(style, _style_scales(prior))]
+        return Blocks((*parts, *self._texts_of(features.texts, prior.texts)))
 
-    def shared_of(self, features: Features) -> np.ndarray:
-        """The shared features standardised, a typical row of prior variance `_TIE_VARIANCE`."""
+    def shared_of(self, features: Features, prior: Prior) -> "Blocks":
+        """The shared features and the unsigned text blocks that a member reads, in the same units."""
         shared = np.clip((features.shared - self.shared_mean) / self.shared_std, -_MAX_DEVIATION, _MAX_DEVIATION)
-        return shared * np.sqrt(_TIE_VARIANCE / shared.shape[1])
+        unsigned = {name: _drop_signs(features.texts[name]) for name in prior.tie_texts}
+        parts = [(shared, np.full(shared.shape[1], np.sqrt(prior.shared / shared.shape[1])))]
+        return Blocks((*parts, *self._texts_of(unsigned, prior.tie_texts)))
+
+    def _texts_of(self, texts: dict[str, Matrix], variances: dict[str, float]) -> "list[Block]":
+        return [(texts[name], np.float32(np.sqrt(v) / self.texts[name])) for name, v in variances.items()]
+
+
+def _style_scales(prior: Prior) -> np.ndarray:
+    """The prior standard deviation of each style feature's weight: (F,)."""
+    shared_out = prior.style / len(STYLE_FEATURES)
+    return np.sqrt([_CUE_VARIANCE.get(name, shared_out) for name in STYLE_FEATURES])
+
+
+def _drop_signs(block: Matrix) -> Matrix:
+    """The absolute values; where sparse, beside the same positions in memory."""
+    if not sparse.issparse(block):
+        return np.abs(block)
+    return sparse.csr_matrix((np.abs(block.data), block.indices, block.indptr), shape=block.shape)
+
+
+def _root_mean_square(block: Matrix) -> float:
+    """Of the length of a row; 1 where there is nothing."""
+    entries = (block.data if sparse.issparse(block) else block).ravel()
+    return float(_positive(np.sqrt(np.vdot(entries, entries) / max(block.shape[0], 1))))
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
@@ -181,17 +244,47 @@ def _positive(values: np.ndarray) -> np.ndarray:
     return np.where(values > 1e-9, values, 1.0)
 
 
+Block = tuple[Matrix, np.ndarray | np.float32]  # (N, D) and the scale of its columns
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Matrices side by side with the scale of their columns, multiplied without a copy of any."""
+
+    parts: tuple[Block, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of all blocks together."""
+        return self.parts[0][0].shape[0], sum(block.shape[1] for block, _ in self.parts)
+
+    def times(self, weights: np.ndarray) -> np.ndarray:
+        """The blocks times a vector: (D,) -> (N,) float64."""
+        total, start = np.zeros(self.shape[0]), 0
+        for block, scale in self.parts:
+            end = start + block.shape[1]
+            # In the block's own precision: scipy would else copy the block to the vector's, each time.
+            total += block @ (weights[start:end] * scale).astype(block.dtype)
+            start = end
+        return total
+
+    def transposed_times(self, values: np.ndarray) -> np.ndarray:
+        """The transposed blocks times a vector: (N,) -> (D,) float64."""
+        found = [(block.T @ values.astype(block.dtype)).astype(np.float64) * scale for block, scale in self.parts]
+        return np.concatenate(found)
+
+
 @dataclass(frozen=True)
 class Davidson:
     """Bradley-Terry with ties as a linear model of features; see the top of this file."""
 
     differences: np.ndarray  # w, (D,) float32
-    shared: np.ndarray  # v, (G,) float64
+    shared: np.ndarray  # v, (G,) float32
     intercept: float  # b
 
-    def predict(self, differences: sparse.csr_matrix, shared: np.ndarray) -> np.ndarray:
+    def predict(self, differences: Blocks, shared: Blocks) -> np.ndarray:
         """Probabilities: (N, D) and (N, G) -> (N, C)."""
-        return _davidson(differences @ self.differences, shared @ self.shared + self.intercept)
+        return _davidson(differences.times(self.differences), shared.times(self.shared) + self.intercept)
 
 
 def _davidson(utility: np.ndarray, tie: np.ndarray) -> np.ndarray:
@@ -200,7 +293,7 @@ def _davidson(utility: np.ndarray, tie: np.ndarray) -> np.ndarray:
     return softmax(logits, axis=1)
 
 
-def fit_davidson(differences: sparse.csr_matrix, shared: np.ndarray, labels: np.ndarray, ridge: float) -> Davidson:
+def fit_davidson(differences: Blocks, shared: Blocks, labels: np.ndarray, ridge: float) -> Davidson:
     """Maximise the likelihood under a Gaussian prior of variance 1 / ridge on every weight.
 
     Args:
@@ -212,17 +305,17 @@ def fit_davidson(differences: sparse.csr_matrix, shared: np.ndarray, labels: np.
     Returns:
         The model; the problem is convex, so the answer does not depend on where the search began.
     """
-    n_differences, transposed = differences.shape[1], differences.T.tocsr()
+    n_differences = differences.shape[1]
     votes = np.eye(len(LABELS))[labels]
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         w, v = weights[:n_differences], weights[n_differences:-1]
-        probs = _davidson(differences @ w, shared @ v + weights[-1])
+        probs = _davidson(differences.times(w), shared.times(v) + weights[-1])
         residual = probs - votes
         gradient = np.concatenate(
             [
-                transposed @ ((residual[:, A_WINS] - residual[:, B_WINS]) / 2) + ridge * w,
-                shared.T @ residual[:, TIE] + ridge * v,
+                differences.transposed_times((residual[:, A_WINS] - residual[:, B_WINS]) / 2) + ridge * w,
+                shared.transposed_times(residual[:, TIE]) + ridge * v,
                 [residual[:, TIE].sum()],
             ]
         )
@@ -230,10 +323,11 @@ def fit_davidson(differences: sparse.csr_matrix, shared: np.ndarray, labels: np.
         return loss / len(labels), gradient / len(labels)
 
     start = np.zeros(n_differences + shared.shape[1] + 1)
-    options = {"maxiter": 200, "ftol": 1e-8, "gtol": 1e-5}
+    options = {"maxiter": 200, "ftol": 1e-6, "gtol": 1e-5}
     with threadpool_limits(1):
         best = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
-    return Davidson(best.x[:n_differences].astype(np.float32), best.x[n_differences:-1], float(best.x[-1]))
+    w, v = best.x[:n_differences].astype(np.float32), best.x[n_differences:-1].astype(np.float32)
+    return Davidson(w, v, float(best.x[-1]))
 
 
 def _tree_inputs(features: Features) -> np.ndarray:
@@ -248,9 +342,14 @@ def _fit_trees(features: Features, labels: np.ndarray, config: BaselineConfig) -
     return lgb.train(settings, lgb.Dataset(inputs, votes), num_boost_round=n_rounds)
 
 
+def _inputs(scaling: Scaling, features: Features, member: str) -> tuple[Blocks, Blocks]:
+    prior = LINEAR_MEMBERS[member]
+    return scaling.differences_of(features, prior), scaling.shared_of(features, prior)
+
+
 @dataclass(frozen=True)
 class Ensemble:
-    """The four members, fitted to the same rows."""
+    """The members, fitted to the same rows."""
 
     scaling: Scaling
     linear: dict[str, Davidson]
@@ -258,11 +357,7 @@ class Ensemble:
 
     def predict(self, features: Features) -> dict[str, np.ndarray]:
         """Probabilities by member: name -> (N, C) float64, each swap-symmetric."""
-        shared = self.scaling.shared_of(features)
-        probs = {
-            name: model.predict(self.scaling.differences_of(features, LINEAR_MEMBERS[name]), shared)
-            for name, model in self.linear.items()
-        }
+        probs = {name: model.predict(*_inputs(self.scaling, features, name)) for name, model in self.linear.items()}
         both = [self.trees.predict(_tree_inputs(order), num_threads=1) for order in (features, features.swap())]
         return probs | {"trees": average_over_swap(*both)}
 
@@ -276,10 +371,8 @@ def fit_ensemble(features: Features, labels: np.ndarray, config: BaselineConfig)
         config: settings.
     """
     scaling = Scaling.of(features)
-    shared = scaling.shared_of(features)
     linear = {
-        name: fit_davidson(scaling.differences_of(features, blocks), shared, labels, config.ridge)
-        for name, blocks in LINEAR_MEMBERS.items()
+        name: fit_davidson(*_inputs(scaling, features, name), labels, config.ridge) for name in features.members[:-1]
     }
     return Ensemble(scaling, linear, _fit_trees(features, labels, config))
 
@@ -303,9 +396,10 @@ class Baseline:
             B exchanges their columns to 1e-12.
         """
         check_pairs(pairs)
+        embed = _load_embed(self.config)
         parts = [pairs.iloc[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
         probs = [
-            apply_blend(self.blend, self.ensemble.predict(measure_features(part, self.config)))
+            apply_blend(self.blend, self.ensemble.predict(measure_features(part, self.config, embed(part))))
             for part in tqdm(parts, desc="baseline", unit="chunk", disable=len(parts) < 2)
         ]
         return np.concatenate([np.empty((0, len(LABELS))), *probs])
@@ -317,11 +411,37 @@ class Baseline:
             One row a feature: name, caption, effect in log-odds of A against B when A has one
             standard deviation more of it, all else equal; largest first.
         """
-        scale = np.sqrt(_STYLE_VARIANCE / len(STYLE_FEATURES))
+        scale = _style_scales(LINEAR_MEMBERS["style"])
         captions = [feature.caption for feature in STYLE_FEATURES.values()]
         effects = self.ensemble.linear["style"].differences * scale
         table = pd.DataFrame({"name": list(STYLE_FEATURES), "caption": captions, "effect": effects})
         return table.sort_values("effect", key=np.abs, ascending=False, ignore_index=True)
+
+
+def embed_battles(pairs: pd.DataFrame, config: BaselineConfig, cache: Path) -> np.ndarray | None:
+    """Read battles with the frozen checkpoint of the settings; None where they name none.
+
+    Args:
+        pairs: N battles.
+        config: `embeddings` and `embeddings_tokens` are read.
+        cache: folder where embeddings are kept for the next time.
+
+    Returns:
+        (N, 3, H) float32 of prompt, answer A and answer B.
+    """
+    if not config.embeddings:
+        return None
+    from src.utils.embed import embed_pairs  # torch, which the floor is spared else
+
+    return embed_pairs(pairs, config.embeddings, config.embeddings_tokens, cache)
+
+
+def _load_embed(config: BaselineConfig) -> Callable[[pd.DataFrame], np.ndarray | None]:
+    if not config.embeddings:
+        return lambda pairs: None
+    from src.utils.embed import load_embedder
+
+    return load_embedder(config.embeddings, config.embeddings_tokens).embed
 
 
 def cross_fit(pairs: pd.DataFrame, config: BaselineConfig, features: Features | None = None) -> dict[str, np.ndarray]:
@@ -340,7 +460,8 @@ def cross_fit(pairs: pd.DataFrame, config: BaselineConfig, features: Features | 
     """
     check_pairs(pairs, FROZEN_COLUMNS)
     features = measure_features(pairs, config) if features is None else features
-    labels, probs = pairs["label"].to_numpy(dtype=int), {name: np.empty((len(pairs), len(LABELS))) for name in MEMBERS}
+    labels = pairs["label"].to_numpy(dtype=int)
+    probs = {name: np.empty((len(pairs), len(LABELS))) for name in features.members}
     for held_out in tqdm(list(_held_out(pairs)), desc="baseline", unit="fold"):
         ensemble = fit_ensemble(features.take(~held_out), labels[~held_out], config)
         for name, predicted in ensemble.predict(features.take(held_out)).items():

@@ -23,7 +23,7 @@ _CLIP = 1e-15  # the competition's
 _POOLS = ("log", "linear")
 # Standard deviations of the Gaussian priors of a blend: a few hundred rows cannot move it
 # far, thousands can. Chosen on 898 real battles, see notebooks/LOG.md.
-_WEIGHT_SD, _BIAS_SD = 0.15, 0.1
+_WEIGHT_SD, _BIAS_SD = 0.07, 0.1
 _N_REWEIGHTINGS = 200
 _MIN_BIN = 40  # battles in a bin of a reliability curve
 _MIN_SCALE = 1e-3  # keeps the temperature finite when no member knows anything
@@ -241,6 +241,41 @@ def compare_models(
             | {"difference": gap["mean"], "difference_low": gap["low"], "difference_high": gap["high"]}
         )
     return pd.DataFrame(rows)
+
+
+def compare_slices(
+    losses: np.ndarray,
+    reference: np.ndarray,
+    slices: Mapping[str, np.ndarray],
+    groups: np.ndarray,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare a model with a reference on parts of the battles.
+
+    Args:
+        losses: (N,) float, `row_losses` of the model, nats.
+        reference: (N,) float, of the reference, same rows.
+        slices: name -> (N,) bool, the battles of that slice.
+        groups: (N,) any hashable; intervals resample whole groups.
+        n_boot: resamples.
+        seed: of the resampling.
+
+    Returns:
+        One row a slice that holds at least two groups: slice, n_pairs, log_loss, reference,
+        difference with its 95 % bounds low and high (paired; below 0 the model is better),
+        and verdict: better, worse or no different, by whether the interval leaves 0 out.
+    """
+    rows = []
+    for name, mask in slices.items():
+        mask = np.asarray(mask, dtype=bool)
+        if len(set(np.asarray(groups)[mask])) < 2:
+            continue
+        gap = paired_difference(losses[mask], reference[mask], np.asarray(groups)[mask], n_boot, seed)
+        verdict = "better" if gap["high"] < 0 else "worse" if gap["low"] > 0 else "no different"
+        rows.append((name, int(mask.sum()), losses[mask].mean(), reference[mask].mean(), *gap.values(), verdict))
+    columns = ["slice", "n_pairs", "log_loss", "reference", "difference", "low", "high", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def preference_share(

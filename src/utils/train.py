@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from src.utils.artifacts import hash_json, hash_pairs, read_json, write_json, write_table
+from src.utils.artifacts import hash_file, hash_json, hash_pairs, read_json, write_json, write_table
 from src.utils.batches import collate, encode_both_orders, make_batches
 from src.utils.config import FinetuneConfig
 from src.utils.metrics import log_loss
-from src.utils.mirror import swap_labels
+from src.utils.mirror import swap_probs
 from src.utils.models import (
     atomic_folder,
     choose_device,
@@ -36,7 +36,7 @@ from src.utils.models import (
     write_model,
 )
 from src.utils.predict import predict_probs
-from src.utils.schema import FROZEN_COLUMNS, check_pairs, probs_table
+from src.utils.schema import FROZEN_COLUMNS, LABELS, check_pairs, check_probs, probs_of, probs_table
 from src.utils.text import TEMPLATE_VERSION
 
 MAX_GRAD_NORM = 1.0
@@ -129,7 +129,8 @@ def _checkpoint_dir(run_dir: Path, fold: int) -> Path:
 
 def _make_key(pairs: pd.DataFrame, config: FinetuneConfig) -> str:
     settings = {name: value for name, value in config.to_json().items() if name != "folds"}
-    return hash_json([settings, hash_pairs(pairs), TEMPLATE_VERSION])
+    soft = [hash_file(Path(config.soft_labels).expanduser())] if config.soft_labels else []
+    return hash_json([settings, hash_pairs(pairs), TEMPLATE_VERSION, *soft])
 
 
 def _remove_stale(run_dir: Path, key: str, folds: tuple[int, ...]) -> None:
@@ -219,16 +220,58 @@ class _BothOrders(Dataset):
         orders = encode_both_orders(pairs, tokenizer, config.max_tokens)
         # A Python int takes 36 bytes in a list, here 4.
         self.rows = [[np.array(row, dtype=np.int32) for row in rows] for rows in orders]
-        labels = pairs["label"].to_numpy(dtype=np.int64)
-        self.labels = np.stack([labels, swap_labels(labels)])
+        targets = make_targets(pairs, config)
+        self.targets = np.stack([targets, swap_probs(targets)])
         self.lengths = np.array([max(len(a), len(b)) for a, b in zip(*self.rows, strict=True)])
 
     def __len__(self) -> int:
         return 2 * len(self.lengths)
 
-    def __getitem__(self, item: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         row, order = divmod(int(item), 2)
-        return self.rows[order][row], self.labels[order, row]
+        return self.rows[order][row], self.targets[order, row]
+
+
+def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
+    """What the model is to say of each battle: the vote, mixed with soft labels where there are some.
+
+    The teachers of soft labels were fitted to votes that are held out here, so what a
+    student of theirs scores is faintly optimistic.
+
+    Args:
+        pairs: N battles with `id` and `label`.
+        config: `soft_labels` and `soft_weight` are read.
+
+    Returns:
+        (N, C) float32, rows sum to 1.
+
+    Raises:
+        FileNotFoundError: no such file of soft labels.
+        ValueError: it holds something else, or none of these battles.
+
+    Source: distillation, Hinton et al. 2015, arXiv:1503.02531.
+    """
+    votes = np.eye(len(LABELS), dtype=np.float32)[pairs["label"].to_numpy(dtype=np.int64)]
+    if not config.soft_labels:
+        return votes
+    soft = _read_soft_labels(Path(config.soft_labels).expanduser(), pairs["id"])
+    known = np.isfinite(soft).all(axis=1, keepdims=True)
+    weight = np.where(known, config.soft_weight, 0.0)
+    return ((1 - weight) * votes + weight * np.where(known, soft, 0.0)).astype(np.float32)
+
+
+def _read_soft_labels(path: Path, ids: pd.Series) -> np.ndarray:
+    """(N, C) float64 in the order of the ids; NaN where a battle has none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"soft_labels: {path} not found; 05 writes it with WRITE_SOFT_LABELS=True")
+    table = pd.read_parquet(path)
+    missing = [name for name in ("id", *LABELS) if name not in table.columns]
+    if missing or table["id"].duplicated().any():
+        raise ValueError(f"soft_labels: {path}: expected one row an id and columns {LABELS}, lacks {missing}")
+    check_probs(probs_of(table))
+    if not ids.isin(table["id"]).any():
+        raise ValueError(f"soft_labels: {path}: expected some of the {len(ids)} training battles, found none")
+    return table.set_index("id")[list(LABELS)].reindex(ids).to_numpy(dtype=np.float64)
 
 
 def plan_batches(lengths: np.ndarray, config: FinetuneConfig) -> list[list[int]]:
@@ -291,9 +334,9 @@ class _FoldTrainer(Trainer):
         """All batches of all epochs as one pass, which a resumed run enters at any batch."""
         return DataLoader(self.train_dataset, batch_sampler=self.plan, collate_fn=self._collate)
 
-    def _collate(self, items: list[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
-        rows, labels = zip(*items, strict=True)
-        return collate(rows, self.processing_class.pad_token_id) | {"labels": torch.tensor(labels)}
+    def _collate(self, items: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+        rows, targets = zip(*items, strict=True)
+        return collate(rows, self.processing_class.pad_token_id) | {"labels": torch.from_numpy(np.stack(targets))}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of the rows' cross entropies over the mean number of rows a batch.
@@ -302,9 +345,9 @@ class _FoldTrainer(Trainer):
         one) for more than a battle of a large batch.
         """
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        targets = inputs.pop("labels")
         outputs = model(**inputs)
-        loss = nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+        loss = nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum")
         self.loss_sum += loss.detach()
         loss = loss * (len(self.plan) / self.n_rows[-1])
         return (loss, outputs) if return_outputs else loss

@@ -1,0 +1,169 @@
+"""Measure the CPU floor: how good on real battles, how fast and how large at the competition's size.
+
+    python benchmarks/floor.py
+
+Real battles are read from `../shared/data` where that folder is at hand; without it the
+scores are left out and the full size is made of demo battles. Writes
+`benchmarks/results/floor.json`.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # every fit of the floor is single-threaded
+
+import argparse
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from src.utils import baseline, metrics
+from src.utils.artifacts import measure_peak_mib, measure_versions, read_json, write_json
+from src.utils.config import BaselineConfig
+from src.utils.data import add_groups_and_folds, load_pairs
+from src.utils.demo import make_battles
+from src.utils.mirror import average_over_swap
+from src.utils.schema import LABELLED_COLUMNS, TEXTS, Turns
+from src.utils.style import measure_style, style_differences
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "floor.json"
+REAL = [ROOT.parent / "shared" / "data" / f"arena_{name}.csv" for name in ("sample", "extra")]
+N_TRAIN, N_TEST = 57_477, 25_000  # the competition's
+SEEDS = (11, 12, 13, 14, 15)  # of the splits; none of them chose a setting
+THIRTEEN = (
+    "n_chars n_words n_sentences n_lines n_list_items n_headers n_bold n_code_blocks n_question_marks "
+    "n_exclamation_marks punctuation_per_char lexical_diversity is_refusal"
+).split()
+
+
+def read_real() -> pd.DataFrame | None:
+    """The real battles, or None where they are not at hand."""
+    return load_pairs(REAL)[0] if all(path.exists() for path in REAL) else None
+
+
+def cross_fit_thirteen(pairs: pd.DataFrame) -> np.ndarray:
+    """Predict each fold by a logistic regression on 13 style differences, made symmetric: (N, C)."""
+    differences, names = style_differences(measure_style(pairs))
+    chosen = differences[:, [names.index(name) for name in THIRTEEN]]
+    labels, probs = pairs["label"].to_numpy(dtype=int), np.empty((len(pairs), 3))
+    for fold in np.unique(pairs["fold"]):
+        held_out = (pairs["fold"] == fold).to_numpy()
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000))
+        model.fit(chosen[~held_out], labels[~held_out])
+        both = [model.predict_proba(sign * chosen[held_out]) for sign in (1, -1)]
+        probs[held_out] = average_over_swap(*both)
+    return probs
+
+
+def score_real(pairs: pd.DataFrame, config: BaselineConfig) -> dict:
+    """Cross-validate over several splits; losses are means over them, intervals resample prompts."""
+    labels, features, losses = pairs["label"].to_numpy(dtype=int), baseline.measure_features(pairs, config), []
+    for seed in SEEDS:
+        split = add_groups_and_folds(pairs, seed=seed)
+        members = baseline.cross_fit(split, config, features)
+        models = {"class prior": metrics.held_out_prior(labels, split["fold"].to_numpy())}
+        models |= {"13 style features": cross_fit_thirteen(split), **members}
+        models["full floor"] = baseline.blend_folds(split, members)
+        losses.append({name: metrics.row_losses(probs, labels) for name, probs in models.items()})
+    groups = add_groups_and_folds(pairs)["group"].to_numpy()
+    mean = {name: np.mean([split[name] for split in losses], axis=0) for name in losses[0]}
+    rows = {}
+    for name, values in mean.items():
+        low, high = metrics.bootstrap_interval(values, groups)
+        gap = metrics.paired_difference(values, mean["13 style features"], groups)
+        rows[name] = {"log_loss": float(values.mean()), "low": low, "high": high, "less_13_style_features": gap}
+    return {"n_pairs": len(pairs), "n_folds": 5, "seeds": list(SEEDS), "models": rows}
+
+
+def enlarge(pairs: pd.DataFrame, n_pairs: int, seed: int) -> pd.DataFrame:
+    """Draw battles with replacement; one word in ten of every text comes from another battle of the table."""
+    rng = np.random.default_rng(seed)
+    drawn = pairs.iloc[rng.integers(len(pairs), size=n_pairs)].reset_index(drop=True)
+    words = [word for turns in pairs["response_a"] for turn in turns for word in (turn or "").split(" ")]
+    texts = {name: [_perturb(turns, words, rng) for turns in drawn[name]] for name in TEXTS}
+    return drawn.assign(id=np.arange(n_pairs), **{name: pd.Series(v, dtype=object) for name, v in texts.items()})
+
+
+def _perturb(turns: Turns, words: list[str], rng: np.random.Generator) -> Turns:
+    changed = []
+    for turn in turns:
+        parts = (turn or "").split(" ")
+        places = rng.integers(len(parts), size=(len(parts) + 9) // 10)
+        for place, word in zip(places, rng.integers(len(words), size=len(places)), strict=True):
+            parts[place] = words[word]
+        changed.append(" ".join(parts))
+    return tuple(changed)
+
+
+def _read_clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def measure_size(pairs: pd.DataFrame, config: BaselineConfig, n_train: int, n_test: int, seed: int = 0) -> dict:
+    """Train on all folds and predict at the competition's size: seconds and MiB."""
+    train, test = add_groups_and_folds(enlarge(pairs, n_train, seed)), enlarge(pairs, n_test, seed + 1)
+    marks = [_read_clocks()]
+    features = baseline.measure_features(train, config)
+    marks.append(_read_clocks())
+    members = baseline.cross_fit(train, config, features)
+    marks.append(_read_clocks())
+    floor = baseline.fit_baseline(train, config, features, members)
+    del features
+    marks.append(_read_clocks())
+    floor.predict_probs(test)
+    marks.append(_read_clocks())
+    spent = pd.DataFrame(np.diff(marks, axis=0), ["measure", "cross_fit", "fit", "predict"], ["wall_s", "cpu_s"])
+    spent.loc["train_all"] = spent.loc[["measure", "cross_fit", "fit"]].sum()
+    characters = sum(len(turn or "") for name in TEXTS for turns in train[name] for turn in turns)
+    return {
+        "n_train": n_train,
+        "n_test": n_test,
+        "seed": seed,
+        "characters_train": characters,
+        # One thread works; on a busy machine the wall clock also counts the time of others.
+        **{name: column.round(1).to_dict() for name, column in spent.items()},
+        "peak_mib": round(measure_peak_mib()),
+    }
+
+
+def describe_machine() -> str:
+    """Processor and cores, as far as the system tells them."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    model = names[0].split(":")[1].strip() if names else platform.machine()
+    return f"{platform.system()}, {model}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    """Measure and write from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--n-train", type=int, default=N_TRAIN, help="training battles of the full size")
+    parser.add_argument("--n-test", type=int, default=N_TEST, help="test battles of the full size")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    config, real = BaselineConfig(), read_real()
+    source = make_battles(2000, seed=0)[0][list(LABELLED_COLUMNS)] if real is None else real
+    result = {
+        "command": "python benchmarks/floor.py",
+        "machine": describe_machine(),
+        "versions": measure_versions(),
+        "config": config.to_json(),
+        "rows_are": "demo battles" if real is None else "real battles, drawn with replacement and perturbed",
+        "real": None if real is None else score_real(real, config),
+        "full_size": measure_size(source, config, options.n_train, options.n_test),
+    }
+    if real is None and options.out.exists():
+        result["real"] = read_json(options.out)["real"]  # measured where the real battles were at hand
+    write_json(options.out, result)
+    print(f"wrote {os.path.relpath(options.out)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
