@@ -7,17 +7,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Values from the command line reach the shell through the environment, so spaces in them survive.
-export DATA TEST SET
+export DATA TEST SET SWEEP
 SUITE = $(BIN)/python -m src.utils.suite $(if $(NB),--only "$(NB)") $(if $(PROFILE),--profile "$(PROFILE)") \
 	$(if $(DATA),--data "$$DATA") $(if $(TEST),--test "$$TEST") $(if $(SET),--set "$$SET") \
 	$(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") $(if $(filter-out 0,$(FORCE)),--force) \
 	$(if $(filter-out 0,$(LIST)),--list)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check data train kernel bench notebook clean
+.PHONY: help run test check data train sweep kernel kernel-push rehearse bench notebook clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo "  run takes DATA=… TEST=… PROFILE=demo|small|full|file.yaml NB=02-05 SET=\"03.N_EPOCHS=1\" ARTIFACTS=… FORCE=1 LIST=1"
 
 $(READY): requirements.txt pyproject.toml
@@ -49,8 +49,19 @@ train: NB := 01-05
 train: PROFILE := full
 train: run  ## the real thing on a GPU, without inference: NB=01-05 PROFILE=full
 
-kernel: $(READY)  ## build/kaggle: what is uploaded to Kaggle (WHEELS=1 adds packages that its image lacks)
-	@$(BIN)/python kaggle_kernel/build.py $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") $(if $(filter-out 0,$(WHEELS)),--wheels)
+sweep: $(READY)  ## a notebook over a grid of parameters: SWEEP=file.yaml, JOBS=2 at a time; takes DATA, PROFILE, ARTIFACTS too
+	@$(BIN)/python -m src.utils.sweep "$$SWEEP" --jobs $(or $(JOBS),1) $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
+		$(if $(DATA),--data "$$DATA") $(if $(PROFILE),--profile "$(PROFILE)")
+
+kernel: $(READY)  ## build/kaggle: what is uploaded to Kaggle (FLOOR=1 the floor alone, WHEELS=1 adds what its image lacks)
+	@$(BIN)/python kaggle_kernel/build.py $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
+		$(if $(filter-out 0,$(WHEELS)),--wheels) $(if $(filter-out 0,$(FLOOR)),--floor)
+
+rehearse: kernel  ## the built kernel as Kaggle runs it: inputs read-only, no network, hidden rows (ROWS=25000)
+	@$(BIN)/python kaggle_kernel/rehearse.py $(if $(ROWS),--rows $(ROWS)) $(if $(KERNEL_PYTHON),--python "$(KERNEL_PYTHON)")
+
+kernel-push: $(READY)  ## push build/kaggle/kernel and wait for its run; never submits
+	@$(BIN)/python kaggle_kernel/push.py
 
 bench: $(READY)  ## every benchmark
 	@for script in benchmarks/*.py; do test ! -e "$$script" || $(BIN)/python "$$script" || exit 1; done

@@ -16,12 +16,14 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 
 from src.utils import paths
 from src.utils.artifacts import read_json, write_json
+from src.utils.metrics import Blend
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOK = paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb"
@@ -52,7 +54,8 @@ zipfile.ZipFile(io.BytesIO(base64.b64decode(PACKAGE))).extractall(folder)
 sys.path.insert(0, folder)
 os.environ["HF_HUB_OFFLINE"] = "1"
 pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-wheels = sorted(map(str, Path("/kaggle/input").rglob("*.whl")))
+inputs = Path(os.environ.get("ARENA_KAGGLE_ROOT", "/kaggle")) / "input"
+wheels = sorted(map(str, inputs.rglob("*.whl")))
 if wheels:
     subprocess.run([*pip, "install", "--no-index", "--no-deps", *wheels], check=True)
 # The image's torchao is older than peft accepts, and peft refuses to start beside it.
@@ -87,14 +90,23 @@ def make_kernel(notebook: Path = NOTEBOOK) -> nbformat.NotebookNode:
     return kernel
 
 
-def make_metadata(owner: str, members: list[str]) -> dict[str, dict]:
-    """Fill in the owner; a kernel of the floor alone asks for no GPU.
+def make_metadata(owner: str, members: list[str], model_sources: Sequence[str] = ()) -> dict[str, dict]:
+    """Fill in the owner and the attached models; a kernel of the floor alone asks for no GPU.
+
+    Args:
+        owner: Kaggle user name.
+        members: of the blend.
+        model_sources: Kaggle Models to attach, "owner/model/framework/variation/version" each.
 
     Returns:
         File name -> content, of both metadata files.
     """
     texts = {name: (HERE / name).read_text() for name in ("kernel-metadata.json", "dataset-metadata.json")}
     made = {name: json.loads(text.replace("OWNER", owner)) for name, text in texts.items()}
+    for source in model_sources:
+        if len(source.split("/")) != 5:
+            raise ValueError(f"model source: expected owner/model/framework/variation/version, got {source!r}")
+    made["kernel-metadata.json"]["model_sources"] = list(model_sources)
     if set(members) <= {FLOOR}:
         made["kernel-metadata.json"]["enable_gpu"] = False
         del made["kernel-metadata.json"]["machine_shape"]
@@ -120,6 +132,20 @@ def copy_runs(artifacts: Path, dataset: Path) -> list[str]:
         _copy_parts(artifacts / name, dataset / name, RUN_PARTS)
     _copy_parts(artifacts / "05_ensemble", dataset / "05_ensemble", BLEND_PARTS)
     return members
+
+
+def copy_floor(artifacts: Path, dataset: Path) -> list[str]:
+    """Copy the floor, and a blend that holds it alone; 03, 04 and 05 need not have run.
+
+    Raises:
+        FileNotFoundError: the floor is not finished.
+    """
+    if not (artifacts / FLOOR / "metrics.json").exists():
+        raise FileNotFoundError(f"{artifacts / FLOOR}: not finished. Run `make run NB=01,02` first.")
+    _copy_parts(artifacts / FLOOR, dataset / FLOOR, RUN_PARTS)
+    write_json(dataset / "05_ensemble" / "blend.json", Blend((FLOOR,), (1.0,)).to_json())
+    shutil.copy2(artifacts / FLOOR / "metrics.json", dataset / "05_ensemble" / "metrics.json")
+    return [FLOOR]
 
 
 def _copy_parts(run: Path, target: Path, parts: tuple[str, ...]) -> None:
@@ -150,7 +176,14 @@ def download_wheels(folder: Path) -> None:
     subprocess.run([*pip, *target, *wanted], check=True)
 
 
-def build(artifacts: Path, target: Path, owner: str, wheels: bool = False) -> list[str]:
+def build(
+    artifacts: Path,
+    target: Path,
+    owner: str,
+    wheels: bool = False,
+    model_sources: Sequence[str] = (),
+    floor_only: bool = False,
+) -> list[str]:
     """Write `kernel/` and `dataset/` into `target`, anew.
 
     Args:
@@ -158,14 +191,16 @@ def build(artifacts: Path, target: Path, owner: str, wheels: bool = False) -> li
         target: what was there is removed.
         owner: Kaggle user name.
         wheels: whether to add the wheels that the image lacks.
+        model_sources: Kaggle Models to attach, e.g. the base of an adapter.
+        floor_only: whether to leave every network out.
 
     Returns:
         The members of the blend.
     """
     shutil.rmtree(target, ignore_errors=True)
     kernel, dataset = target / "kernel", target / "dataset"
-    members = copy_runs(artifacts, dataset)
-    metadata = make_metadata(owner, members)
+    members = (copy_floor if floor_only else copy_runs)(artifacts, dataset)
+    metadata = make_metadata(owner, members, model_sources)
     write_json(kernel / "kernel-metadata.json", metadata["kernel-metadata.json"])
     write_json(dataset / "dataset-metadata.json", metadata["dataset-metadata.json"])
     nbformat.write(make_kernel(), kernel / metadata["kernel-metadata.json"]["code_file"])
@@ -180,19 +215,29 @@ def main() -> int:
     parser.add_argument("--artifacts", type=Path, default=paths.artifacts_dir())
     parser.add_argument("--owner", default=os.environ.get("KAGGLE_USERNAME", "OWNER"), help="Kaggle user name")
     parser.add_argument("--wheels", action="store_true", help="add the wheels that Kaggle's image lacks")
+    parser.add_argument("--floor", action="store_true", help="the floor alone: no GPU, no network, no blend needed")
+    parser.add_argument(
+        "--model-sources",
+        nargs="*",
+        default=os.environ.get("KAGGLE_MODEL_SOURCES", "").split(),
+        help="Kaggle Models to attach: owner/model/framework/variation/version",
+    )
     options = parser.parse_args()
     target = paths.ROOT / "build" / "kaggle"
     try:
-        members = build(options.artifacts, target, options.owner, options.wheels)
-    except FileNotFoundError as error:
+        members = build(options.artifacts, target, options.owner, options.wheels, options.model_sources, options.floor)
+    except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     size_mib = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 2**20
     print(f"{target}: kernel/ and dataset/, {size_mib:.1f} MiB. Next steps: kaggle_kernel/README.md")
     if options.owner == "OWNER":
         print("The owner is a placeholder: build again with KAGGLE_USERNAME=<you>.")
-    for name in find_hub_bases(options.artifacts, members):
-        print(f"{name} is an adapter and its base is on the hub: offline it is left out and the blend renormalised.")
+    for name in [] if options.model_sources else find_hub_bases(options.artifacts, members):
+        print(
+            f"{name} is an adapter and its base is on the hub: offline it is left out and the blend renormalised. "
+            "Attach the base with KAGGLE_MODEL_SOURCES, see kaggle_kernel/README.md."
+        )
     return 0
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from src.utils.config import BaselineConfig, DecoderConfig, FinetuneConfig, read_profile
+from src.utils.config import BaselineConfig, DecoderConfig, EdaConfig, FinetuneConfig, read_profile
 
 
 def capitals(config: object) -> dict:
@@ -12,7 +12,9 @@ def capitals(config: object) -> dict:
     return {key.upper(): value for key, value in config.to_json().items()}
 
 
-@pytest.mark.parametrize("config", [BaselineConfig(), FinetuneConfig(folds=(0, 2)), DecoderConfig()])
+@pytest.mark.parametrize(
+    "config", [EdaConfig(tokenizers=("x",)), BaselineConfig(), FinetuneConfig(folds=(0, 2)), DecoderConfig()]
+)
 def test_settings_survive_json(config: object) -> None:
     assert type(config).from_json(config.to_json()) == config
 

@@ -34,13 +34,13 @@ FLOORS = {
         *("data", "demo", "text", "mirror", "style", "bias", "metrics", "plots"),
         *("artifacts", "submission", "fetch"),
     ),
-    2: ("batches", "models", "baseline", "river"),
-    3: ("predict", "tiny"),
-    4: ("train", "inference", "publish", "suite"),
+    2: ("batches", "models", "embed", "river", "leaderboard"),
+    3: ("predict", "tiny", "baseline"),
+    4: ("train", "inference", "publish", "suite", "ablation", "sweep"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
-LIGHT = (*FLOORS[0], *FLOORS[1], "baseline", "river", "suite")
+LIGHT = (*FLOORS[0], *FLOORS[1], "baseline", "river", "leaderboard", "ablation", "suite", "sweep")
 CONFIGS = {
     "01_eda": EdaConfig,
     "02_baseline": BaselineConfig,
@@ -229,7 +229,7 @@ def test_requirements_are_pinned():
 def test_every_target_of_the_makefile_is_explained():
     text = (ROOT / "Makefile").read_text()
     targets = {name for line in re.findall(r"^\.PHONY: (.*)", text, re.MULTILINE) for name in line.split()}
-    assert targets == set(re.findall(r"^([a-z]+):.*## \S", text, re.MULTILINE))
+    assert targets == set(re.findall(r"^([a-z-]+):.*## \S", text, re.MULTILINE))
 
 
 def tree_entries(text):

@@ -4,17 +4,32 @@ import ast
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import nbformat
+import pandas as pd
 import pytest
 
+from src.utils import models
+from src.utils.baseline import fit_baseline, save_baseline
+from src.utils.config import BaselineConfig, DecoderConfig
+from src.utils.data import load_pairs
+from src.utils.metrics import Blend
 from src.utils.paths import ROOT
+from src.utils.schema import TEXTS
 
-SPEC = importlib.util.spec_from_file_location("build", ROOT / "kaggle_kernel" / "build.py")
-build = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(build)
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "kaggle_kernel" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+build, push, rehearse = map(load_script, ("build", "push", "rehearse"))
 
 
 @pytest.fixture
@@ -107,3 +122,199 @@ def test_the_floor_alone_asks_for_no_gpu():
     kernel = build.make_metadata("ada", ["02_baseline"])["kernel-metadata.json"]
     assert kernel["enable_gpu"] is False
     assert "machine_shape" not in kernel
+
+
+def test_the_floor_makes_a_kernel_where_nothing_else_is_finished(artifacts, tmp_path):
+    for name in ("04_qwen", "05_ensemble"):
+        shutil.rmtree(artifacts / name)
+    assert build.build(artifacts, tmp_path / "kaggle", "ada", floor_only=True) == ["02_baseline"]
+    blend = json.loads((tmp_path / "kaggle" / "dataset" / "05_ensemble" / "blend.json").read_text())
+    assert Blend.from_json(blend).members == ("02_baseline",)
+    assert {path.name for path in (tmp_path / "kaggle" / "dataset").iterdir() if path.is_dir()} == {
+        "02_baseline",
+        "05_ensemble",
+    }
+
+
+def test_attached_models_are_written_and_their_form_is_checked():
+    source = "wowfattie/qwen3-4b-instruct-2507/transformers/default/1"
+    kernel = build.make_metadata("ada", ["04_qwen"], [source])["kernel-metadata.json"]
+    assert kernel["model_sources"] == [source]
+    with pytest.raises(ValueError, match="owner/model/framework/variation/version, got 'Qwen/Qwen3-4B'"):
+        build.make_metadata("ada", ["04_qwen"], ["Qwen/Qwen3-4B"])
+
+
+# ── push ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    (tmp_path / "kernel-metadata.json").write_text(json.dumps({"id": "ada/llm-preference-arena"}))
+    return tmp_path
+
+
+def answering(*answers):
+    """A kaggle client that gives these answers in turn, and the questions that it was asked."""
+    left, asked = list(answers), []
+
+    def ask(*arguments):
+        asked.append(arguments)
+        return left.pop(0)
+
+    return ask, asked
+
+
+TAKEN = "Kernel version 3 successfully pushed.  Please check progress at https://www.kaggle.com/code/ada/x"
+
+
+def test_a_push_that_is_taken_gives_the_id_and_nothing_submits(kernel):
+    ask, asked = answering(TAKEN)
+    assert push.push(kernel, ask) == "ada/llm-preference-arena"
+    assert asked == [("kernels", "push", "-p", str(kernel))]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Kernel push error: Maximum batch GPU session count of 2 reached.",
+        f"The following are not valid dataset sources: ['ada/models']\n{TAKEN}",
+        "401 Client Error: Unauthorized for url",
+        "",
+    ],
+)
+def test_a_push_that_is_not_taken_whole_is_an_error_though_the_client_ends_well(kernel, said):
+    with pytest.raises(push.PushError, match="did not take all"):
+        push.push(kernel, answering(said)[0])
+
+
+def test_a_placeholder_is_not_pushed(kernel):
+    (kernel / "kernel-metadata.json").write_text(json.dumps({"id": "OWNER/llm-preference-arena"}))
+    with pytest.raises(push.PushError, match="KAGGLE_USERNAME"):
+        push.push(kernel, answering()[0])
+
+
+def status(word):
+    return f'ada/llm-preference-arena has status "KernelWorkerStatus.{word}"'
+
+
+def test_the_run_is_waited_for():
+    ask, asked = answering(status("QUEUED"), status("RUNNING"), status("COMPLETE"))
+    waits = []
+    assert "COMPLETE" in push.wait_for_run("ada/llm-preference-arena", ask, every_s=60, sleep=waits.append)
+    assert waits == [60, 60]
+    assert {arguments[:2] for arguments in asked} == {("kernels", "status")}
+
+
+@pytest.mark.parametrize("word", ["ERROR", "CANCEL_ACKNOWLEDGED"])
+def test_a_run_that_fails_is_an_error(word):
+    with pytest.raises(push.PushError, match=word):
+        push.wait_for_run("ada/x", answering(status("RUNNING"), status(word))[0], sleep=lambda _: None)
+
+
+def test_a_run_that_never_ends_is_an_error():
+    with pytest.raises(push.PushError, match="not ended"):
+        push.wait_for_run("ada/x", lambda *_: status("RUNNING"), limit_s=180, every_s=60, sleep=lambda _: None)
+
+
+# ── rehearsal ─────────────────────────────────────────────────────────────────────────
+
+
+def test_the_hidden_test_is_unlike_the_visible_one(tmp_path):
+    test = rehearse.make_hidden_test(2000)
+    assert test["id"].nunique() == 2000 and len(test) == 2020
+    assert not test["id"].is_monotonic_increasing
+    pairs_path = tmp_path / "test.csv"
+    test.to_csv(pairs_path, index=False)
+    pairs, problems = load_pairs(pairs_path, labelled=False)
+    assert len(pairs) == 2020 and len(problems)
+    texts = [turn for column in TEXTS for turns in pairs[column] for turn in turns]
+    assert None in texts and "" in texts and "\ud83d" in "".join(filter(None, texts))
+    assert max(map(len, filter(None, texts))) >= 50_000
+    assert (pairs["response_a"] == pairs["response_b"]).any()
+
+
+@pytest.mark.parametrize("layout", ["old", "new"])
+def test_both_layouts_are_laid_out(artifacts, tmp_path, layout):
+    build.build(artifacts, tmp_path / "kaggle", "ada")
+    ids = rehearse.lay_out(tmp_path / "root", tmp_path / "kaggle", rehearse.Case(20, layout))
+    inputs = tmp_path / "root" / "input"
+    middle = {
+        "old": ("", "llm-preference-arena-models"),
+        "new": ("competitions", "datasets/ada/llm-preference-arena-models"),
+    }
+    competition, dataset = middle[layout]
+    sample = pd.read_csv(inputs / competition / "llm-classification-finetuning" / "sample_submission.csv")
+    assert sample["id"].tolist() == list(ids)
+    assert (inputs / dataset / "05_ensemble" / "blend.json").exists()
+
+
+def test_a_tighter_deadline_comes_right_after_the_parameters(tmp_path):
+    nbformat.write(build.make_kernel(), tmp_path / "kernel.ipynb")
+    changed = nbformat.read(rehearse.set_deadline(tmp_path / "kernel.ipynb", 60.0, tmp_path / "new.ipynb"), 4)
+    sources = [cell.source for cell in changed.cells]
+    place = next(i for i, cell in enumerate(changed.cells) if "parameters" in cell.metadata.get("tags", []))
+    assert sources[place + 1] == "DEADLINE_S = 60.0" and "DEADLINE_S: float" in sources[place]
+
+
+@pytest.fixture(scope="module")
+def floor_artifacts(tmp_path_factory, _demo_pairs):
+    """A finished floor, small."""
+    run = tmp_path_factory.mktemp("floor") / "02_baseline"
+    config = BaselineConfig(n_hashed=256, n_trees=5)
+    save_baseline(fit_baseline(_demo_pairs, config), run / "model")
+    (run / "config.json").write_text(json.dumps(config.to_json()))
+    (run / "metrics.json").write_text("{}")
+    return run.parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["old", "new"])
+def test_the_kernel_of_the_floor_passes_its_rehearsal(floor_artifacts, tmp_path, layout):
+    build.build(floor_artifacts, tmp_path / "kaggle", "ada", floor_only=True)
+    timing = rehearse.rehearse(tmp_path / "kaggle", rehearse.Case(200, layout), tmp_path / "root")
+    assert timing["n_pairs_by_members"] == {"02_baseline": 202}
+    assert not (tmp_path / "root" / "input" / "x").exists()
+
+
+@pytest.mark.slow
+def test_the_kernel_of_all_members_passes_its_rehearsal(floor_artifacts, tiny_base, tmp_path):
+    artifacts = shutil.copytree(floor_artifacts, tmp_path / "artifacts")
+    options = {"revision": "", "quantization": "none", "max_tokens": 192, "tokens_per_batch": 4096}
+    networks = {
+        "03_modernbert": DecoderConfig("tiny:modernbert", lora_rank=0, **options),
+        "04_qwen": DecoderConfig("tiny:qwen3", lora_rank=4, **options),
+    }
+    for name, config in networks.items():
+        base = shutil.copytree(tiny_base(config.checkpoint.removeprefix("tiny:")), artifacts / name / "base")
+        models.save_model(*models.load_classifier(config, base), artifacts / name / "model" / "fold_0")
+        (artifacts / name / "config.json").write_text(json.dumps(config.to_json()))
+        (artifacts / name / "metrics.json").write_text("{}")
+    blend = Blend(("02_baseline", *networks), (0.4, 0.3, 0.3))
+    (artifacts / "05_ensemble").mkdir()
+    (artifacts / "05_ensemble" / "blend.json").write_text(json.dumps(blend.to_json()))
+    (artifacts / "05_ensemble" / "metrics.json").write_text("{}")
+    build.build(artifacts, tmp_path / "kaggle", "ada")
+    timing = rehearse.rehearse(tmp_path / "kaggle", rehearse.Case(100, "new"), tmp_path / "root")
+    assert timing["n_pairs_by_members"] == {" + ".join(blend.members): 101}
+    assert [member["n_twice"] for member in timing["members"]] == [101, 101, 101]
+
+
+@pytest.mark.slow
+def test_a_kernel_without_its_models_fails_its_rehearsal(floor_artifacts, tmp_path):
+    build.build(floor_artifacts, tmp_path / "kaggle", "ada", floor_only=True)
+    shutil.rmtree(tmp_path / "kaggle" / "dataset" / "02_baseline")
+    with pytest.raises(RuntimeError, match="no finished run"):
+        rehearse.rehearse(tmp_path / "kaggle", rehearse.Case(20, "new"), tmp_path / "root")
+
+
+def test_without_namespaces_sockets_are_blocked_and_inputs_are_read_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearse.shutil, "which", lambda name: None)
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "x").touch()
+    script = "import socket; socket.create_connection(('192.0.2.1', 80), 1)"
+    command, environment, how = rehearse.cut_network(
+        [sys.executable, "-c", script], {"ARENA_KAGGLE_ROOT": str(tmp_path)}, tmp_path
+    )
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert how == "blocked sockets" and "this is a rehearsal" in ran.stderr
+    assert not (tmp_path / "input" / "x").stat().st_mode & 0o222

@@ -103,3 +103,24 @@ def test_the_profile_follows_the_battles() -> None:
     make_files(paths.run_dir("01_eda"), "truth.parquet")
     assert paths.choose_profile("auto") == "demo"
     assert paths.choose_profile("none") == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("Qwen/Qwen3-4B-Instruct-2507", "models/wowfattie/qwen3-4b-instruct-2507/transformers/default/1"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "qwen3-4b-instruct-2507/transformers/default/1"),
+        ("answerdotai/ModernBERT-base", "models/answer-ai/modernbert/transformers/base/2"),
+    ],
+)
+def test_an_attached_checkpoint_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
+) -> None:
+    monkeypatch.setattr(paths, "KAGGLE_INPUT", tmp_path / "input")
+    monkeypatch.setattr(paths, "KAGGLE_WORKING", make_files(tmp_path / "working"))
+    assert paths.find_checkpoints(name) == []
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    make_files(tmp_path / "input" / "qwen-3" / "transformers" / "4b" / "1", "config.json", "model.safetensors")
+    make_files(tmp_path / "input" / "x" / Path(place).parts[-2], "config.json")  # no weights
+    folder = make_files(tmp_path / "input" / place, "config.json", "model-00001-of-00002.safetensors")
+    assert paths.find_checkpoints(name) == [folder]

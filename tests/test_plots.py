@@ -60,6 +60,36 @@ def test_a_curve_keeps_its_band_around_its_line(ax, votes):
     assert (band.min(), band.max()) == pytest.approx((wins["low"].min(), wins["high"].max()))
 
 
+def test_a_smooth_curve_lies_over_its_bins_with_ratios_on_the_axis(ax, votes):
+    values, labels = votes
+    curve, _ = bias.length_curves(values, labels, n_boot=20)
+    plots.plot_smooth_curve(ax, curve, bias.larger_wins_by(np.abs(values), values, labels, 4), null=0.5)
+    assert [label.get_text() for label in ax.get_xticklabels()][:2] == ["1×", "1.5×"]
+
+
+def test_bins_are_drawn_where_no_curve_can_be_fitted(ax):
+    nothing = bias.smooth_rate(np.arange(3.0), np.ones(3))
+    bins = bias.larger_wins_by(np.ones(3), np.ones(3), np.zeros(3, dtype=int))
+    plots.plot_smooth_curve(ax, nothing, bins)
+    assert len(ax.containers[0][0].get_xdata()) == 1
+    plots.plot_smooth_curve(ax, nothing, bins[:0])
+    assert not ax.axison
+
+
+def test_position_names_every_part_and_counts_what_matters(ax):
+    labels = np.r_[np.zeros(90), np.ones(10), np.zeros(10), np.ones(90)].astype(int)
+    shares = bias.position_by({"half": np.repeat(["first", "second"], 100), "parity": np.arange(200) % 2}, labels)
+    plots.plot_position_by(ax, shares)
+    assert ax.get_title(loc="left") == "Seat A's share depends on 1 of 2 properties"
+    assert len(ax.get_yticklabels()) == 4
+
+
+def test_what_a_budget_truncates_is_told_for_each_tokenizer(ax):
+    plots.plot_token_distribution(ax, {"x": np.array([100, 600, 2000, 5000]), "y": np.array([1, 2, 3, 4])})
+    assert ax.texts[0].get_text().split("\n") == [" 75.0\u00a0%", "0.0\u00a0%"]
+    assert "50.0\u00a0% of battles (x)" in ax.get_title(loc="left")
+
+
 def test_length_by_prompt_names_every_bin(ax, votes):
     values, labels = votes
     bins = bias.larger_wins_by(np.arange(400.0), values, labels, n_bins=4)
@@ -153,3 +183,14 @@ def test_preferences_count_where_the_model_is_like_people(ax):
     plots.plot_preferences(ax, shares)
     assert ax.get_title(loc="left").startswith("On 1 of 2 leanings")
     assert [label.get_text() for label in ax.get_yticklabels()] == ["refusal (n = 4)", "longer (n = 9)"]
+
+
+def test_an_ablation_is_drawn_dearest_first_and_counts_what_is_sure(ax):
+    worth = pd.DataFrame(
+        [("text", "A against B", 0.02, 0.01, 0.03), ("gaps", "tie", 0.01, -0.01, 0.03)],
+        columns=["family", "of", "difference", "low", "high"],
+    )
+    plots.plot_ablation(ax, worth)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["text", "gaps"]
+    assert list(ax.get_yticks()) == [1, 0]
+    assert "1 of 2" in ax.get_title(loc="left")

@@ -9,7 +9,7 @@ from src.utils import predict
 from src.utils.config import FinetuneConfig
 from src.utils.mirror import average_over_swap, swap_pairs, swap_probs
 from src.utils.models import load_classifier
-from src.utils.predict import predict_probs
+from src.utils.predict import LocalReader, ReaderLost, predict_pairs, predict_probs
 from src.utils.schema import check_probs
 
 OPTIONS = {"max_tokens": 256, "tokens_per_batch": 2048}
@@ -156,6 +156,98 @@ def test_rows_that_overflow_are_read_again_alone(tokenizer, demo_pairs):
     pairs = demo_pairs[:30]
     lost = predict_probs(Fake(overflow_rows=2), tokenizer, pairs, **OPTIONS)
     np.testing.assert_allclose(lost, predict_probs(Fake(), tokenizer, pairs, **OPTIONS), atol=1e-12)
+
+
+LONG = {"max_tokens": 1024, "tokens_per_batch": 2048}
+
+
+@pytest.fixture
+def long_pairs(demo_pairs):
+    """A hundred battles of some 600 tokens each."""
+    pairs = demo_pairs[:100].reset_index(drop=True)
+    pairs["response_a"] = [(" ".join([turns[0] or "x"] * 8),) for turns in pairs["response_a"]]
+    return pairs
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.65])
+def test_time_too_short_for_one_reading_costs_length_and_no_row(clock, tokenizer, long_pairs, share):
+    predict_probs(Fake(clock), tokenizer, long_pairs, swap=False, **LONG)
+    seconds, clock.now = clock.now, 0.0
+    prediction = predict_pairs(
+        LocalReader(Fake(clock), 0), tokenizer, long_pairs, deadline=share * seconds * 1.02, **LONG
+    )
+    assert clock.now <= share * seconds * 1.02
+    assert np.isfinite(prediction.probs).all()
+    assert prediction.is_cut.any() == (share < 1)
+    assert prediction.n_readings.min() == 1
+
+
+def test_length_is_given_up_only_after_the_swap(clock, tokenizer, long_pairs):
+    predict_probs(Fake(clock), tokenizer, long_pairs, **LONG)
+    seconds, clock.now = clock.now, 0.0
+    prediction = predict_pairs(LocalReader(Fake(clock), 0), tokenizer, long_pairs, deadline=0.7 * seconds, **LONG)
+    assert not prediction.is_cut.any()
+    assert set(prediction.n_readings) == {1, 2}
+
+
+def test_a_pace_that_falls_is_noticed(clock, tokenizer, long_pairs):
+    class Tiring(Fake):
+        def forward(self, input_ids, attention_mask):
+            self.n_calls = getattr(self, "n_calls", 0) + 1
+            clock.now += input_ids.numel() if self.n_calls > 6 else 0  # half as fast from the seventh batch on
+            return super().forward(input_ids, attention_mask)
+
+    predict_probs(Fake(clock), tokenizer, long_pairs, swap=False, **LONG)
+    seconds, clock.now = clock.now, 0.0
+    prediction = predict_pairs(LocalReader(Tiring(clock), 0), tokenizer, long_pairs, deadline=1.5 * seconds, **LONG)
+    assert prediction.is_cut.any() and np.isfinite(prediction.probs).all(axis=1).mean() > 0.8
+    assert clock.now <= 1.5 * seconds + LONG["tokens_per_batch"]
+
+
+def test_what_is_known_is_handed_over_each_minute(clock, tokenizer, demo_pairs):
+    kept = []
+    predict_pairs(LocalReader(Fake(clock), 0), tokenizer, demo_pairs[:60], keep=kept.append, **OPTIONS)
+    n_reached = [np.isfinite(prediction.probs).all(axis=1).sum() for prediction in kept]
+    assert len(kept) > 5 and n_reached == sorted(n_reached) and n_reached[0] < 60
+    assert kept[-1].n_readings.sum() > kept[0].n_readings.sum()
+
+
+@pytest.mark.parametrize("n_rows_in_memory", [1, 3])
+def test_a_batch_that_memory_does_not_hold_is_halved(tokenizer, demo_pairs, n_rows_in_memory):
+    class Small(Fake):
+        def forward(self, input_ids, attention_mask):
+            if len(input_ids) > n_rows_in_memory:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(input_ids, attention_mask)
+
+    pairs = demo_pairs[:30]
+    probs = predict_probs(Small(), tokenizer, pairs, **OPTIONS)
+    np.testing.assert_allclose(probs, predict_probs(Fake(), tokenizer, pairs, **OPTIONS), atol=1e-12)
+
+
+def test_a_row_that_memory_does_not_hold_is_nan_and_the_others_are_not(tokenizer, demo_pairs):
+    lengths = [len(row) for row in predict.encode_both_orders(demo_pairs[:30], tokenizer, 256)[0]]
+
+    class Small(Fake):
+        def forward(self, input_ids, attention_mask):
+            if input_ids.shape[1] > sorted(lengths)[-2]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(input_ids, attention_mask)
+
+    probs = predict_probs(Small(), tokenizer, demo_pairs[:30], **OPTIONS)
+    assert np.flatnonzero(np.isnan(probs).any(axis=1)).tolist() == [int(np.argmax(lengths))]
+
+
+def test_a_reader_that_is_lost_keeps_what_it_read(tokenizer, demo_pairs):
+    class Mortal(LocalReader):
+        def send(self, key, rows):
+            if key > 4:
+                raise ReaderLost("a process ended with code -9")
+            super().send(key, rows)
+
+    prediction = predict_pairs(Mortal(Fake(), 0), tokenizer, demo_pairs[:60], **OPTIONS)
+    assert prediction.note == "a process ended with code -9"
+    assert 0 < np.isfinite(prediction.probs).all(axis=1).sum() < 60
 
 
 def test_rows_that_overflow_in_32_bit_too_are_nan(tokenizer, demo_pairs):

@@ -17,7 +17,14 @@ from src.utils.artifacts import read_json, write_json, write_text
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SCORED = ("02_baseline", "03_modernbert", "04_qwen", "05_ensemble")
-FIGURES = {"demo": {"05_ensemble/figures/ladder.png": "ladder.png"}}
+EDA_FIGURES = (
+    "winners models_usage models_win_rate winner_length_diff_count winner_length_prompt_and_diff_length "
+    "more_punctuation_winner tokens_length_distribution style_effects models_strength length_curves position_by"
+).split()
+FIGURES = {
+    "demo": {"05_ensemble/figures/ladder.png": "ladder.png"},
+    "real": {f"01_eda/figures/{name}.png": f"{name}.png" for name in EDA_FIGURES},
+}
 START, END = "<!-- results: made by benchmarks/results/record.py -->", "<!-- end of results -->"
 CAPTIONS = {
     "02_baseline": "02 floor, CPU",

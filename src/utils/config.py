@@ -96,6 +96,8 @@ class EdaConfig(Config):
 
     n_folds: int = 5
     min_battles: int = 30  # a chatbot with fewer is not ranked
+    n_bootstrap: int = 200  # resamples of each band and interval
+    tokenizers: tuple[str, ...] = ()  # folders of tokenizers; none estimates four characters a token
     n_demo_battles: int = 12_000  # training battles of the demo arena, where no other data are found
     n_demo_test: int = 600
     seed: int = 20240501  # of the demo arena and the folds
@@ -104,6 +106,7 @@ class EdaConfig(Config):
         """Check ranges."""
         _expect(self.n_folds >= 2, "n_folds", "2 or more", self.n_folds)
         _expect(self.min_battles >= 1, "min_battles", "1 or more", self.min_battles)
+        _expect(self.n_bootstrap >= 1, "n_bootstrap", "at least 1", self.n_bootstrap)
         _expect(self.n_demo_battles >= 1, "n_demo_battles", "1 or more", self.n_demo_battles)
         _expect(self.n_demo_test >= 1, "n_demo_test", "1 or more", self.n_demo_test)
 
@@ -112,10 +115,12 @@ class EdaConfig(Config):
 class BaselineConfig(Config):
     """Settings of 02, the CPU floor."""
 
-    n_hashed: int = 262_144  # width of each hashed text block
+    n_hashed: int = 131_072  # width of each hashed text block
     ridge: float = 1.0  # strength of the linear models' penalty; doubling it halves every prior variance
     n_trees: int = 200  # boosting rounds at most; one for every 15 battles where these are few
     learning_rate: float = 0.05  # shrinkage of each tree
+    embeddings: str = ""  # none, or a frozen checkpoint: a folder, or a hub id, also id@commit
+    embeddings_tokens: int = 512  # of each text at most
     n_bootstrap: int = 1000  # resamples of each interval
     seed: int = 20240501
 
@@ -125,6 +130,7 @@ class BaselineConfig(Config):
         _expect(self.ridge > 0, "ridge", "above 0", self.ridge)
         _expect(self.n_trees >= 1, "n_trees", "at least 1", self.n_trees)
         _expect(0 < self.learning_rate <= 1, "learning_rate", "in (0, 1]", self.learning_rate)
+        _expect(self.embeddings_tokens >= 8, "embeddings_tokens", "at least 8", self.embeddings_tokens)
         _expect(self.n_bootstrap >= 1, "n_bootstrap", "at least 1", self.n_bootstrap)
 
 
@@ -135,6 +141,7 @@ class EnsembleConfig(Config):
     n_folds: int = 5  # parts in which the blend is fitted and scored in turn
     seed: int = 20240501
     n_bootstrap: int = 1000  # resamples of each interval
+    write_soft_labels: bool = False  # the blend's held-out probabilities, for SOFT_LABELS of 03 and 04
     members: tuple[str, ...] = ("02_baseline", "03_modernbert", "04_qwen")
 
     def __post_init__(self) -> None:
@@ -164,6 +171,8 @@ class FinetuneConfig(Config):
     n_evals: int = 4  # validations an epoch
     folds: tuple[int, ...] = (0,)  # folds held out, one model each
     max_pairs: int = 0  # training battles at most, 0 takes all
+    soft_labels: str = ""  # none, or a soft_labels.parquet of 05
+    soft_weight: float = 0.5  # share of the soft labels where there are some; the rest are the votes
     seed: int = 20240501
 
     def __post_init__(self) -> None:
@@ -190,6 +199,7 @@ class FinetuneConfig(Config):
         _expect(0 <= self.warmup_share < 1, "warmup_share", "in [0, 1)", self.warmup_share)
         _expect(self.n_evals >= 1, "n_evals", "at least 1", self.n_evals)
         _expect(len(self.folds) > 0, "folds", "at least one fold", self.folds)
+        _expect(0 <= self.soft_weight <= 1, "soft_weight", "in [0, 1]", self.soft_weight)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ at. Only safetensors, never remote code.
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import logging
 import os
@@ -21,6 +22,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers  # noqa: E402
 from tokenizers.models import BPE  # noqa: E402
 from torch import nn  # noqa: E402
@@ -34,6 +36,7 @@ from transformers import (  # noqa: E402
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils import cached_file  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from src.utils.artifacts import read_json, write_json  # noqa: E402
@@ -378,9 +381,43 @@ def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Pa
         "commit": getattr(config, "_commit_hash", None),
         "template_version": TEMPLATE_VERSION,
     }
+    if isinstance(model, PeftModel):
+        origin["base_hash"] = hash_base(_folder_of(config))
     write_json(folder / "origin.json", origin)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+def hash_base(folder: Path) -> str:
+    """Tell a base by its vectors and the first row of each matrix, 16 hex digits; reads little of the weights.
+
+    Training moves some of them. How the weights are parted into files changes nothing.
+
+    Raises:
+        FileNotFoundError: the folder holds no safetensors.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: expected a checkpoint with *.safetensors, found none")
+    samples = {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 it is no dictionary
+                tensor = weights.get_slice(name)
+                sample = tensor[:1] if len(tensor.get_shape()) > 1 else weights.get_tensor(name)
+                samples[name] = sample.float().numpy().tobytes()
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(samples):
+        digest.update(name.encode() + samples[name])
+    return digest.hexdigest()
+
+
+def _folder_of(config) -> Path:
+    """The folder that a loaded base came from."""
+    source = Path(config.name_or_path)
+    if source.is_dir():
+        return source
+    return Path(cached_file(config.name_or_path, "config.json", revision=config._commit_hash)).parent
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
@@ -406,16 +443,28 @@ def load_finetuned(
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: it was trained with another template of the battles.
+        ValueError: it was trained with another template of the battles, or `base` is not
+            the base that it was trained on.
     """
     origin = _read_origin(folder)
     if config.lora_rank:
+        if base is not None:
+            check_base(folder, base)
         model, tokenizer = _load_base(_at_commit(config, origin), _base_folder(folder, config, base))
         model = PeftModel.from_pretrained(model, folder, is_trainable=False)
     else:
         # The folder is complete, whatever base it once came from.
         model, tokenizer = _load_base(config, folder)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load the tokenizer that `save_model` saved beside a model."""
+    _read_origin(folder)
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def merge(folder: Path, config: FinetuneConfig, base: Path | None = None) -> tuple[nn.Module, PreTrainedTokenizerFast]:
@@ -457,6 +506,26 @@ def _read_origin(folder: Path) -> dict:
             f"this code writes template {TEMPLATE_VERSION}; train it again"
         )
     return origin
+
+
+def check_base(folder: Path, base: Path) -> Path:
+    """Assert that a base is the one that an adapter was trained on, and hand it back.
+
+    Args:
+        folder: of the adapter, which recorded its base when it was saved.
+        base: folder of a checkpoint.
+
+    Raises:
+        ValueError: its weights are others.
+    """
+    origin = _read_origin(folder)
+    expected, got = origin.get("base_hash"), hash_base(base)
+    if expected not in (None, got):
+        raise ValueError(
+            f"{base}: expected the weights of {origin['base']} (hash {expected}) that {Path(folder).name} was trained "
+            f"on, got others (hash {got}). Attach that checkpoint or a faithful mirror of it."
+        )
+    return base
 
 
 def _at_commit(config: FinetuneConfig, origin: dict) -> FinetuneConfig:

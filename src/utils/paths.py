@@ -6,12 +6,15 @@ layout, so files are found by name, never by an assumed path.
 """
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-KAGGLE_INPUT = Path("/kaggle/input")
-KAGGLE_WORKING = Path("/kaggle/working")
+# The rehearsal of the kernel lays Kaggle's folders elsewhere.
+KAGGLE = Path(os.environ.get("ARENA_KAGGLE_ROOT", "/kaggle"))
+KAGGLE_INPUT = KAGGLE / "input"
+KAGGLE_WORKING = KAGGLE / "working"
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
 
 
@@ -46,6 +49,31 @@ def find_run(name: str) -> Path | None:
     if on_kaggle():
         candidates += sorted(path for path in KAGGLE_INPUT.rglob(name) if path.is_dir())
     return next((path for path in candidates if (path / "metrics.json").exists()), None)
+
+
+def find_checkpoints(name: str) -> list[Path]:
+    """Find attached checkpoints by name in Kaggle's inputs, the best match first.
+
+    A checkpoint is a folder with `config.json` and safetensors. Its path holds the name,
+    small and capital letters, punctuation and the framework's folder aside, so that both
+    layouts and every mirror are found: `qwen3-4b-instruct-2507/transformers/default/1`.
+
+    Args:
+        name: hub id, e.g. "Qwen/Qwen3-4B-Instruct-2507"; the owner is not looked at.
+    """
+    if not on_kaggle():
+        return []
+    wanted = _letters(name.rsplit("/", 1)[-1])
+    found = []
+    for config in sorted(KAGGLE_INPUT.rglob("config.json")):
+        parts = [_letters(part) for part in config.parent.relative_to(KAGGLE_INPUT).parts if part != "transformers"]
+        if wanted in "".join(parts) and any(config.parent.glob("*.safetensors")):
+            found.append((wanted not in parts, config.parent))
+    return [folder for _, folder in sorted(found)]
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def choose_profile(profile: str) -> str:

@@ -211,6 +211,106 @@ def plot_curve(ax: Axes, bins: pd.DataFrame, color: str = ACCENT, null: float | 
     return ax
 
 
+def plot_position_by(ax: Axes, shares: pd.DataFrame) -> Axes:
+    """Show whether the preference for seat A depends on the battle.
+
+    Args:
+        ax: axes to draw on.
+        shares: from `bias.position_by`: property, level, n, share, low, high, p_value.
+    """
+    rows = shares[shares["n"] > 0]
+    if rows.empty:
+        return _say(ax, "No decided battle.")
+    y = np.arange(len(rows))[::-1]
+    properties = list(dict.fromkeys(rows["property"]))
+    for place, name in enumerate(properties):
+        inside = (rows["property"] == name).to_numpy()
+        _draw_intervals(ax, rows[inside], "share", y[inside], color=(ACCENT, "black")[place % 2])
+    ax.set_yticks(y, [f"{row.property}: {row.level} (n = {row.n:,})" for row in rows.itertuples()])
+    ax.axvline(0.5, color="black", linewidth=1)
+    ax.set(
+        xlabel="decided battles won by seat A (95 % interval)", ylabel="battles with …", ylim=(-0.6, len(rows) - 0.4)
+    )
+    n_moved = int((rows.groupby("property")["p_value"].first() < 0.05 / len(properties)).sum())
+    ax.set_title(f"Seat A's share depends on {n_moved} of {len(properties)} properties", loc="left")
+    _percent_axis(ax.xaxis)
+    return ax
+
+
+_RATIOS = (1, 1.5, 2, 3, 5, 8, 16, 32)
+
+
+def plot_smooth_curve(
+    ax: Axes, curve: pd.DataFrame, bins: pd.DataFrame, color: str = ACCENT, null: float | None = None
+) -> Axes:
+    """Draw a rate as a smooth curve with its band over binned rates; the caller names the claim.
+
+    Args:
+        ax: axes to draw on.
+        curve: from `bias.smooth_rate`; value is a log ratio, 0 or above.
+        bins: from `bias.larger_wins_by` or `win_rate_by` of the same, drawn as dots.
+        color: of line and band.
+        null: the rate that would mean no effect, drawn as a line.
+    """
+    bins = bins.dropna(subset=["share"])
+    if curve.empty and bins.empty:
+        return _say(ax, "No battle to show.")
+    if null is not None:
+        ax.axhline(null, color="black", linewidth=1)
+    ax.fill_between(curve["value"], curve["low"], curve["high"], color=color, alpha=0.2, linewidth=0, label="95 % band")
+    ax.plot(curve["value"], curve["share"], color=color, label="smooth curve")
+    shown = bins if curve.empty else bins[bins["value"] <= curve["value"].max()]
+    reach = np.abs(shown[["low", "high"]].to_numpy(dtype=float).T - shown["share"].to_numpy(dtype=float))
+    ax.errorbar(shown["value"], shown["share"], yerr=reach, fmt="o", color=MUTED, markersize=4, label="equal bins")
+    end = max(curve["value"].max() if len(curve) else 0.0, shown["value"].max() if len(shown) else 0.0)
+    ticks = [ratio for ratio in _RATIOS if np.log(ratio) <= end] or [1]
+    ax.set_xticks(np.log(ticks), [f"{ratio:g}×" for ratio in ticks])
+    ax.legend(loc="best")
+    _percent_axis(ax.yaxis)
+    return ax
+
+
+def plot_token_distribution(
+    ax: Axes, lengths: dict[str, np.ndarray], budgets: tuple[int, ...] = (512, 1024, 2048, 3072)
+) -> Axes:
+    """Show how long battles are in the tokens of each tokenizer, and what each budget truncates.
+
+    Args:
+        ax: axes to draw on.
+        lengths: tokenizer -> (N,) int, tokens of each battle.
+        budgets: tokens that a model may read of one battle.
+    """
+    every = np.maximum(np.concatenate(list(lengths.values())), 1)
+    edges = np.geomspace(max(np.quantile(every, 0.002), 1), max(every.max(), budgets[-1]) * 1.2, 50)
+    colors = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    for (name, counts), color in zip(lengths.items(), colors, strict=False):
+        ax.hist(
+            counts,
+            bins=edges,
+            histtype="step",
+            linewidth=2,
+            color=color,
+            label=f"{name}, median {np.median(counts):,.0f}",
+        )
+    ax.set_xscale("log")
+    top = ax.get_ylim()[1] * 1.3
+    for budget in budgets:
+        cut = "\n".join(percent(float((counts > budget).mean())) for counts in lengths.values())
+        ax.axvline(budget, color="black", linewidth=1, linestyle=":")
+        ax.text(budget, top * 0.98, f" {cut}", va="top", fontsize=9)
+    ax.set_xticks([64, 128, 256, *budgets, 8192], [f"{tick:,}" for tick in (64, 128, 256, *budgets, 8192)], rotation=45)
+    ax.minorticks_off()
+    ax.set(ylim=(0, top), xlim=(edges[0], edges[-1]), ylabel="battles")
+    ax.set_xlabel("tokens of prompt and both answers (log scale; at each budget: share truncated)")
+    first = next(iter(lengths))
+    cut = percent(float((lengths[first] > budgets[1]).mean()))
+    ax.set_title(f"A budget of {budgets[1]:,} tokens truncates {cut} of battles ({first})", loc="left")
+    ax.legend(
+        loc="upper left", title="one line a tokenizer, in this order at each budget" if len(lengths) > 1 else None
+    )
+    return ax
+
+
 def plot_effects(ax: Axes, effects: dict[str, pd.DataFrame]) -> Axes:
     """Forest plot: effects in log-odds per standard deviation, with intervals.
 
@@ -438,4 +538,25 @@ def plot_learning_curve(ax: Axes, history: pd.DataFrame, prior: float, best: flo
     ax.set(xlabel="epochs", ylabel="log loss (nats per battle)", xlim=(0, None))
     ax.set_title(f"Held-out battles: {abs(gain):.3f} nats {side} the class shares", loc="left")
     ax.legend(frameon=False)
+    return ax
+
+
+def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
+    """Draw what each family of features is worth, the dearest at the top.
+
+    Args:
+        ax: axes to draw on.
+        worth: family, of, difference, low, high in nats per battle; above 0 it is worth having.
+    """
+    y = np.arange(len(worth))[::-1]
+    for of, color, said in (("A against B", ACCENT, "A against B"), ("tie", LABEL_COLORS[TIE], "a tie")):
+        part = (worth["of"] == of).to_numpy()
+        if part.any():
+            _draw_intervals(ax, worth[part], "difference", y[part], color=color, label=f"in the odds of {said}")
+    ax.set_yticks(y, worth["family"])
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set(xlabel="log loss added by leaving it out, nats per battle (95 % interval)")
+    n_sure = int((worth["low"] > 0).sum())
+    ax.set_title(f"Missed by more than chance: {n_sure} of {len(worth)} families", loc="left")
+    ax.legend(loc="lower right")
     return ax

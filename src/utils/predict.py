@@ -1,13 +1,16 @@
 """The only gradient-free walk over batches: battles to probabilities, under a clock.
 
 Validation, the submission and the audit all pass through here, so that what is
-scored at home is what runs on Kaggle.
+scored at home is what runs on Kaggle. What reads the batches is a `Reader`: a model
+in this process, or one in other processes.
 """
 
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -19,6 +22,108 @@ from src.utils.batches import collate, encode_both_orders, is_canonical, make_ba
 from src.utils.mirror import average_over_swap, swap_probs
 from src.utils.models import choose_dtype, in_float32
 from src.utils.schema import LABELS
+
+MIN_TOKENS = 256  # a battle is never cut below this for lack of time
+_N_MEASURED = 3  # batches before the pace is trusted; the first one warms the hardware up
+_WINDOW = 16  # batches that the pace is measured over
+_KEEP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of N battles, and how well it read each.
+
+    Args:
+        probs: (N, C) float64, rows sum to 1; NaN where a battle was not reached, or its
+            logits were not finite even in 32 bit.
+        n_readings: (N,) int, 2 in both orders, 1 in one, 0 not at all.
+        is_cut: (N,) bool, read with fewer tokens than asked, because time was short.
+        note: what went wrong on the way, or "".
+    """
+
+    probs: np.ndarray
+    n_readings: np.ndarray
+    is_cut: np.ndarray
+    note: str = ""
+
+
+Rows = Sequence[np.ndarray]  # token ids of each battle
+
+
+class ReaderLost(Exception):
+    """Nobody is left who could read; what was read before is kept."""
+
+
+class Reader(Protocol):
+    """What turns token rows into probabilities, one or several batches at a time."""
+
+    capacity: int  # batches that may be under way at once
+
+    def send(self, key: int, rows: Rows) -> None:
+        """Start to read a batch."""
+
+    def receive(self, deadline: float) -> tuple[int, np.ndarray] | None:
+        """Wait for a batch: its key and (rows, C) float64; None when the deadline passes first."""
+
+
+class LocalReader:
+    """A model in this process, one batch at a time; a `Reader`."""
+
+    capacity = 1
+
+    def __init__(self, model: nn.Module, pad_id: int) -> None:
+        self.model, self.pad_id = model, pad_id
+        self._done: deque[tuple[int, np.ndarray]] = deque()
+
+    def send(self, key: int, rows: Rows) -> None:
+        """Read a batch at once."""
+        self._done.append((key, self.read(rows)))
+
+    def receive(self, deadline: float) -> tuple[int, np.ndarray]:
+        """Hand back the batch that was read."""
+        return self._done.popleft()
+
+    def read(self, rows: Rows) -> np.ndarray:
+        """Probabilities of each row, (rows, C) float64.
+
+        A batch that memory does not hold is halved until it does. NaN where one row alone
+        is too long, or where logits are not finite even in 32 bit.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self._read(rows)
+        finally:
+            self.model.train(was_training)
+
+    def _read(self, rows: Rows) -> np.ndarray:
+        try:
+            return self._predict(rows)
+        except torch.OutOfMemoryError:
+            pass  # tried again below, where the failed pass no longer holds its memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(rows) == 1:
+            return np.full((1, len(LABELS)), np.nan)
+        half = len(rows) // 2
+        return np.concatenate([self._read(rows[:half]), self._read(rows[half:])])
+
+    @torch.no_grad()
+    def _predict(self, rows: Rows) -> np.ndarray:
+        logits = self._logits(rows, choose_dtype(_device(self.model)))
+        lost = ~torch.isfinite(logits).all(dim=1)
+        if lost.any():
+            with in_float32(self.model):
+                again = [self._logits([row], torch.float32) for row, is_lost in zip(rows, lost, strict=True) if is_lost]
+            logits[lost] = torch.cat(again)
+        logits[~torch.isfinite(logits).all(dim=1)] = torch.nan
+        return torch.softmax(logits, dim=1).numpy()
+
+    def _logits(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+        device = _device(self.model)
+        batch = {name: tensor.to(device) for name, tensor in collate(rows, self.pad_id).items()}
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return self.model(**batch).logits.double().cpu()
 
 
 def predict_probs(
@@ -32,17 +137,55 @@ def predict_probs(
     deadline: float | None = None,
     progress: str = "",
 ) -> np.ndarray:
-    """Predict how each battle is voted.
-
-    With `swap` every battle is read twice. The first reading puts the answers in
-    canonical order (that of their text), the second exchanges them, and the two are
-    averaged. When time is short the second readings are given up first; a battle
-    read only once keeps its first reading, which is still symmetric (exchanging A and
-    B gives the model the same input and exchanges the columns) but carries position
-    bias. Then battles are given up, longest first.
+    """Predict how each battle is voted, with a model in this process.
 
     Args:
         model: a sequence classifier, logits in `LABELS` order; its mode is restored.
+        tokenizer: and the other arguments: as for `predict_pairs`.
+
+    Returns:
+        `Prediction.probs`: (N, C) float64, rows sum to 1. They depend on no other row of `pairs`.
+    """
+    return predict_pairs(
+        LocalReader(model, tokenizer.pad_token_id),
+        tokenizer,
+        pairs,
+        max_tokens=max_tokens,
+        tokens_per_batch=tokens_per_batch,
+        swap=swap,
+        deadline=deadline,
+        progress=progress,
+    ).probs
+
+
+def predict_pairs(
+    reader: Reader,
+    tokenizer,
+    pairs: pd.DataFrame,
+    *,
+    max_tokens: int,
+    tokens_per_batch: int,
+    swap: bool = True,
+    deadline: float | None = None,
+    progress: str = "",
+    keep: Callable[[Prediction], None] | None = None,
+) -> Prediction:
+    """Predict how each battle is voted, as well as time allows.
+
+    With `swap` every battle is read twice. The first reading puts the answers in
+    canonical order (that of their text), the second exchanges them, and the two are
+    averaged. The pace is measured over the first batches and all along. When the
+    projected finish passes the deadline, this is given up, in this order:
+
+    1. second readings, longest first. A battle read once is still symmetric (exchanging
+       A and B gives the model the same input and exchanges the columns) but carries
+       position bias;
+    2. length: the battles not yet read are cut until all of them fit, to `MIN_TOKENS` at least;
+    3. battles, longest first, where even that is too slow. Theirs is the answer of
+       another member.
+
+    Args:
+        reader: of the model.
         tokenizer: its tokenizer.
         pairs: N battles; only the texts are read.
         max_tokens: budget of one battle.
@@ -50,28 +193,77 @@ def predict_probs(
         swap: average over both orders; False reads each battle once, as given.
         deadline: `time.monotonic()` value, s, that must not be passed; None never stops.
         progress: title of a progress bar with the time left; "" shows none.
-
-    Returns:
-        (N, C) float64, rows sum to 1; NaN where a battle was not reached or its logits
-        were not finite even in 32 bit. They depend on no other row of `pairs`.
+        keep: gets what is known so far, about once a minute.
     """
     if not len(pairs):
-        return np.zeros((0, len(LABELS)))
-    given, swapped = encode_both_orders(pairs, tokenizer, max_tokens)
-    keeps = is_canonical(pairs) if swap else np.ones(len(pairs), dtype=bool)
-    first = [a if keep else b for a, b, keep in zip(given, swapped, keeps, strict=True)]
-    second = [b if keep else a for a, b, keep in zip(given, swapped, keeps, strict=True)]
-    n_tokens = sum(map(len, first)) * (2 if swap else 1)
-    walk = _Walk(model, tokenizer.pad_token_id, tokens_per_batch, deadline)
-    with tqdm(total=n_tokens, desc=progress, unit="tok", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
-        probs = walk.read(first, bar)
-        if swap:
-            probs_swapped = walk.read(second, bar)
-            # Two answers that read the same need no second reading to be made symmetric.
-            same = np.array([a == b for a, b in zip(first, second, strict=True)])
-            probs_swapped[same] = probs[same]
-            probs = _average_where_read(probs, probs_swapped)
-    return np.where(keeps[:, None], probs, swap_probs(probs))
+        return Prediction(np.zeros((0, len(LABELS))), np.zeros(0, dtype=int), np.zeros(0, dtype=bool))
+    readings = _Readings(pairs, tokenizer, max_tokens, swap)
+    n_tok = sum(readings.lengths(order).sum() for order in readings.orders)
+    with tqdm(total=n_tok, desc=progress, unit="tok", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
+        walk = _Walk(reader, readings, tokens_per_batch, float("inf") if deadline is None else deadline, bar, keep)
+        try:
+            for order in readings.orders:
+                walk.read(order)
+        except ReaderLost as error:
+            return readings.result(str(error))
+    return readings.result()
+
+
+class _Readings:
+    """The token rows of N battles in one or both orders, and what was read of them."""
+
+    def __init__(self, pairs: pd.DataFrame, tokenizer, max_tokens: int, swap: bool) -> None:
+        self._pairs, self._tokenizer, self._width = pairs, tokenizer, max_tokens
+        self._keeps = is_canonical(pairs) if swap else np.ones(len(pairs), dtype=bool)
+        self.orders = (0, 1) if swap else (0,)
+        self.rows: tuple[list, list] = ([None] * len(pairs), [None] * len(pairs))
+        self.probs = tuple(np.full((len(pairs), len(LABELS)), np.nan) for _ in range(2))
+        self.is_cut = np.zeros(len(pairs), dtype=bool)
+        self._encode(np.arange(len(pairs)), max_tokens)
+        # Two answers that read the same need no second reading to be made symmetric.
+        self._same = np.array([np.array_equal(a, b) for a, b in zip(*self.rows, strict=True)]) & swap
+
+    def _encode(self, rows: np.ndarray, max_tokens: int) -> None:
+        given, swapped = encode_both_orders(self._pairs.iloc[rows], self._tokenizer, max_tokens)
+        for row, a, b in zip(rows, given, swapped, strict=True):
+            both = (np.asarray(a, dtype=np.int32), np.asarray(b, dtype=np.int32))  # a list takes eight times as much
+            self.rows[0][row], self.rows[1][row] = both if self._keeps[row] else both[::-1]
+
+    def lengths(self, order: int) -> np.ndarray:
+        return np.array([len(row) for row in self.rows[order]])
+
+    def wanted(self, order: int) -> np.ndarray:
+        """Battles to read in this order."""
+        return np.flatnonzero(~self._same) if order else np.arange(len(self._same))
+
+    def cut(self, rows: np.ndarray, n_tok: float, tokens_per_batch: int) -> bool:
+        """Cut these battles so that together they have `n_tok` padded tokens; False when nothing is left to cut."""
+        lengths = self.lengths(0)[rows]
+        width = min(self._width, int(lengths.max()))
+        if width <= MIN_TOKENS:
+            return False
+        while width > MIN_TOKENS and _count_padded(np.minimum(lengths, width), tokens_per_batch) > n_tok:
+            width = max(MIN_TOKENS, int(width * 0.9))
+        if width >= lengths.max():
+            return False
+        long = rows[lengths > width]
+        self._encode(long, width)
+        self.is_cut[long] = True
+        self._width = width
+        return True
+
+    def result(self, note: str = "") -> Prediction:
+        first, second = self.probs[0].copy(), self.probs[1].copy()
+        second[self._same] = first[self._same]
+        n_readings = np.isfinite(first).all(axis=1).astype(int) + np.isfinite(second).all(axis=1)
+        probs = _average_where_read(first, second)
+        return Prediction(
+            np.where(self._keeps[:, None], probs, swap_probs(probs)), n_readings, self.is_cut & (n_readings > 0), note
+        )
+
+
+def _count_padded(lengths: np.ndarray, tokens_per_batch: int) -> int:
+    return sum(len(batch) * int(lengths[batch].max()) for batch in make_batches(lengths, tokens_per_batch))
 
 
 def _average_where_read(probs: np.ndarray, probs_swapped: np.ndarray) -> np.ndarray:
@@ -83,60 +275,104 @@ def _average_where_read(probs: np.ndarray, probs_swapped: np.ndarray) -> np.ndar
     return averaged
 
 
+class _Pace:
+    """Tokens per second over the last batches."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)], maxlen=_WINDOW)
+        self.n_batches = 0
+
+    def add(self, n_tok: float) -> None:
+        self._marks.append((time.monotonic(), self._marks[-1][1] + n_tok))
+        self.n_batches += 1
+        if self.n_batches == _N_MEASURED:
+            self._marks.popleft()
+
+    @property
+    def seconds_per_tok(self) -> float:
+        (start, n_start), (end, n_end) = self._marks[0], self._marks[-1]
+        return (end - start) / (n_end - n_start) if n_end > n_start else 0.0
+
+
 class _Walk:
-    """One model over many batches, with the pace that it keeps."""
+    """A reader over many batches: what it reads next, by the pace that it keeps."""
 
-    def __init__(self, model: nn.Module, pad_id: int, tokens_per_batch: int, deadline: float | None) -> None:
-        self.model, self.pad_id, self.tokens_per_batch = model, pad_id, tokens_per_batch
-        self.deadline = float("inf") if deadline is None else deadline
-        self.seconds = self.n_tok = 0.0
+    def __init__(
+        self,
+        reader: Reader,
+        readings: _Readings,
+        tokens_per_batch: int,
+        deadline: float,
+        bar: tqdm,
+        keep: Callable[[Prediction], None] | None,
+    ) -> None:
+        self._reader, self._readings, self._tokens_per_batch = reader, readings, tokens_per_batch
+        self._deadline, self._bar, self._keep = deadline, bar, keep
+        self._pace, self._kept_at = _Pace(), time.monotonic()
+        self._batches: deque[np.ndarray] = deque()
+        self._under_way: dict[int, np.ndarray] = {}
+        self._key = 0
 
-    @torch.no_grad()
-    def read(self, rows: Sequence[Sequence[int]], bar: tqdm) -> np.ndarray:
-        """Probabilities of each row, (N, C) float64; NaN where time ran out."""
-        probs = np.full((len(rows), len(LABELS)), np.nan)
-        lengths = np.array([len(row) for row in rows])
-        batches = deque(make_batches(lengths, self.tokens_per_batch))
-        left_tok = float(sum(_padded(lengths, batch) for batch in batches))
-        was_training = self.model.training
-        self.model.eval()
-        while batches:
-            # Longest first as long as all will fit; else shortest first, which reaches the most rows.
-            batch = batches.popleft() if self._projected(left_tok) <= self.deadline else batches.pop()
-            n_tok = _padded(lengths, batch)
-            if self._projected(n_tok) > self.deadline:
-                break
-            probs[batch] = self._predict([rows[row] for row in batch], n_tok)
-            left_tok -= n_tok
-            bar.update(int(lengths[batch].sum()))
-        self.model.train(was_training)
-        return probs
+    def read(self, order: int) -> None:
+        """Read every battle in this order, as far as time goes."""
+        self._plan(order, self._readings.wanted(order))
+        while True:
+            while len(self._under_way) < self._reader.capacity and (batch := self._choose(order)) is not None:
+                self._key += 1
+                self._under_way[self._key] = batch
+                self._reader.send(self._key, [self._readings.rows[order][row] for row in batch])
+            if not self._under_way or not self._receive(order):
+                return
+
+    def _plan(self, order: int, rows: np.ndarray) -> None:
+        self._lengths = self._readings.lengths(order)
+        batches = make_batches(self._lengths[rows], self._tokens_per_batch)
+        self._batches = deque(rows[batch] for batch in batches)
+        self._left_tok = float(sum(map(self._padded, self._batches)))
+
+    def _choose(self, order: int) -> np.ndarray | None:
+        """The next batch: longest first as long as all will fit, else shortest first, which reaches the most rows."""
+        if not self._batches:
+            return None
+        is_late = self._projected(self._left_tok) > self._deadline
+        if is_late and order == 0 and self._pace.n_batches >= _N_MEASURED and self._cut():
+            return self._choose(order)
+        batch = self._batches[-1 if is_late else 0]
+        if self._projected(self._padded(batch)) > self._deadline:
+            return None
+        self._left_tok -= self._padded(batch)
+        return self._batches.pop() if is_late else self._batches.popleft()
+
+    def _cut(self) -> bool:
+        rows = np.concatenate(list(self._batches))
+        left_s = self._deadline - time.monotonic()
+        affordable_tok = left_s / self._pace.seconds_per_tok - sum(map(self._padded, self._under_way.values()))
+        is_cut = self._readings.cut(rows, affordable_tok, self._tokens_per_batch)
+        if is_cut:
+            self._plan(0, rows)
+        return is_cut
+
+    def _receive(self, order: int) -> bool:
+        received = self._reader.receive(self._deadline)
+        if received is None:
+            self._under_way.clear()
+            return False
+        key, probs = received
+        batch = self._under_way.pop(key)
+        self._pace.add(self._padded(batch))
+        self._readings.probs[order][batch] = probs
+        self._bar.update(int(self._lengths[batch].sum()))
+        if self._keep and time.monotonic() - self._kept_at > _KEEP_S:
+            self._keep(self._readings.result())
+            self._kept_at = time.monotonic()
+        return True
 
     def _projected(self, n_tok: float) -> float:
-        return time.monotonic() + (n_tok * self.seconds / self.n_tok if self.n_tok else 0.0)
+        under_way_tok = sum(map(self._padded, self._under_way.values()))
+        return time.monotonic() + (under_way_tok + n_tok) * self._pace.seconds_per_tok
 
-    def _predict(self, rows: list[Sequence[int]], n_tok: float) -> np.ndarray:
-        start = time.monotonic()
-        logits = self._logits(rows, choose_dtype(_device(self.model)))
-        lost = ~torch.isfinite(logits).all(dim=1)
-        if lost.any():
-            with in_float32(self.model):
-                again = [self._logits([row], torch.float32) for row, is_lost in zip(rows, lost, strict=True) if is_lost]
-            logits[lost] = torch.cat(again)
-        self.seconds += time.monotonic() - start
-        self.n_tok += n_tok
-        logits[~torch.isfinite(logits).all(dim=1)] = torch.nan
-        return torch.softmax(logits, dim=1).numpy()
-
-    def _logits(self, rows: list[Sequence[int]], dtype: torch.dtype) -> torch.Tensor:
-        device = _device(self.model)
-        batch = {name: tensor.to(device) for name, tensor in collate(rows, self.pad_id).items()}
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self.model(**batch).logits.double().cpu()
-
-
-def _padded(lengths: np.ndarray, batch: np.ndarray) -> int:
-    return len(batch) * int(lengths[batch].max())
+    def _padded(self, batch: np.ndarray) -> int:
+        return len(batch) * int(self._lengths[batch].max())
 
 
 def _device(model: nn.Module) -> torch.device:
