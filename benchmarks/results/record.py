@@ -2,9 +2,13 @@
 
     python benchmarks/results/record.py demo artifacts
     python benchmarks/results/record.py real artifacts/real
+    python benchmarks/results/record.py eda artifacts/eda
 
 Every number of README's result table comes from the files that this writes; a test
-compares the two.
+compares the two. The last line takes figures alone, of a run with few battles a
+chatbot and the real vocabularies:
+
+    make run NB=01 DATA="…" ARTIFACTS=artifacts/eda SET="01.MIN_BATTLES=15 01.TOKENIZERS=[/…/qwen2_5,/…/olmo_bpe]"
 """
 
 import argparse
@@ -23,7 +27,8 @@ EDA_FIGURES = (
 ).split()
 FIGURES = {
     "demo": {"05_ensemble/figures/ladder.png": "ladder.png"},
-    "real": {f"01_eda/figures/{name}.png": f"{name}.png" for name in EDA_FIGURES},
+    "real": {},
+    "eda": {f"01_eda/figures/{name}.png": f"{name}.png" for name in EDA_FIGURES},
 }
 START, END = "<!-- results: made by benchmarks/results/record.py -->", "<!-- end of results -->"
 CAPTIONS = {
@@ -104,11 +109,12 @@ def write_readme() -> None:
 def main() -> None:
     """Record one run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=["demo", "real"])
+    parser.add_argument("name", choices=list(FIGURES))
     parser.add_argument("artifacts", type=Path)
     options = parser.parse_args()
-    write_json(RESULTS / f"{options.name}.json", collect_results(options.name, options.artifacts))
-    for source, target in FIGURES.get(options.name, {}).items():
+    if options.name != "eda":
+        write_json(RESULTS / f"{options.name}.json", collect_results(options.name, options.artifacts))
+    for source, target in FIGURES[options.name].items():
         (ROOT / "assets").mkdir(exist_ok=True)
         shutil.copyfile(options.artifacts / source, ROOT / "assets" / target)
     write_readme()
