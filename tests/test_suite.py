@@ -280,3 +280,12 @@ def test_a_notebook_that_needs_test_battles_is_left_out_without_them(river_folde
     assert "03_report: left out, there is no test file" in told.getvalue()
     (tmp_path / "test.csv").touch()
     assert not river.lacks_test(asks_for_test)
+
+
+def test_the_ladder_of_a_notebook_is_told_rung_by_rung(tmp_path):
+    result = suite.Result("02_baseline", "ran", 1.0, 1.0, 1.0, 0.5, None, str(tmp_path))
+    assert suite.format_ladder(result) == ""
+    rungs = [{"model": "class prior", "log_loss": 1.1, "low": 1.09, "high": 1.11}]
+    (tmp_path / "metrics.json").write_text(json.dumps({"n_pairs": 1234, "ladder": rungs}))
+    told = suite.format_ladder(result)
+    assert told == "02_baseline: log loss on 1,234 held-out battles\n  class prior  1.1000 (1.0900 to 1.1100)"

@@ -409,6 +409,18 @@ def format_results(results: Sequence[Result], base: Path) -> str:
     return "\n".join("| " + " | ".join(cell(text, i) for i, text in enumerate(line)) + " |" for line in lines)
 
 
+def format_ladder(result: Result) -> str:
+    """The ladder that a notebook left in `metrics.json`: log loss of each rung with its 95 % interval; "" without one."""
+    path = Path(result.output) / "metrics.json"
+    metrics = read_json(path) if path.exists() else {}
+    rungs = metrics.get("ladder", [])
+    if not rungs:
+        return ""
+    width = max(len(rung["model"]) for rung in rungs)
+    lines = [f"  {r['model']:<{width}}  {r['log_loss']:.4f} ({r['low']:.4f} to {r['high']:.4f})" for r in rungs]
+    return "\n".join([f"{result.notebook}: log loss on {metrics['n_pairs']:,} held-out battles", *lines])
+
+
 def write_summary(results: Sequence[Result], artifacts: Path) -> None:
     """Write `summary.json` and `summary.md` beside the run folders."""
     write_json(artifacts / "summary.json", [asdict(result) for result in results])
@@ -474,6 +486,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     write_summary(results, river.artifacts)
     print(f"\n{format_results(results, Path.cwd())}")
+    for ladder in filter(None, map(format_ladder, results)):
+        print(f"\n{ladder}")
     print(f"\nExecuted notebooks and HTML: {os.path.relpath(river.artifacts / 'notebooks')}")
     return 0
 
