@@ -410,7 +410,7 @@ def format_results(results: Sequence[Result], base: Path) -> str:
 
 
 def format_ladder(result: Result) -> str:
-    """The ladder that a notebook left in `metrics.json`: log loss of each rung with its 95 % interval; "" without one."""
+    """The ladder that a notebook left in `metrics.json`, each rung with its 95 % interval; "" without one."""
     path = Path(result.output) / "metrics.json"
     metrics = read_json(path) if path.exists() else {}
     rungs = metrics.get("ladder", [])
