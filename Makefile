@@ -14,7 +14,7 @@ SUITE = $(BIN)/python -m src.utils.suite $(if $(NB),--only "$(NB)") $(if $(PROFI
 	$(if $(filter-out 0,$(LIST)),--list)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check data train sweep kernel kernel-push rehearse bench notebook clean
+.PHONY: help run test lint check data train sweep kernel kernel-push rehearse bench notebook clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -36,10 +36,12 @@ run: $(READY)  ## raw battles to submission.csv: the notebooks in order, those t
 test: $(READY)  ## every test, also those that train and run notebooks
 	@$(BIN)/python -m pytest
 
-check: $(READY)  ## style and the fast tests, under a minute
+lint: $(READY)  ## style alone: ruff, also in notebooks, and no outputs in them
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+
+check: lint  ## style and the fast tests
 	@$(BIN)/python -m pytest -m "not slow"
 
 data: $(READY)  ## the competition's battles into data/raw
