@@ -178,6 +178,8 @@ def test_the_health_table_counts_what_was_planted(ugly_pairs: pd.DataFrame, tmp_
     assert counts["empty answer"] == 3
     assert counts["identical answers"] == 2
     assert counts["lone surrogate"] == 1
+    assert counts["over 20,000 characters"] == 1
+    assert counts["not in ASCII"] == 3
     assert counts["exact duplicate"] == 1
     assert counts["mirrored duplicate"] == 1
     assert counts["duplicate with another vote"] == 0

@@ -20,6 +20,7 @@ from src.utils.schema import LABELS, MODELS, TEXTS, UNKNOWN_MODEL, Turns, check_
 
 PROBLEM_COLUMNS = ("file", "row", "id", "column", "expected", "found")
 _N_SHOWN = 5  # rows that an error message lists
+_LONG_CHARS = 20_000  # some 5,000 tokens of English, more than any model of the suite reads
 
 
 def decode_turns(cell: Any) -> tuple[Turns, str | None]:
@@ -234,6 +235,8 @@ def describe_health(pairs: pd.DataFrame, problems: pd.DataFrame) -> pd.DataFrame
         "identical answers": (sum(a == b for a, b in answers), "a tie, unless people disagree"),
         "more than one turn": (sum(len(prompt) > 1 for prompt in pairs["prompt"]), "turns are kept apart"),
         "unequal turn counts": (sum(len({len(text) for text in row}) > 1 for row in full), "a conversation cut short"),
+        f"over {_LONG_CHARS:,} characters": (sum(map(_is_long, full)), "cut to a model's budget"),
+        "not in ASCII": (sum(_any_turn(row, _is_not_ascii) for row in full), "another script, or typographic signs"),
         "lone surrogate": (sum(_any_turn(row, _has_surrogate) for row in full), "half of a broken emoji"),
         "exact duplicate": (int(ordered.duplicated().sum()), "the same battle again"),
         "mirrored duplicate": (int((same & ~ordered.duplicated(keep=False)).sum()), "the same battle, seats exchanged"),
@@ -256,6 +259,14 @@ def _is_empty(turns: Turns) -> bool:
 
 def _has_surrogate(turn: str | None) -> bool:
     return turn is not None and re.search("[\ud800-\udfff]", turn) is not None
+
+
+def _is_not_ascii(turn: str | None) -> bool:
+    return turn is not None and not turn.isascii()
+
+
+def _is_long(texts: Sequence[Turns]) -> bool:
+    return sum(len(turn or "") for turns in texts for turn in turns) > _LONG_CHARS
 
 
 def _any_turn(texts: Sequence[Turns], test: Any) -> bool:
