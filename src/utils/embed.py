@@ -23,7 +23,7 @@ from src.utils.schema import TEXTS, Turns
 from src.utils.text import TEMPLATE_VERSION, TURN_TEXT, text_of
 
 _TOKENS_PER_BATCH = 8192  # padded
-_WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
+_WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def load_embedder(checkpoint: str, max_tokens: int) -> Embedder:
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # a head that is left out is no news
     options = {"revision": revision, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModel.from_pretrained(source, dtype=_choose_precision(), **options)
+    model = AutoModel.from_pretrained(source, dtype=_choose_precision(), use_safetensors=True, **options)
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
