@@ -52,14 +52,6 @@ def test_usage_shows_the_busiest(ax):
     assert [bar.get_width() for bar in ax.patches] == [5, 9]
 
 
-def test_a_curve_keeps_its_band_around_its_line(ax, votes):
-    wins, _ = bias.win_rate_by(*votes, n_bins=5)
-    plots.plot_curve(ax, wins, null=0.5)
-    np.testing.assert_allclose(ax.lines[-1].get_ydata(), wins["share"])
-    band = ax.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == pytest.approx((wins["low"].min(), wins["high"].max()))
-
-
 def test_a_smooth_curve_lies_over_its_bins_with_ratios_on_the_axis(ax, votes):
     values, labels = votes
     curve, _ = bias.length_curves(values, labels, n_boot=20)

@@ -194,23 +194,6 @@ def plot_punctuation_winner(ax: Axes, shares: pd.DataFrame) -> Axes:
     return ax
 
 
-def plot_curve(ax: Axes, bins: pd.DataFrame, color: str = ACCENT, null: float | None = None) -> Axes:
-    """Draw a rate against a difference with its band; the caller names the axes and the claim.
-
-    Args:
-        ax: axes to draw on.
-        bins: from `bias.win_rate_by`: value, share, low, high, sorted by value.
-        color: of line and band.
-        null: the rate that would mean no effect, drawn as a line.
-    """
-    if null is not None:
-        ax.axhline(null, color="black", linewidth=1)
-    ax.fill_between(bins["value"], bins["low"], bins["high"], color=color, alpha=0.2, linewidth=0)
-    ax.plot(bins["value"], bins["share"], "o-", color=color, markersize=4)
-    _percent_axis(ax.yaxis)
-    return ax
-
-
 def plot_position_by(ax: Axes, shares: pd.DataFrame) -> Axes:
     """Show whether the preference for seat A depends on the battle.
 
