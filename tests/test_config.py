@@ -29,7 +29,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name() -> None:
     [
         ({"quantization": "3bit"}, "quantization: expected none, 8bit or 4bit, got '3bit'"),
         ({"quantization": "8bit"}, "lora_rank: expected above 0"),
-        ({"tokens_per_batch": 100}, "tokens_per_batch: expected at least max_tokens"),
+        ({"tokens_per_batch": 100}, "tokens_per_batch: expected at least 4096"),
         ({"n_epochs": 0}, "n_epochs"),
         ({"warmup_share": 1.0}, "warmup_share"),
         ({"folds": ()}, "folds"),

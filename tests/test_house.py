@@ -35,8 +35,9 @@ FLOORS = {
         *("artifacts", "submission", "fetch"),
     ),
     2: ("batches", "models", "embed", "river", "leaderboard"),
-    3: ("predict", "tiny", "baseline"),
-    4: ("train", "inference", "publish", "suite", "ablation", "sweep"),
+    3: ("predict", "tiny", "baseline", "examples"),
+    4: ("trainer", "inference", "publish", "suite", "ablation", "sweep"),
+    5: ("train",),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}

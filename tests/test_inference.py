@@ -252,9 +252,10 @@ def test_the_timing_is_json_and_says_what_the_battles_got(
 
 # ── with real models and real processes ───────────────────────────────────────────────
 
+BUDGET = {"max_tokens": 192, "predict_tokens": 192, "tokens_per_batch": 1024}
 TINY = {
-    NETWORK: DecoderConfig("tiny:modernbert", "", "none", 0, max_tokens=192, tokens_per_batch=1024),
-    "04_qwen": DecoderConfig("tiny:qwen3", "", "none", 4, max_tokens=192, tokens_per_batch=1024),
+    NETWORK: DecoderConfig("tiny:modernbert", "", "none", lora_rank=0, **BUDGET),
+    "04_qwen": DecoderConfig("tiny:qwen3", "", "none", lora_rank=4, **BUDGET),
 }
 
 
@@ -280,7 +281,7 @@ def later() -> float:
 def test_two_processes_say_what_this_one_says(trained: dict, demo_pairs: pd.DataFrame) -> None:
     for name, config in TINY.items():
         folder, pairs = trained[name] / "model" / "fold_0", demo_pairs[:60]
-        options = {"max_tokens": config.max_tokens, "tokens_per_batch": config.tokens_per_batch}
+        options = {"max_tokens": config.predict_tokens, "tokens_per_batch": config.tokens_per_batch}
         model, tokenizer = models.load_finetuned(folder, config)
         local = predict_pairs(LocalReader(model, tokenizer.pad_token_id), tokenizer, pairs, **options)
         with open_reader(folder, config, None, n_workers=2, deadline=later()) as reader:

@@ -279,7 +279,13 @@ def test_the_kernel_of_the_floor_passes_its_rehearsal(floor_artifacts, tmp_path,
 @pytest.mark.slow
 def test_the_kernel_of_all_members_passes_its_rehearsal(floor_artifacts, tiny_base, tmp_path):
     artifacts = shutil.copytree(floor_artifacts, tmp_path / "artifacts")
-    options = {"revision": "", "quantization": "none", "max_tokens": 192, "tokens_per_batch": 4096}
+    options = {
+        "revision": "",
+        "quantization": "none",
+        "max_tokens": 192,
+        "predict_tokens": 192,
+        "tokens_per_batch": 4096,
+    }
     networks = {
         "03_modernbert": DecoderConfig("tiny:modernbert", lora_rank=0, **options),
         "04_qwen": DecoderConfig("tiny:qwen3", lora_rank=4, **options),

@@ -10,7 +10,13 @@ from src.utils.publish import make_card, publish_model, push_model
 from src.utils.schema import LABELS, probs_table
 
 CONFIG = DecoderConfig(
-    checkpoint="tiny:qwen3", revision="", quantization="4bit", lora_rank=4, max_tokens=160, tokens_per_batch=1024
+    checkpoint="tiny:qwen3",
+    revision="",
+    quantization="4bit",
+    lora_rank=4,
+    max_tokens=160,
+    predict_tokens=160,
+    tokens_per_batch=1024,
 )
 METRICS = {"log_loss": 1.0512, "accuracy": 0.4321, "n_pairs": 2400, "n_train_pairs": 9600, "prior_log_loss": 1.0951}
 PARITY = {"max_abs_difference": 2e-7, "n_pairs": 200, "tolerance": 1e-4, "passed": True} | {

@@ -14,15 +14,17 @@ from src.utils.metrics import log_loss
 from src.utils.models import load_finetuned
 from src.utils.predict import predict_probs
 from src.utils.schema import probs_of, probs_table
-from src.utils.train import HISTORY_COLUMNS, fit, make_targets, plan_batches
+from src.utils.train import HISTORY_COLUMNS, fit
 
 ENCODER = FinetuneConfig(
     checkpoint="tiny:modernbert",
     revision="",
     max_tokens=96,
+    predict_tokens=96,
     tokens_per_batch=512,
     batches_per_step=2,
     n_epochs=2.0,
+    both_orders=False,
     learning_rate=1e-3,
     n_evals=2,
 )
@@ -33,9 +35,11 @@ DECODER = DecoderConfig(
     lora_rank=8,
     lora_alpha=8.0,
     max_tokens=160,
+    predict_tokens=160,
     tokens_per_batch=640,
     batches_per_step=2,
     n_epochs=1.0,
+    both_orders=False,
     learning_rate=5e-3,
     n_evals=2,
 )
@@ -56,42 +60,13 @@ class KillAt(TrainerCallback):
 
 def kill_at(monkeypatch, step):
     """Make every fold's training raise at a step, as a killed run stops."""
-    real = train._FoldTrainer.__init__
+    real = train.FoldTrainer.__init__
 
     def init(self, *args, **kwargs):
         real(self, *args, **kwargs)
         self.add_callback(KillAt(step))
 
-    monkeypatch.setattr(train._FoldTrainer, "__init__", init)
-
-
-# ---- the plan -----------------------------------------------------------------
-
-
-def test_every_epoch_has_every_battle_once_and_the_next_has_it_mirrored():
-    lengths = np.random.default_rng(0).integers(5, 90, 101)
-    plan = plan_batches(lengths, ENCODER)
-    items = np.concatenate(plan)
-    assert len(items) == 202
-    first, second = items[:101], items[101:]
-    assert sorted(first // 2) == sorted(second // 2) == list(range(101))
-    order = {item // 2: item % 2 for item in first}
-    assert all(item % 2 == 1 - order[item // 2] for item in second)
-    assert 30 < sum(order.values()) < 70
-
-
-def test_a_fraction_of_an_epoch_takes_that_share_of_its_batches():
-    lengths = np.random.default_rng(0).integers(5, 90, 400)
-    whole = plan_batches(lengths, dataclasses.replace(ENCODER, n_epochs=1.0))
-    half = plan_batches(lengths, dataclasses.replace(ENCODER, n_epochs=0.5))
-    assert half == whole[: len(half)]
-    assert abs(len(half) - len(whole) / 2) <= 1
-
-
-def test_validations_are_spread_evenly_and_the_last_step_has_one():
-    assert train._validation_steps(ENCODER, 100) == {25, 50, 75, 100}
-    assert train._validation_steps(ENCODER, 2) == {1, 2}
-    assert train._validation_steps(dataclasses.replace(ENCODER, n_epochs=0.1, n_evals=1), 7) == {7}
+    monkeypatch.setattr(train.FoldTrainer, "__init__", init)
 
 
 # ---- whole runs ---------------------------------------------------------------
@@ -103,14 +78,14 @@ def fitted(_demo_pairs, tiny_base, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("fitted")
     pairs = _demo_pairs[:80].reset_index(drop=True)
     rates = []
-    real = train._FoldTrainer.training_step
+    real = train.FoldTrainer.training_step
 
     def step(self, *args, **kwargs):
         rates.append((self.fold, self.state.global_step, self.optimizer.param_groups[0]["lr"]))
         return real(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train._FoldTrainer, "training_step", step)
+        patch.setattr(train.FoldTrainer, "training_step", step)
         result = fit(pairs, dataclasses.replace(ENCODER, folds=(0, 1)), run_dir, tiny_base("modernbert"))
     return pairs, result, run_dir, pd.DataFrame(rates, columns=["fold", "step", "rate"])
 
@@ -186,13 +161,13 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     # A second kill, in the middle of writing the next checkpoint.
     shutil.copytree(newest, checkpoints / "checkpoint-999999")
     first_steps = []
-    real = train._FoldTrainer.training_step
+    real = train.FoldTrainer.training_step
 
     def step(self, *args, **kwargs):
         first_steps.append(self.state.global_step)
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(train._FoldTrainer, "training_step", step)
+    monkeypatch.setattr(train.FoldTrainer, "training_step", step)
     resumed = fit(pairs, config, tmp_path / "killed", tiny_base(kind))
     assert first_steps[0] == int(newest.name.split("-")[1]) > 0
     (weights,) = (tmp_path / "unbroken" / "model" / "fold_0").glob("*.safetensors")
@@ -237,28 +212,6 @@ def test_max_pairs_limits_the_training_battles_alone(demo_pairs, tiny_base, tmp_
     assert len(result.oof) == (pairs["fold"] == 0).sum()
 
 
-def test_a_gradient_does_not_depend_on_how_rows_fall_into_batches(demo_pairs, tiny_base, tmp_path):
-    pairs = demo_pairs[:6].assign(fold=[0, 1, 1, 1, 1, 1]).reset_index(drop=True)
-
-    def gradient(tokens_per_batch, batches_per_step):
-        config = dataclasses.replace(
-            ENCODER, max_tokens=96, tokens_per_batch=tokens_per_batch, batches_per_step=batches_per_step, n_epochs=1.0
-        )
-        model, tokenizer = train.load_classifier(config, tiny_base("modernbert"))
-        trainer = train._FoldTrainer(model, tokenizer, pairs[1:], pairs[:1], 0, config, tmp_path)
-        batches = list(trainer.get_train_dataloader())
-        trainer.current_gradient_accumulation_steps = len(batches)
-        trainer.model_wrapped = model
-        for batch in batches:
-            trainer.training_step(model, batch)
-        return len(batches), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    n_whole, whole = gradient(96 * 5, 1)
-    n_parts, parts = gradient(96 * 2, 3)
-    assert n_whole == 1 and n_parts > 2
-    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-3)
-
-
 def test_a_fold_that_does_not_exist_is_named(demo_pairs, tmp_path):
     with pytest.raises(ValueError, match="expected fold 9 to hold some"):
         fit(demo_pairs, dataclasses.replace(ENCODER, folds=(9,)), tmp_path)
@@ -286,24 +239,6 @@ def soft_file(folder, pairs, probs):
     path = folder / "soft_labels.parquet"
     probs_table(pairs["id"], probs).to_parquet(path, index=False)
     return path
-
-
-def test_targets_are_the_votes_mixed_with_soft_labels_where_there_are_some(demo_pairs, tmp_path):
-    pairs, soft = demo_pairs.head(6), np.tile([0.2, 0.3, 0.5], (4, 1))
-    votes = np.eye(3)[pairs["label"]]
-    config = FinetuneConfig(soft_labels=str(soft_file(tmp_path, pairs.iloc[[3, 2, 1, 0]], soft)), soft_weight=0.25)
-    targets = make_targets(pairs, config)
-    np.testing.assert_allclose(targets[:4], 0.75 * votes[:4] + 0.25 * soft, atol=1e-6)
-    np.testing.assert_array_equal(targets[4:], votes[4:])
-    np.testing.assert_array_equal(make_targets(pairs, FinetuneConfig()), votes)
-
-
-def test_soft_labels_of_other_battles_or_of_no_file_are_refused(demo_pairs, tmp_path):
-    with pytest.raises(FileNotFoundError, match="WRITE_SOFT_LABELS"):
-        make_targets(demo_pairs, FinetuneConfig(soft_labels=str(tmp_path / "none.parquet")))
-    path = soft_file(tmp_path, demo_pairs.head(2), np.full((2, 3), 1 / 3))
-    with pytest.raises(ValueError, match="found none"):
-        make_targets(demo_pairs.tail(5), FinetuneConfig(soft_labels=str(path)))
 
 
 def test_other_soft_labels_are_another_run(demo_pairs, tmp_path):

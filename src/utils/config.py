@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import yaml
 
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 PROFILES = Path(__file__).resolve().parents[2] / "notebooks" / "profiles"
 
 
@@ -158,27 +159,62 @@ class FinetuneConfig(Config):
     checkpoint: str = "answerdotai/ModernBERT-base"  # hub id, a folder, or tiny:modernbert / tiny:qwen3
     revision: str = "8949b909ec900327062f0ebf497f51aef5e6f0c8"  # commit on the hub; empty resolves main
     quantization: str = "none"  # none, 8bit or 4bit (NF4, double quantisation)
+    head: str = "joint"  # joint reads both answers at once; towers reads each with the prompt alone, then compares
     lora_rank: int = 0  # 0 trains every weight
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
-    max_tokens: int = 2048  # budget of one battle
-    tokens_per_batch: int = 16384  # padded tokens of one forward pass
+    lora_variant: str = "plain"  # plain, rslora or dora
+    max_tokens: int = 2048  # budget of one battle in training
+    predict_tokens: int = 3072  # budget of one battle in prediction
+    tokens_per_batch: int = 16384  # tokens of one forward pass at most
     batches_per_step: int = 2  # gradient accumulation
+    packing: bool = True  # no padding, for the architectures that can do without
+    gradient_checkpointing: bool = False  # computes activations twice instead of keeping them
     n_epochs: float = 2.0
+    both_orders: bool = True  # an epoch has each battle in both orders, side by side; else in one, by turns
+    consistency: float = 0.0  # weight of the divergence between the two orders; wants both_orders
     learning_rate: float = 5e-5  # peak
+    layer_decay: float = 1.0  # learning rate of a layer as a multiple of that of the layer above
     warmup_share: float = 0.1  # share of the steps
     weight_decay: float = 0.01
+    optimizer: str = "adamw"  # adamw, adamw_8bit or paged_adamw_8bit
     n_evals: int = 4  # validations an epoch
+    patience: int = 0  # validations without a better loss before training stops; 0 goes to the end
     folds: tuple[int, ...] = (0,)  # folds held out, one model each
+    n_seeds: int = 1  # models a fold, whose probabilities are averaged
+    refit: bool = False  # one more model, on every battle, for as many steps as served the folds best
     max_pairs: int = 0  # training battles at most, 0 takes all
-    soft_labels: str = ""  # none, or a soft_labels.parquet of 05
-    soft_weight: float = 0.5  # share of the soft labels where there are some; the rest are the votes
+    extra_battles: tuple[str, ...] = ()  # files of further training battles in the competition's layout
+    soft_labels: str = ""  # none, or probabilities to learn from: a soft_labels.parquet of 05, or a submission.csv
+    soft_weight: float = 0.5  # share of the soft labels where there is a vote, too
     seed: int = 20240501
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _expect(bool(self.checkpoint), "checkpoint", "a hub id or a folder", self.checkpoint)
         _expect(self.quantization in ("none", "8bit", "4bit"), "quantization", "none, 8bit or 4bit", self.quantization)
+        _expect(self.head in ("joint", "towers"), "head", "joint or towers", self.head)
+        self._check_lora()
+        self._check_batches()
+        _expect(self.n_epochs > 0, "n_epochs", "above 0", self.n_epochs)
+        _expect(self.consistency >= 0, "consistency", "0 or more", self.consistency)
+        _expect(
+            self.both_orders or not self.consistency,
+            "consistency",
+            "0 without both_orders, which brings the two orders together",
+            self.consistency,
+        )
+        _expect(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
+        _expect(0 < self.layer_decay <= 1, "layer_decay", "in (0, 1]", self.layer_decay)
+        _expect(0 <= self.warmup_share < 1, "warmup_share", "in [0, 1)", self.warmup_share)
+        _expect(self.optimizer in OPTIMIZERS, "optimizer", f"one of {OPTIMIZERS}", self.optimizer)
+        _expect(self.n_evals >= 1, "n_evals", "at least 1", self.n_evals)
+        _expect(self.patience >= 0, "patience", "0 or more", self.patience)
+        _expect(len(self.folds) > 0, "folds", "at least one fold", self.folds)
+        _expect(self.n_seeds >= 1, "n_seeds", "at least 1", self.n_seeds)
+        _expect(0 <= self.soft_weight <= 1, "soft_weight", "in [0, 1]", self.soft_weight)
+
+    def _check_lora(self) -> None:
         _expect(self.lora_rank >= 0, "lora_rank", "0 or more", self.lora_rank)
         _expect(
             self.lora_rank > 0 or self.quantization == "none",
@@ -186,20 +222,21 @@ class FinetuneConfig(Config):
             "above 0 for a quantised base, whose weights cannot be trained",
             self.lora_rank,
         )
-        _expect(self.max_tokens >= 32, "max_tokens", "at least 32", self.max_tokens)
         _expect(
-            self.tokens_per_batch >= self.max_tokens,
+            self.lora_variant in ("plain", "rslora", "dora"), "lora_variant", "plain, rslora or dora", self.lora_variant
+        )
+
+    def _check_batches(self) -> None:
+        _expect(self.max_tokens >= 32, "max_tokens", "at least 32", self.max_tokens)
+        _expect(self.predict_tokens >= 32, "predict_tokens", "at least 32", self.predict_tokens)
+        longest = max(self.max_tokens * (2 if self.both_orders else 1), self.predict_tokens)
+        _expect(
+            self.tokens_per_batch >= longest,
             "tokens_per_batch",
-            f"at least max_tokens ({self.max_tokens})",
+            f"at least {longest}, for the longest battle (predict_tokens, or max_tokens in both_orders)",
             self.tokens_per_batch,
         )
         _expect(self.batches_per_step >= 1, "batches_per_step", "at least 1", self.batches_per_step)
-        _expect(self.n_epochs > 0, "n_epochs", "above 0", self.n_epochs)
-        _expect(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
-        _expect(0 <= self.warmup_share < 1, "warmup_share", "in [0, 1)", self.warmup_share)
-        _expect(self.n_evals >= 1, "n_evals", "at least 1", self.n_evals)
-        _expect(len(self.folds) > 0, "folds", "at least one fold", self.folds)
-        _expect(0 <= self.soft_weight <= 1, "soft_weight", "in [0, 1]", self.soft_weight)
 
 
 @dataclass(frozen=True)
@@ -211,5 +248,6 @@ class DecoderConfig(FinetuneConfig):
     quantization: str = "4bit"
     lora_rank: int = 32
     lora_alpha: float = 4.0  # goes with learning_rate 2e-4
+    gradient_checkpointing: bool = True
     n_epochs: float = 1.0
     learning_rate: float = 2e-4

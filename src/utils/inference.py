@@ -307,7 +307,7 @@ def _predict_network(folder: Path, pairs: pd.DataFrame, deadline: float, n_worke
             reader,
             tokenizer,
             pairs,
-            max_tokens=config.max_tokens,
+            max_tokens=config.predict_tokens,
             tokens_per_batch=config.tokens_per_batch,
             deadline=deadline,
             progress=f"{run.name} {folder.name}",

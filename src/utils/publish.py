@@ -120,7 +120,7 @@ def publish_model(
         a base that is not quantised), n_pairs, tolerance, passed, and the log loss of the
         sample with the merged model and with the held-out probabilities of training.
     """
-    options = {"max_tokens": config.max_tokens, "tokens_per_batch": config.tokens_per_batch}
+    options = {"max_tokens": config.predict_tokens, "tokens_per_batch": config.tokens_per_batch}
     model, tokenizer = load_unquantized(source, config, base)
     unmerged = predict_probs(model, tokenizer, pairs, **options)
     del model
@@ -195,7 +195,7 @@ def make_card(
         repo=repo_id or "OWNER/NAME",
         classes=", ".join(f"{index} `{label}`" for index, label in enumerate(LABELS)),
         template_version=TEMPLATE_VERSION,
-        max_tokens=config.max_tokens,
+        max_tokens=config.predict_tokens,
         tokens_per_batch=config.tokens_per_batch,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
