@@ -34,7 +34,8 @@ from src.utils.batches import collate, encode_pairs, make_batches
 from src.utils.config import FinetuneConfig
 from src.utils.data import load_pairs
 from src.utils.demo import make_battles
-from src.utils.models import choose_device, choose_dtype, quiet_transformers
+from src.utils.hardware import choose_device, choose_dtype
+from src.utils.models import quiet_transformers
 from src.utils.predict import predict_probs
 from src.utils.tiny import prepare_base
 

@@ -46,6 +46,13 @@ def test_embeddings_are_read_once_for_the_same_battles_and_checkpoint(tiny_base,
     np.testing.assert_array_equal(embed_pairs(relabelled, base, 64, tmp_path), first)
 
 
+def test_a_gpu_that_torch_has_no_kernels_for_is_left_alone(tiny_base, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (6, 0))
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_75"])
+    assert load_embedder(str(tiny_base("modernbert")), max_tokens=64).model.device.type == "cpu"
+
+
 def test_the_floor_with_embeddings_is_symmetric_and_the_same_from_disk(tiny_base, demo_pairs, ugly_pairs, tmp_path):
     base = str(tiny_base("modernbert"))
     config = BaselineConfig(n_hashed=4096, n_trees=3, embeddings=base, embeddings_tokens=48)

@@ -32,7 +32,7 @@ FLOORS = {
     0: ("schema", "config", "paths"),
     1: (
         *("data", "demo", "text", "mirror", "style", "bias", "metrics", "plots"),
-        *("artifacts", "submission", "fetch"),
+        *("artifacts", "submission", "fetch", "hardware"),
     ),
     2: ("batches", "models", "embed", "river", "leaderboard"),
     3: ("predict", "tiny", "baseline", "examples"),
@@ -41,7 +41,7 @@ FLOORS = {
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
-LIGHT = (*FLOORS[0], *FLOORS[1], "baseline", "river", "leaderboard", "ablation", "suite", "sweep")
+LIGHT = (*FLOORS[0], *(name for name in FLOORS[1] if name != "hardware"), "baseline", "river", "leaderboard", "ablation", "suite", "sweep")
 CONFIGS = {
     "01_eda": EdaConfig,
     "02_baseline": BaselineConfig,

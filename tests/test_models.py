@@ -13,7 +13,6 @@ from src.utils.batches import collate, encode_pairs
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.models import (
     atomic_folder,
-    choose_dtype,
     head_names,
     in_float32,
     load_classifier,
@@ -101,15 +100,6 @@ def test_a_bf16_checkpoint_is_trained_in_32_bit(tiny_base, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again, _ = load_classifier(ENCODER, tmp_path)
     assert {p.dtype for p in again.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype"), [((6, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
-)
-def test_bf16_is_used_only_where_it_is_real(monkeypatch, capability, dtype):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    assert choose_dtype(torch.device("cuda")) == dtype
-    assert choose_dtype(torch.device("cpu")) == torch.float32
 
 
 def test_lora_sits_on_every_linear_layer_of_attention_and_mlp_and_the_head_is_trained(tiny_base):

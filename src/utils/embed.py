@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from src.utils.artifacts import atomic_path, hash_file, hash_json, hash_pairs
+from src.utils.hardware import choose_device, choose_dtype
 from src.utils.schema import TEXTS, Turns
 from src.utils.text import TEMPLATE_VERSION, TURN_TEXT, text_of
 
@@ -94,12 +95,6 @@ def _join(turns: Turns) -> str:
     return TURN_TEXT.join(map(text_of, turns))
 
 
-def _choose_precision() -> torch.dtype:
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-
-
 def load_embedder(checkpoint: str, max_tokens: int) -> Embedder:
     """Load a frozen checkpoint.
 
@@ -110,14 +105,14 @@ def load_embedder(checkpoint: str, max_tokens: int) -> Embedder:
     Raises:
         OSError: the checkpoint is neither a folder nor in the cache nor within reach.
     """
+    device = choose_device()
     source, revision = _split_revision(checkpoint)
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # a head that is left out is no news
     options = {"revision": revision, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModel.from_pretrained(source, dtype=_choose_precision(), use_safetensors=True, **options)
+    model = AutoModel.from_pretrained(source, dtype=choose_dtype(device), use_safetensors=True, **options)
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     limit = getattr(model.config, "max_position_embeddings", None) or max_tokens
     return Embedder(model.eval().to(device), tokenizer, min(max_tokens, limit))
 
@@ -142,7 +137,7 @@ def embed_pairs(pairs: pd.DataFrame, checkpoint: str, max_tokens: int, cache: Pa
     Returns:
         (N, 3, H) float32, as from `Embedder.embed`.
     """
-    precision = str(_choose_precision()).removeprefix("torch.")
+    precision = str(choose_dtype(choose_device())).removeprefix("torch.")
     facts = {
         "pairs": hash_pairs(pairs[["id", *TEXTS]]),
         "checkpoint": _name_checkpoint(checkpoint),

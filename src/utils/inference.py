@@ -27,8 +27,9 @@ from src.utils import paths
 from src.utils.artifacts import measure_versions, read_json, write_table
 from src.utils.baseline import load_baseline
 from src.utils.config import DecoderConfig
+from src.utils.hardware import choose_device
 from src.utils.metrics import Blend, apply_blend
-from src.utils.models import TINY, check_base, choose_device, load_finetuned, load_tokenizer
+from src.utils.models import TINY, check_base, load_finetuned, load_tokenizer
 from src.utils.predict import LocalReader, Prediction, Reader, ReaderLost, Rows, predict_pairs
 from src.utils.schema import LABELS
 from src.utils.submission import check_submission, make_submission

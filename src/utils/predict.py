@@ -19,8 +19,9 @@ from torch import nn
 from tqdm import tqdm
 
 from src.utils.batches import collate, encode_both_orders, is_canonical, make_batches
+from src.utils.hardware import choose_dtype
 from src.utils.mirror import average_over_swap, swap_probs
-from src.utils.models import choose_dtype, in_float32
+from src.utils.models import in_float32
 from src.utils.schema import LABELS
 
 MIN_TOKENS = 256  # a battle is never cut below this for lack of time

@@ -22,8 +22,9 @@ from src.utils.artifacts import write_table
 from src.utils.batches import collate
 from src.utils.config import FinetuneConfig
 from src.utils.examples import Examples, plan_batches
+from src.utils.hardware import choose_device, choose_dtype
 from src.utils.metrics import log_loss
-from src.utils.models import atomic_folder, choose_device, choose_dtype, write_model
+from src.utils.models import atomic_folder, write_model
 from src.utils.predict import predict_probs
 from src.utils.schema import probs_table
 
