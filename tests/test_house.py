@@ -41,7 +41,16 @@ FLOORS = {
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
-LIGHT = (*FLOORS[0], *(name for name in FLOORS[1] if name != "hardware"), "baseline", "river", "leaderboard", "ablation", "suite", "sweep")
+LIGHT = (
+    *FLOORS[0],
+    *(name for name in FLOORS[1] if name != "hardware"),
+    "baseline",
+    "river",
+    "leaderboard",
+    "ablation",
+    "suite",
+    "sweep",
+)
 CONFIGS = {
     "01_eda": EdaConfig,
     "02_baseline": BaselineConfig,
