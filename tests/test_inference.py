@@ -18,7 +18,15 @@ import torch
 
 from src.utils import inference, models, paths
 from src.utils.config import DecoderConfig
-from src.utils.inference import Submission, describe_timing, open_reader, order_networks, predict_submission
+from src.utils.inference import (
+    Ask,
+    Means,
+    Submission,
+    describe_timing,
+    open_reader,
+    order_networks,
+    predict_submission,
+)
 from src.utils.metrics import Blend
 from src.utils.predict import LocalReader, Prediction, predict_pairs
 from src.utils.schema import LABELS
@@ -184,8 +192,8 @@ def test_the_deadline_reaches_the_networks_as_a_moment(
 ) -> None:
     given = []
 
-    def note_deadline(folder: Path, pairs: pd.DataFrame, deadline: float, *_: object) -> Prediction:
-        given.append(deadline - time.monotonic())
+    def note_deadline(folder: Path, pairs: pd.DataFrame, ask: Ask, means: Means, *_: object) -> Prediction:
+        given.append(means.deadline - time.monotonic())
         return answer(folder, pairs)
 
     monkeypatch.setattr(inference, "_predict_network", note_deadline)
@@ -216,7 +224,7 @@ def test_the_network_worth_least_per_second_is_given_up_first(
     now = [0.0]
     monkeypatch.setattr(inference.time, "monotonic", lambda: now[0])
 
-    def take_an_hour(folder: Path, pairs: pd.DataFrame, deadline: float, *_: object) -> Prediction:
+    def take_an_hour(folder: Path, pairs: pd.DataFrame, *_: object) -> Prediction:
         now[0] += 3600
         return answer(folder, pairs)
 
@@ -226,6 +234,61 @@ def test_the_network_worth_least_per_second_is_given_up_first(
     told = {timing.member: timing.status for timing in outcome.timings}
     assert told == {FLOOR: "whole", NETWORK: "whole", "04_qwen": "given up"}
     assert outcome.n_pairs_by_members == {f"{FLOOR} + {NETWORK}": 300}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, demo_pairs: pd.DataFrame) -> dict[str, tuple[set, float]]:
+    """Ids that each network is asked to read, and the share of them to be read twice; battle 0 is surest, 299 least."""
+    sureness = np.linspace(0.95, 0.34, 300)
+    floor = np.column_stack([sureness, (1 - sureness) / 2, (1 - sureness) / 2])
+    monkeypatch.setattr(inference, "_predict_floor", lambda run, pairs: floor)
+    asked = {}
+
+    def note(folder: Path, pairs: pd.DataFrame, ask: Ask, *_: object) -> Prediction:
+        asked[folder.parents[1].name] = (set(pairs["id"]), ask.twice_share)
+        return say(np.full((len(pairs), 3), 1 / 3))  # which leaves the floor's order of certainty
+
+    monkeypatch.setattr(inference, "_predict_network", note)
+    return asked
+
+
+def test_in_a_cascade_the_only_network_reads_the_battles_that_the_floor_is_least_sure_of(
+    runs: dict, submission: Submission, demo_pairs: pd.DataFrame, asked: dict
+) -> None:
+    outcome = predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60, cascade=0.25)
+    assert asked == {NETWORK: (set(demo_pairs["id"][225:]), 1.0)}
+    timing = outcome.timings[1]
+    assert (timing.status, timing.n_asked, timing.n_reached) == ("whole", 75, 75)
+    assert outcome.n_pairs_by_members == {FLOOR: 225, f"{FLOOR} + {NETWORK}": 75}
+    read(submission, demo_pairs)
+
+
+def test_in_a_cascade_of_two_networks_the_cheap_one_reads_all_once_and_the_costly_one_a_share_twice(
+    runs: dict, tmp_path: Path, submission: Submission, demo_pairs: pd.DataFrame, asked: dict
+) -> None:
+    runs["04_qwen"] = make_run(tmp_path / "04_qwen", {"checkpoint": "tiny:qwen3"}, n_folds=2, n_bytes=9000)
+    blend = Blend((FLOOR, NETWORK, "04_qwen"), (0.4, 0.3, 0.3))
+    outcome = predict_submission(demo_pairs, runs, blend, submission, deadline_s=60, cascade=0.25)
+    ids, twice_share = asked[NETWORK]
+    assert (len(ids), twice_share) == (300, 0.25)
+    ids, twice_share = asked["04_qwen"]
+    assert (ids, twice_share) == (set(demo_pairs["id"][225:]), 1.0)
+    assert [timing.status for timing in outcome.timings] == ["whole"] * 3
+
+
+def test_without_a_cascade_and_without_a_floor_every_battle_is_read(
+    runs: dict, submission: Submission, demo_pairs: pd.DataFrame, asked: dict
+) -> None:
+    predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60)
+    assert len(asked[NETWORK][0]) == 300
+    predict_submission(demo_pairs, runs | {FLOOR: None}, BLEND, submission, deadline_s=60, cascade=0.25)
+    assert len(asked[NETWORK][0]) == 300
+
+
+@pytest.mark.parametrize("cascade", [0.0, 1.1])
+def test_a_cascade_is_a_share(runs: dict, submission: Submission, demo_pairs: pd.DataFrame, cascade: float) -> None:
+    with pytest.raises(ValueError, match="cascade: expected a share"):
+        predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60, cascade=cascade)
 
 
 @pytest.mark.parametrize("n_pairs", [0, 1])
@@ -370,13 +433,13 @@ def test_an_attached_base_is_found_in_both_layouts_and_checked(
     monkeypatch.setattr(paths, "KAGGLE_INPUT", tmp_path / "input")
     folder = trained["04_qwen"] / "model" / "fold_0"
     config = dataclasses.replace(TINY["04_qwen"], checkpoint="Qwen/Qwen3-4B-Instruct-2507")
-    assert inference.find_base(folder, config) is None
+    assert inference.find_base(folder, config, paths.find_checkpoints) is None
     place = tmp_path / "input" / layout / "qwen3-4b-instruct-2507" / "transformers" / "default" / "1"
     shutil.copytree(trained["04_qwen"] / "base", place)
-    assert inference.find_base(folder, config) == place
+    assert inference.find_base(folder, config, paths.find_checkpoints) == place
     models.make_tiny_checkpoint("qwen3", ["some words"], place, 7)
     with pytest.raises(ValueError, match=r"expected the weights of base .* got others"):
-        inference.find_base(folder, config)
+        inference.find_base(folder, config, paths.find_checkpoints)
     with pytest.raises(ValueError, match="got others"):
         models.load_finetuned(folder, config, place)
 
@@ -414,7 +477,7 @@ pairs = pd.DataFrame({"id": ids})
 rng = np.random.default_rng(0)
 inference._predict_floor = lambda run, pairs: np.tile([0.5, 0.3, 0.2], (len(pairs), 1))
 
-def improve(folder, pairs, deadline, n_workers, keep):
+def improve(folder, pairs, ask, means, keep):
     while True:
         keep(Prediction(rng.dirichlet([1, 1, 1], len(pairs)), np.ones(len(pairs), int), np.zeros(len(pairs), bool)))
 

@@ -9,7 +9,14 @@ from src.utils import predict
 from src.utils.config import FinetuneConfig
 from src.utils.mirror import average_over_swap, swap_pairs, swap_probs
 from src.utils.models import load_classifier
-from src.utils.predict import LocalReader, ReaderLost, predict_pairs, predict_probs
+from src.utils.predict import (
+    LocalReader,
+    ReaderLost,
+    choose_least_certain,
+    measure_entropy,
+    predict_pairs,
+    predict_probs,
+)
 from src.utils.schema import check_probs
 
 OPTIONS = {"max_tokens": 256, "tokens_per_batch": 2048}
@@ -136,6 +143,74 @@ def test_the_swap_is_given_up_before_any_row_and_the_clock_is_kept(clock, tokeni
     assert np.abs(probs - whole)[reached].max() > 0.01
     # Nearly all of the time is used.
     assert clock.now > share * seconds - 2 * OPTIONS["tokens_per_batch"]
+
+
+def test_second_readings_go_to_the_battles_that_the_first_left_least_certain(clock, tokenizer, demo_pairs):
+    first = predict_probs(Fake(clock), tokenizer, demo_pairs, swap=False, **OPTIONS)
+    seconds, clock.now = clock.now, 0.0
+    prediction = predict_pairs(LocalReader(Fake(clock), 0), tokenizer, demo_pairs, deadline=1.5 * seconds, **OPTIONS)
+    assert clock.now <= 1.5 * seconds
+    canonical = predict.is_canonical(demo_pairs)
+    swapped = predict_probs(Fake(clock), tokenizer, swap_pairs(demo_pairs), swap=False, **OPTIONS)
+    entropy = measure_entropy(np.where(canonical[:, None], first, swapped))
+    twice = prediction.n_readings == 2
+    assert 0.3 < twice.mean() < 0.7
+    # Only where the last bit of time holds a short battle and no long one does a surer one go before.
+    assert np.median(entropy[twice]) > np.median(entropy[~twice])
+    least_certain = entropy >= np.quantile(entropy, 1 - twice.mean())
+    assert (twice == least_certain).mean() > 0.95
+
+
+def test_battles_are_given_up_by_what_is_known_of_them(clock, tokenizer, demo_pairs):
+    uncertainty = np.random.default_rng(0).permutation(len(demo_pairs)).astype(float)
+    predict_probs(Fake(clock), tokenizer, demo_pairs, swap=False, **OPTIONS)
+    seconds, clock.now = clock.now, 0.0
+    prediction = predict_pairs(
+        LocalReader(Fake(clock), 0),
+        tokenizer,
+        demo_pairs,
+        deadline=0.4 * seconds,
+        uncertainty=uncertainty,
+        **OPTIONS,
+    )
+    assert clock.now <= 0.4 * seconds
+    reached = prediction.n_readings > 0
+    assert 0.2 < reached.mean() < 0.8
+    assert uncertainty[reached].mean() > uncertainty[~reached].mean() + 50
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_the_share_that_is_read_twice_is_the_least_certain(tokenizer, demo_pairs, share):
+    once = predict_pairs(LocalReader(Fake(), 0), tokenizer, demo_pairs, twice_share=0.0, **OPTIONS)
+    prediction = predict_pairs(LocalReader(Fake(), 0), tokenizer, demo_pairs, twice_share=share, **OPTIONS)
+    twice = (prediction.n_readings == 2) & (once.n_readings == 1)
+    assert abs(twice.sum() - share * len(demo_pairs)) <= (once.n_readings == 2).sum()
+    if twice.any():
+        entropy = measure_entropy(once.probs)
+        assert entropy[twice].min() >= entropy[prediction.n_readings == 1].max()
+
+
+def test_time_that_is_left_after_all_is_used(clock, tokenizer, demo_pairs):
+    class Quickening(Fake):
+        def forward(self, input_ids, attention_mask):
+            self.n_calls = getattr(self, "n_calls", 0) + 1
+            if self.n_calls > 12:
+                clock.now -= 0.9 * input_ids.numel()
+            return super().forward(input_ids, attention_mask)
+
+    predict_probs(Fake(clock), tokenizer, demo_pairs, **OPTIONS)
+    seconds, clock.now = clock.now, 0.0
+    prediction = predict_pairs(
+        LocalReader(Quickening(clock), 0), tokenizer, demo_pairs, deadline=0.4 * seconds, **OPTIONS
+    )
+    assert (prediction.n_readings == 2).all() and clock.now <= 0.4 * seconds
+
+
+def test_an_entropy_is_told_in_nats_and_what_is_not_known_comes_last():
+    probs = np.array([[1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0], [np.nan] * 3])
+    np.testing.assert_allclose(measure_entropy(probs), [np.log(3), 0.0, -np.inf], atol=1e-12)
+    assert choose_least_certain(measure_entropy(probs), 0.34).tolist() == [0, 1]
+    assert choose_least_certain(np.zeros(0), 0.5).tolist() == []
 
 
 def test_a_single_reading_is_symmetric_too(clock, tokenizer, demo_pairs, ugly_pairs):

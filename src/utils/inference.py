@@ -13,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -23,19 +23,30 @@ import numpy as np
 import pandas as pd
 import torch
 
-from src.utils import paths
 from src.utils.artifacts import measure_versions, read_json, write_table
 from src.utils.baseline import load_baseline
 from src.utils.config import DecoderConfig
 from src.utils.hardware import choose_device
 from src.utils.metrics import Blend, apply_blend
 from src.utils.models import TINY, check_base, load_finetuned, load_tokenizer
-from src.utils.predict import LocalReader, Prediction, Reader, ReaderLost, Rows, predict_pairs
+from src.utils.predict import (
+    LocalReader,
+    Prediction,
+    Reader,
+    ReaderLost,
+    Rows,
+    choose_least_certain,
+    measure_entropy,
+    predict_pairs,
+)
 from src.utils.schema import LABELS
 from src.utils.submission import check_submission, make_submission
 
 _STARTED, _READY, _FAILED = "started", "ready", "failed"
 _LEAVE_S = 3.0
+
+# Name of a checkpoint -> folders of that name, the best match first: `paths.find_checkpoints`.
+FindCheckpoints = Callable[[str], Sequence[Path]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ class MemberTiming:
 
     member: str
     status: str  # "whole", "partly" (time ran out), "given up", "failed", "absent" or "without weight"
+    n_asked: int  # battles that it was to predict: all, or the least certain share
     n_reached: int  # battles that it predicted
     seconds: float
     note: str = ""
@@ -85,6 +97,10 @@ class Submission:
         return self.path
 
 
+def _find_none(name: str) -> Sequence[Path]:
+    return ()
+
+
 # ---- the plan ----------------------------------------------------------------
 
 
@@ -95,6 +111,8 @@ def predict_submission(
     submission: Submission,
     *,
     deadline_s: float,
+    cascade: float = 1.0,
+    find_checkpoints: FindCheckpoints = _find_none,
     n_workers: int | None = None,
 ) -> Outcome:
     """Predict every battle as well as time allows: the floor, then network by network.
@@ -102,8 +120,13 @@ def predict_submission(
     What is worth most per second runs first: a network by its weight in the blend over the
     size of its weights, the second fold of a network at half the worth, and so on. So what
     is given up first, when time is short, is the networks worth least per second; then, of
-    the one under way, what `predict_pairs` states: second readings, then length. A battle is
-    never given up: it keeps what was written before.
+    the one under way, what `predict_pairs` states: second readings, then length, then the
+    battles that are most certain by what was written before. A battle is never given up: it
+    keeps what was written before.
+
+    With `cascade` below 1 the costly work goes to the least certain battles from the start:
+    the first network reads every battle once and that share of them twice; the other
+    networks, or the only one there is, read that share alone.
 
     Args:
         pairs: N test battles, `schema.PAIR_COLUMNS`.
@@ -111,18 +134,28 @@ def predict_submission(
         blend: weights of the members; those that are missing are left out, row by row.
         submission: written after the floor, after each network, and each minute in between.
         deadline_s: seconds from now that must not be passed; it holds the margin.
+        cascade: share of the battles, above 0 to 1, least certain first by the entropy of what is
+            known so far, that the costly work is spent on.
+        find_checkpoints: finds the attached bases of adapters by name.
         n_workers: processes of a network; None takes one a GPU, or one on the CPU.
 
     Raises:
+        ValueError: `cascade` is no such share.
         RuntimeError: not one member could predict a battle, so there is nothing to submit.
     """
+    if not 0 < cascade <= 1:
+        raise ValueError(f"cascade: expected a share above 0, at most 1, got {cascade}")
     deadline = time.monotonic() + deadline_s
     board = _Board(pairs, blend, submission)
     for name in blend.members:
         if not _is_network(runs.get(name)):
             board.run_floor(name, runs.get(name))
-    for name, folder in order_networks(runs, blend):
-        board.run_network(name, folder, deadline, n_workers)
+    networks = order_networks(runs, blend, find_checkpoints)
+    weighty = {name for name, _ in networks if blend.weights[blend.members.index(name)]}
+    cheap = networks[0][0] if len(weighty) > 1 else None
+    for name, folder in networks:
+        ask = board.ask(name, cascade, is_cheap=name == cheap)
+        board.run_network(name, folder, ask, Means(deadline, n_workers, find_checkpoints))
     timings = [board.members[name].timing() for name in blend.members]
     if not board.is_reached.any() and len(pairs):
         notes = "; ".join(f"{timing.member}: {timing.note}" for timing in timings)
@@ -130,7 +163,9 @@ def predict_submission(
     return Outcome(board.blend(), timings, board.count_members())
 
 
-def order_networks(runs: Mapping[str, Path | None], blend: Blend) -> list[tuple[str, Path]]:
+def order_networks(
+    runs: Mapping[str, Path | None], blend: Blend, find_checkpoints: FindCheckpoints = _find_none
+) -> list[tuple[str, Path]]:
     """Order the models of all networks by worth per second, most first.
 
     Returns:
@@ -143,7 +178,7 @@ def order_networks(runs: Mapping[str, Path | None], blend: Blend) -> list[tuple[
             continue
         # Where no fold is there, the first is still asked for, and says that it is missing.
         for place, folder in enumerate(sorted((run / "model").glob("fold_*")) or [run / "model" / "fold_0"]):
-            worth[name, folder] = weight / (place + 1) / max(_weights_mib(run, folder), 1e-6)
+            worth[name, folder] = weight / (place + 1) / max(_weights_mib(run, folder, find_checkpoints), 1e-6)
     return sorted(worth, key=worth.get, reverse=True)
 
 
@@ -154,13 +189,31 @@ def _is_network(run: Path | None) -> bool:
         return False  # the attempt to load it tells what is damaged
 
 
-def _weights_mib(run: Path, folder: Path) -> float:
+def _weights_mib(run: Path, folder: Path, find_checkpoints: FindCheckpoints) -> float:
     """Size of the weights that a forward pass goes through; stands for its seconds before any is measured."""
     config = read_json(run / "config.json")
     checkpoint, folders = str(config["checkpoint"]), [folder]
     if config.get("lora_rank"):
-        folders += [run / "base"] if checkpoint.startswith(TINY) else paths.find_checkpoints(checkpoint)
+        folders += [run / "base"] if checkpoint.startswith(TINY) else [*find_checkpoints(checkpoint)]
     return sum(file.stat().st_size for place in folders[:2] for file in place.glob("*.safetensors")) / 2**20
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Which battles a network is to read, and how well they are known."""
+
+    rows: np.ndarray  # (M,) int, ascending
+    uncertainty: np.ndarray  # (M,) float
+    twice_share: float = 1.0  # of them, least certain first, in both orders
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a network has to read with."""
+
+    deadline: float  # time.monotonic(), s
+    n_workers: int | None = None
+    find_checkpoints: FindCheckpoints = _find_none
 
 
 @dataclass
@@ -169,6 +222,7 @@ class _Member:
 
     name: str
     n_pairs: int
+    ask: Ask | None = None  # None asks for every battle
     n_models: int = 0
     status: str = ""
     notes: list[str] = field(default_factory=list)
@@ -197,13 +251,15 @@ class _Member:
             return total / n_read
 
     def timing(self) -> MemberTiming:
+        asked = slice(None) if self.ask is None else self.ask.rows
+        n_asked = len(self._n_read[asked])
         n_reached = int((self._n_read > 0).sum())
-        read_by_all = n_reached == self.n_pairs and bool((self._n_read >= self.n_models).all())
+        read_by_all = self.n_models > 0 and bool((self._n_read[asked] >= self.n_models).all())
         status = self.status or ("whole" if read_by_all and not self.notes else "partly")
         n_twice = int((self._n_readings >= 2 * max(self.n_models, 1)).sum())
         note = "; ".join(self.notes)
         return MemberTiming(
-            self.name, status, n_reached, round(self.seconds, 2), note, n_twice, int(self._is_cut.sum())
+            self.name, status, n_asked, n_reached, round(self.seconds, 2), note, n_twice, int(self._is_cut.sum())
         )
 
 
@@ -226,22 +282,47 @@ class _Board:
             member.add(Prediction(probs, 2 * reached, np.zeros(len(probs), dtype=bool)))
             self.write()
 
-    def run_network(self, name: str, folder: Path, deadline: float, n_workers: int | None) -> None:
+    def ask(self, name: str, cascade: float, *, is_cheap: bool) -> Ask:
+        """What a network is to read; the same for each of its models."""
+        member = self.members[name]
+        if member.ask is None:
+            uncertainty = self._measure_uncertainty()
+            reads_all = is_cheap or cascade == 1 or not self.is_reached.all()
+            rows = choose_least_certain(uncertainty, 1.0 if reads_all else cascade)
+            member.ask = Ask(rows, uncertainty[rows], cascade if reads_all else 1.0)
+        return member.ask
+
+    def _measure_uncertainty(self) -> np.ndarray:
+        """(N,) nats; a battle that nobody has read is the least certain."""
+        uncertainty = np.full(len(self._pairs), np.log(len(LABELS)))
+        if len(self._pairs) and self.is_reached.any():
+            uncertainty[self.is_reached] = measure_entropy(self.blend()[self.is_reached])
+        return uncertainty
+
+    def run_network(self, name: str, folder: Path, ask: Ask, means: Means) -> None:
         member = self.members[name]
         if not self._blend.weights[self._blend.members.index(name)] and self.is_reached.all():
             member.status = "without weight"
             return
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= means.deadline:
             member.notes.append(f"{folder.name}: given up, no time was left")
             member.status = member.status or ("" if member.n_models else "given up")
             return
         with self._surviving(member):
-            member.add(
-                _predict_network(
-                    folder, self._pairs, deadline, n_workers, lambda early: self.write({name: member.probs(early)})
-                )
+            part = self._pairs.iloc[ask.rows]
+            prediction = _predict_network(
+                folder, part, ask, means, lambda early: self.write({name: member.probs(self._spread(early, ask.rows))})
             )
+            member.add(self._spread(prediction, ask.rows))
             self.write()
+
+    def _spread(self, prediction: Prediction, rows: np.ndarray) -> Prediction:
+        """A prediction of some battles as one of all."""
+        n_pairs = len(self._pairs)
+        probs, n_readings = np.full((n_pairs, len(LABELS)), np.nan), np.zeros(n_pairs, dtype=int)
+        is_cut = np.zeros(n_pairs, dtype=bool)
+        probs[rows], n_readings[rows], is_cut[rows] = prediction.probs, prediction.n_readings, prediction.is_cut
+        return Prediction(probs, n_readings, is_cut, prediction.note)
 
     @contextlib.contextmanager
     def _surviving(self, member: _Member) -> Iterator[None]:
@@ -298,25 +379,30 @@ def _predict_floor(run: Path, pairs: pd.DataFrame) -> np.ndarray:
     return load_baseline(run / "model").predict_probs(pairs)
 
 
-def _predict_network(folder: Path, pairs: pd.DataFrame, deadline: float, n_workers: int | None, keep) -> Prediction:
+def _predict_network(
+    folder: Path, pairs: pd.DataFrame, ask: Ask, means: Means, keep: Callable[[Prediction], None]
+) -> Prediction:
     """Predict with one fold's model, in processes of its own where they can be had."""
     run = folder.parents[1]
     config = DecoderConfig.from_json(read_json(run / "config.json"))
     tokenizer = load_tokenizer(folder)
-    with open_reader(folder, config, find_base(folder, config), n_workers=n_workers, deadline=deadline) as reader:
+    base = find_base(folder, config, means.find_checkpoints)
+    with open_reader(folder, config, base, n_workers=means.n_workers, deadline=means.deadline) as reader:
         return predict_pairs(
             reader,
             tokenizer,
             pairs,
             max_tokens=config.predict_tokens,
             tokens_per_batch=config.tokens_per_batch,
-            deadline=deadline,
+            deadline=means.deadline,
             progress=f"{run.name} {folder.name}",
             keep=keep,
+            uncertainty=ask.uncertainty,
+            twice_share=ask.twice_share,
         )
 
 
-def find_base(folder: Path, config: DecoderConfig) -> Path | None:
+def find_base(folder: Path, config: DecoderConfig, find_checkpoints: FindCheckpoints) -> Path | None:
     """Find the attached base of an adapter: the one that it was trained on, by its weights.
 
     Returns:
@@ -328,7 +414,7 @@ def find_base(folder: Path, config: DecoderConfig) -> Path | None:
     if not config.lora_rank or config.checkpoint.startswith(TINY):
         return None
     problems = []
-    for base in paths.find_checkpoints(config.checkpoint):
+    for base in find_checkpoints(config.checkpoint):
         try:
             return check_base(folder, base)
         except ValueError as error:

@@ -27,6 +27,7 @@ from src.utils.schema import LABELS
 MIN_TOKENS = 256  # a battle is never cut below this for lack of time
 _N_MEASURED = 3  # batches before the pace is trusted; the first one warms the hardware up
 _WINDOW = 16  # batches that the pace is measured over
+_FILL = 0.97  # share of the time left that a new plan fills
 _KEEP_S = 60.0
 
 
@@ -170,6 +171,8 @@ def predict_pairs(
     deadline: float | None = None,
     progress: str = "",
     keep: Callable[[Prediction], None] | None = None,
+    uncertainty: np.ndarray | None = None,
+    twice_share: float = 1.0,
 ) -> Prediction:
     """Predict how each battle is voted, as well as time allows.
 
@@ -178,12 +181,15 @@ def predict_pairs(
     averaged. The pace is measured over the first batches and all along. When the
     projected finish passes the deadline, this is given up, in this order:
 
-    1. second readings, longest first. A battle read once is still symmetric (exchanging
-       A and B gives the model the same input and exchanges the columns) but carries
-       position bias;
+    1. second readings, of the battles that the first left most certain. A battle read once
+       is still symmetric (exchanging A and B gives the model the same input and exchanges
+       the columns) but carries position bias;
     2. length: the battles not yet read are cut until all of them fit, to `MIN_TOKENS` at least;
-    3. battles, longest first, where even that is too slow. Theirs is the answer of
-       another member.
+    3. battles, most certain first (by `uncertainty`; else longest first), where even that is
+       too slow. Theirs is the answer of another member.
+
+    Which battles are read goes by certainty; how they are batched, by length. What was put
+    off is taken up again where time is left after all.
 
     Args:
         reader: of the model.
@@ -195,10 +201,13 @@ def predict_pairs(
         deadline: `time.monotonic()` value, s, that must not be passed; None never stops.
         progress: title of a progress bar with the time left; "" shows none.
         keep: gets what is known so far, about once a minute.
+        uncertainty: (N,) float, how little is known of each battle, e.g. `measure_entropy` of
+            what other members say; any order of magnitude.
+        twice_share: share of the battles, 0 to 1, that get a second reading: the least certain ones.
     """
     if not len(pairs):
         return Prediction(np.zeros((0, len(LABELS))), np.zeros(0, dtype=int), np.zeros(0, dtype=bool))
-    readings = _Readings(pairs, tokenizer, max_tokens, swap)
+    readings = _Readings(pairs, tokenizer, max_tokens, swap, uncertainty, twice_share)
     n_tok = sum(readings.lengths(order).sum() for order in readings.orders)
     with tqdm(total=n_tok, desc=progress, unit="tok", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
         walk = _Walk(reader, readings, tokens_per_batch, float("inf") if deadline is None else deadline, bar, keep)
@@ -210,10 +219,32 @@ def predict_pairs(
     return readings.result()
 
 
+def measure_entropy(probs: np.ndarray) -> np.ndarray:
+    """How uncertain (N, C) probabilities are: (N,) float, nats; -inf where they are not known."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -np.where(probs == 0, 0.0, probs * np.log(probs)).sum(axis=1)
+    return np.where(np.isfinite(entropy), entropy, -np.inf)
+
+
+def choose_least_certain(uncertainty: np.ndarray, share: float) -> np.ndarray:
+    """The rows of the least certain share, at least one where any is asked for: indices, ascending."""
+    n_chosen = int(np.ceil(share * len(uncertainty)))
+    return np.sort(np.argsort(-uncertainty, kind="stable")[:n_chosen])
+
+
 class _Readings:
     """The token rows of N battles in one or both orders, and what was read of them."""
 
-    def __init__(self, pairs: pd.DataFrame, tokenizer, max_tokens: int, swap: bool) -> None:
+    def __init__(
+        self,
+        pairs: pd.DataFrame,
+        tokenizer,
+        max_tokens: int,
+        swap: bool,
+        uncertainty: np.ndarray | None,
+        twice_share: float,
+    ) -> None:
+        self._uncertainty, self._twice_share = uncertainty, twice_share
         self._pairs, self._tokenizer, self._width = pairs, tokenizer, max_tokens
         self._keeps = is_canonical(pairs) if swap else np.ones(len(pairs), dtype=bool)
         self.orders = (0, 1) if swap else (0,)
@@ -235,7 +266,16 @@ class _Readings:
 
     def wanted(self, order: int) -> np.ndarray:
         """Battles to read in this order."""
-        return np.flatnonzero(~self._same) if order else np.arange(len(self._same))
+        if not order:
+            return np.arange(len(self._same))
+        chosen = choose_least_certain(self.uncertainty(order), self._twice_share)
+        return chosen[~self._same[chosen]]
+
+    def uncertainty(self, order: int) -> np.ndarray:
+        """(N,) float; by the first reading once it is there, and by shortness where nothing is known."""
+        if order:
+            return measure_entropy(self.probs[0])
+        return -self.lengths(0) if self._uncertainty is None else self._uncertainty
 
     def cut(self, rows: np.ndarray, n_tok: float, tokens_per_batch: int) -> bool:
         """Cut these battles so that together they have `n_tok` padded tokens; False when nothing is left to cut."""
@@ -311,6 +351,7 @@ class _Walk:
         self._deadline, self._bar, self._keep = deadline, bar, keep
         self._pace, self._kept_at = _Pace(), time.monotonic()
         self._batches: deque[np.ndarray] = deque()
+        self._put_off = np.zeros(0, dtype=int)  # battles that there is no time for, as it looks
         self._under_way: dict[int, np.ndarray] = {}
         self._key = 0
 
@@ -326,29 +367,65 @@ class _Walk:
                 return
 
     def _plan(self, order: int, rows: np.ndarray) -> None:
+        """Plan to read these rows, by length; what was put off before is forgotten."""
         self._lengths = self._readings.lengths(order)
+        self._put_off = np.zeros(0, dtype=int)
         batches = make_batches(self._lengths[rows], self._tokens_per_batch)
         self._batches = deque(rows[batch] for batch in batches)
         self._left_tok = float(sum(map(self._padded, self._batches)))
 
     def _choose(self, order: int) -> np.ndarray | None:
-        """The next batch: longest first as long as all will fit, else shortest first, which reaches the most rows."""
-        if not self._batches:
-            return None
+        """The next batch of those that are planned, longest first; None when no other can be read in time."""
         is_late = self._projected(self._left_tok) > self._deadline
-        if is_late and order == 0 and self._pace.n_batches >= _N_MEASURED and self._cut():
+        if is_late and self._pace.n_batches < _N_MEASURED and self._batches:
+            return self._take(-1)  # the shortest, until the pace is known
+        if is_late and order == 0 and self._cut():
             return self._choose(order)
-        batch = self._batches[-1 if is_late else 0]
+        if is_late or not self._batches:
+            self._put_off_the_most_certain(order)
+        return self._take(0) if self._batches else None
+
+    def _take(self, place: int) -> np.ndarray | None:
+        batch = self._batches[place]
         if self._projected(self._padded(batch)) > self._deadline:
             return None
+        del self._batches[place]
         self._left_tok -= self._padded(batch)
-        return self._batches.pop() if is_late else self._batches.popleft()
+        return batch
+
+    def _put_off_the_most_certain(self, order: int) -> None:
+        """Plan the least certain of the battles not yet read, as many as there is time for."""
+        rows = self._unread()
+        rows = rows[np.argsort(-self._readings.uncertainty(order)[rows], kind="stable")]
+        chosen = self._fit(rows)
+        self._plan(order, rows[chosen])
+        self._put_off = rows[~chosen]
+
+    def _fit(self, rows: np.ndarray) -> np.ndarray:
+        """(rows,) bool, the first that can be read in time; a row that alone takes too long is passed over."""
+        affordable_tok = self._affordable_tok()
+        chosen = self._lengths[rows] <= affordable_tok
+        # A little is left free, so that not every batch that is a little slow changes the plan.
+        limit_tok = _FILL * affordable_tok
+        while chosen.any():
+            limit_tok = max(limit_tok, self._lengths[rows[np.argmax(chosen)]])
+            chosen &= np.cumsum(self._lengths[rows] * chosen) <= limit_tok
+            if _count_padded(self._lengths[rows[chosen]], self._tokens_per_batch) <= affordable_tok:
+                break
+            limit_tok *= _FILL
+        return chosen
+
+    def _unread(self) -> np.ndarray:
+        return np.concatenate([*self._batches, self._put_off])
+
+    def _affordable_tok(self) -> float:
+        pace = self._pace.seconds_per_tok
+        left_s = self._deadline - time.monotonic()
+        return left_s / pace - sum(map(self._padded, self._under_way.values())) if pace else float("inf")
 
     def _cut(self) -> bool:
-        rows = np.concatenate(list(self._batches))
-        left_s = self._deadline - time.monotonic()
-        affordable_tok = left_s / self._pace.seconds_per_tok - sum(map(self._padded, self._under_way.values()))
-        is_cut = self._readings.cut(rows, affordable_tok, self._tokens_per_batch)
+        rows = self._unread()
+        is_cut = self._readings.cut(rows, self._affordable_tok(), self._tokens_per_batch)
         if is_cut:
             self._plan(0, rows)
         return is_cut
