@@ -20,9 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+from huggingface_hub import snapshot_download
 
 from src.utils import paths
 from src.utils.artifacts import read_json, write_json
+from src.utils.baseline import EMBEDDER
 from src.utils.metrics import Blend
 
 HERE = Path(__file__).resolve().parent
@@ -30,6 +32,8 @@ NOTEBOOK = paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb"
 FLOOR = "02_baseline"
 # What inference reads of a run; `base` is there for adapters on a tiny checkpoint.
 RUN_PARTS = ("config.json", "metrics.json", "model", "base")
+# A checkpoint that is loaded from a folder: weights, settings, tokenizer.
+CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 BLEND_PARTS = ("blend.json", "metrics.json")
 # Kaggle's image has Python 3.12 and no bitsandbytes.
 WHEELS = ("bitsandbytes",)
@@ -130,6 +134,8 @@ def copy_runs(artifacts: Path, dataset: Path) -> list[str]:
         if not (artifacts / name / "metrics.json").exists():
             raise FileNotFoundError(f"{artifacts / name}: the blend names it, but it is not finished.")
         _copy_parts(artifacts / name, dataset / name, RUN_PARTS)
+    if FLOOR in members:
+        copy_embedder(artifacts / FLOOR, dataset / FLOOR)
     _copy_parts(artifacts / "05_ensemble", dataset / "05_ensemble", BLEND_PARTS)
     return members
 
@@ -143,9 +149,30 @@ def copy_floor(artifacts: Path, dataset: Path) -> list[str]:
     if not (artifacts / FLOOR / "metrics.json").exists():
         raise FileNotFoundError(f"{artifacts / FLOOR}: not finished. Run `make run NB=01,02` first.")
     _copy_parts(artifacts / FLOOR, dataset / FLOOR, RUN_PARTS)
+    copy_embedder(artifacts / FLOOR, dataset / FLOOR)
     write_json(dataset / "05_ensemble" / "blend.json", Blend((FLOOR,), (1.0,)).to_json())
     shutil.copy2(artifacts / FLOOR / "metrics.json", dataset / "05_ensemble" / "metrics.json")
     return [FLOOR]
+
+
+def copy_embedder(run: Path, target: Path) -> None:
+    """Copy the frozen checkpoint that the floor reads embeddings from, if it reads any, beside its model.
+
+    Raises:
+        FileNotFoundError: the checkpoint is neither a folder nor in the cache of the hub.
+    """
+    checkpoint = read_json(run / "config.json").get("embeddings", "")
+    if not checkpoint:
+        return
+    from src.utils.embed import split_revision  # torch, which the floor is spared else
+
+    source, revision = split_revision(checkpoint)
+    if not Path(source).is_dir():
+        source = snapshot_download(source, revision=revision, allow_patterns=CHECKPOINT_FILES, local_files_only=True)
+    (target / "model" / EMBEDDER).mkdir(parents=True)
+    for pattern in CHECKPOINT_FILES:
+        for file in Path(source).glob(pattern):
+            shutil.copy2(file, target / "model" / EMBEDDER)
 
 
 def _copy_parts(run: Path, target: Path, parts: tuple[str, ...]) -> None:

@@ -14,21 +14,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import nbformat
 import numpy as np
 import pandas as pd
 
 from src.utils import paths
-from src.utils.artifacts import read_json
+from src.utils.artifacts import read_json, write_json
 from src.utils.demo import make_battles
 from src.utils.schema import TEXTS
 from src.utils.submission import COLUMNS, check_submission
 
 COMPETITION = "llm-classification-finetuning"
 LIMIT_S = 9 * 3600
+NO_BASES: Mapping[str, Path] = MappingProxyType({})
 N_POOL = 1500  # demo battles that the hidden test is mixed from
 MEDIAN_CHARS, SPREAD = 1000.0, 0.9  # of an answer, log-normal, about as in the training data
 # Cells as they stand in test.csv; each takes the place of an answer or of the prompt now and then.
@@ -124,8 +127,15 @@ def _stretch(text: str, n_chars: int) -> str:
     return (f"{text} " * (n_chars // (len(text) + 1) + 1))[: max(n_chars, 1)]
 
 
-def lay_out(root: Path, build: Path, case: Case) -> np.ndarray:
+def lay_out(root: Path, build: Path, case: Case, bases: Mapping[str, Path] = NO_BASES) -> np.ndarray:
     """Lay Kaggle's folders out under `root`.
+
+    Args:
+        root: gets them.
+        build: holds `kernel/` and `dataset/`.
+        case: rows of the hidden test, and layout.
+        bases: name of an attached model, the second part of its source -> its folder here. A
+            source that none is given for is left out, as if nobody had attached it.
 
     Returns:
         Ids that the submission must hold, in order.
@@ -138,6 +148,11 @@ def lay_out(root: Path, build: Path, case: Case) -> np.ndarray:
     competition.mkdir(parents=True)
     (root / "working").mkdir()
     shutil.copytree(build / "dataset", dataset, ignore=shutil.ignore_patterns("dataset-metadata.json"))
+    for source in metadata["model_sources"]:
+        owner, name, *version = source.split("/")
+        place = root / "input" / (f"models/{owner}" if is_new else "") / name / "/".join(version)
+        if name in bases:
+            shutil.copytree(bases[name], place)
     test = make_hidden_test(case.n_rows)
     test.to_csv(competition / "test.csv", index=False, quoting=csv.QUOTE_NONNUMERIC)
     ids = np.random.default_rng(1).permutation(test["id"].unique().tolist())
@@ -171,7 +186,9 @@ def cut_network(
     return command, environment | {"PYTHONPATH": str(scratch)}, "blocked sockets"
 
 
-def rehearse(build: Path, case: Case, root: Path, python: str = sys.executable) -> dict:
+def rehearse(
+    build: Path, case: Case, root: Path, python: str = sys.executable, bases: Mapping[str, Path] = NO_BASES
+) -> dict:
     """Run the built kernel once and check what it leaves.
 
     Args:
@@ -179,6 +196,7 @@ def rehearse(build: Path, case: Case, root: Path, python: str = sys.executable) 
         case: rows of the hidden test, and layout.
         root: gets Kaggle's folders; must not exist.
         python: interpreter of the kernel, e.g. of an environment with the versions of Kaggle's image.
+        bases: folders of the attached models, as for `lay_out`.
 
     Returns:
         Its `timing.json`, with `seconds_of_kernel` and `isolation`.
@@ -187,7 +205,7 @@ def rehearse(build: Path, case: Case, root: Path, python: str = sys.executable) 
         RuntimeError: a cell failed; the last words of the kernel are told.
         ValueError: the submission is not what the competition expects.
     """
-    ids = lay_out(root, build, case)
+    ids = lay_out(root, build, case, bases)
     metadata = read_json(build / "kernel" / "kernel-metadata.json")
     scratch = root / "scratch"
     scratch.mkdir()
@@ -234,6 +252,24 @@ def describe(case: Case, timing: dict) -> str:
     return "\n".join(lines)
 
 
+def read_base(given: str) -> tuple[str, Path]:
+    """Read NAME=FOLDER.
+
+    Raises:
+        argparse.ArgumentTypeError: it has another form, or the folder holds no checkpoint.
+    """
+    name, _, folder = given.partition("=")
+    if not name or not (Path(folder) / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER with a config.json in the folder, got {given!r}")
+    return name, Path(folder)
+
+
+def describe_machine() -> str:
+    """Cores and load, without which a time says little."""
+    load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
+    return f"{os.cpu_count()} cores{load}"
+
+
 def main() -> int:
     """Rehearse from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -241,18 +277,34 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=25_000, help="distinct battles of the hidden test")
     parser.add_argument("--deadline-s", type=float, default=0.0, help="a tighter deadline, to see what is given up")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the kernel")
+    parser.add_argument(
+        "--base",
+        action="append",
+        default=[],
+        type=read_base,
+        metavar="NAME=FOLDER",
+        help="folder here of an attached model; NAME is the second part of its source; may be given again",
+    )
+    parser.add_argument("--write", type=Path, help="JSON file that gets what was measured")
     options = parser.parse_args()
     if not (options.build / "kernel" / "kernel-metadata.json").exists():
         print(f"{options.build}: no built kernel. Run `make kernel` first.", file=sys.stderr)
         return 1
+    bases, results = dict(options.base), []
+    for source in read_json(options.build / "kernel" / "kernel-metadata.json")["model_sources"]:
+        if source.split("/")[1] not in bases:
+            print(f"{source}: not laid out, as if it were not attached; give --base {source.split('/')[1]}=FOLDER")
     for case in (Case(0, "old"), Case(1, "old"), Case(options.rows, "new", options.deadline_s)):
         with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch:
             try:
-                timing = rehearse(options.build.resolve(), case, Path(scratch) / "kaggle", options.python)
+                timing = rehearse(options.build.resolve(), case, Path(scratch) / "kaggle", options.python, bases)
             except (RuntimeError, ValueError, OSError, subprocess.TimeoutExpired) as error:
                 print(f"{case.n_rows:,} rows, {case.layout} layout: {error}", file=sys.stderr)
                 return 1
         print(describe(case, timing), flush=True)
+        results.append(asdict(case) | timing)
+    if options.write:
+        write_json(options.write, {"machine": describe_machine(), "cases": results})
     return 0
 
 

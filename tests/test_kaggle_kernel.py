@@ -1,5 +1,6 @@
 """What is uploaded equals the source, and asks Kaggle for the right machine."""
 
+import argparse
 import ast
 import importlib.util
 import json
@@ -9,11 +10,12 @@ import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
 from src.utils import models
-from src.utils.baseline import fit_baseline, save_baseline
+from src.utils.baseline import embed_battles, fit_baseline, load_baseline, measure_features, save_baseline
 from src.utils.config import BaselineConfig, DecoderConfig
 from src.utils.data import load_pairs
 from src.utils.metrics import Blend
@@ -134,6 +136,29 @@ def test_the_floor_makes_a_kernel_where_nothing_else_is_finished(artifacts, tmp_
         "02_baseline",
         "05_ensemble",
     }
+
+
+def test_the_checkpoint_of_the_embeddings_travels_with_the_floor(tiny_base, demo_pairs, tmp_path):
+    pairs, run = demo_pairs[:120], tmp_path / "artifacts" / "02_baseline"
+    checkpoint = shutil.copytree(tiny_base("modernbert"), tmp_path / "checkpoint")
+    config = BaselineConfig(n_hashed=256, n_trees=5, embeddings=str(checkpoint), embeddings_tokens=32)
+    embeddings = embed_battles(pairs, config, tmp_path / "cache")
+    floor = fit_baseline(pairs, config, measure_features(pairs, config, embeddings))
+    save_baseline(floor, run / "model")
+    (run / "config.json").write_text(json.dumps(config.to_json()))
+    (run / "metrics.json").write_text("{}")
+    expected = floor.predict_probs(pairs[:10])
+    build.build(run.parent, tmp_path / "kaggle", "ada", floor_only=True)
+    shutil.rmtree(checkpoint)
+    carried = load_baseline(tmp_path / "kaggle" / "dataset" / "02_baseline" / "model")
+    np.testing.assert_allclose(carried.predict_probs(pairs[:10]), expected, atol=1e-6)
+
+
+def test_embeddings_whose_checkpoint_is_nowhere_stop_the_build(artifacts, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (artifacts / "02_baseline" / "config.json").write_text(json.dumps({"embeddings": "nobody/nothing@abc"}))
+    with pytest.raises(FileNotFoundError):
+        build.build(artifacts, tmp_path / "kaggle", "ada")
 
 
 def test_attached_models_are_written_and_their_form_is_checked():
@@ -303,6 +328,36 @@ def test_the_kernel_of_all_members_passes_its_rehearsal(floor_artifacts, tiny_ba
     timing = rehearse.rehearse(tmp_path / "kaggle", rehearse.Case(100, "new"), tmp_path / "root")
     assert timing["n_pairs_by_members"] == {" + ".join(blend.members): 101}
     assert [member["n_twice"] for member in timing["members"]] == [101, 101, 101]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["old", "new"])
+def test_an_adapter_on_an_attached_base_is_rehearsed_with_it_and_without(floor_artifacts, tiny_base, tmp_path, layout):
+    artifacts = shutil.copytree(floor_artifacts, tmp_path / "artifacts")
+    config = DecoderConfig("tiny:qwen3", "", "none", 4, max_tokens=192, tokens_per_batch=4096)
+    models.save_model(*models.load_classifier(config, tiny_base("qwen3")), artifacts / "04_qwen" / "model" / "fold_0")
+    settings = config.to_json() | {"checkpoint": "Qwen/Qwen3-Tiny"}
+    (artifacts / "04_qwen" / "config.json").write_text(json.dumps(settings))
+    (artifacts / "04_qwen" / "metrics.json").write_text("{}")
+    (artifacts / "05_ensemble").mkdir()
+    blend = Blend(("02_baseline", "04_qwen"), (0.5, 0.5))
+    (artifacts / "05_ensemble" / "blend.json").write_text(json.dumps(blend.to_json()))
+    (artifacts / "05_ensemble" / "metrics.json").write_text("{}")
+    build.build(artifacts, tmp_path / "kaggle", "ada", model_sources=["ada/qwen3-tiny/transformers/default/1"])
+    case, bases = rehearse.Case(20, layout), {"qwen3-tiny": tiny_base("qwen3")}
+    attached = rehearse.rehearse(tmp_path / "kaggle", case, tmp_path / "with", bases=bases)
+    assert attached["n_pairs_by_members"] == {"02_baseline + 04_qwen": 20}
+    if layout == "new":
+        alone = rehearse.rehearse(tmp_path / "kaggle", case, tmp_path / "without")
+        assert alone["n_pairs_by_members"] == {"02_baseline": 20}
+        assert alone["members"][1]["status"] == "failed" and "Qwen/Qwen3-Tiny" in alone["members"][1]["note"]
+
+
+def test_a_base_is_given_by_name_and_folder(tiny_base, tmp_path):
+    assert rehearse.read_base(f"qwen3={tiny_base('qwen3')}") == ("qwen3", tiny_base("qwen3"))
+    for wrong in ("qwen3", f"qwen3={tmp_path}", f"={tiny_base('qwen3')}"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=FOLDER"):
+            rehearse.read_base(wrong)
 
 
 @pytest.mark.slow

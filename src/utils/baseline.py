@@ -21,7 +21,7 @@ Source: Davidson 1970, JASA 65(329):317-328, doi:10.1080/01621459.1970.10481082.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import lightgbm as lgb
@@ -65,6 +65,7 @@ LINEAR_MEMBERS = {
     "words": Prior(style=0.4, shared=0.3, texts={"words": 1.0}),
     "text": Prior(style=0.05, shared=0.15, texts={"words": 0.7, "characters": 1.2}, tie_texts={"characters": 0.8}),
 }
+EMBEDDER = "embedder"  # folder of the checkpoint of embeddings, where a model carries it
 LINEAR_MEMBERS["embeddings"] = Prior(
     style=0.05,
     shared=0.15,
@@ -555,6 +556,9 @@ def save_baseline(baseline: Baseline, folder: Path) -> None:
 def load_baseline(folder: Path) -> Baseline:
     """Read what `save_baseline` wrote.
 
+    Where a checkpoint of embeddings lies beside it, in `embedder/`, as in an offline kernel, it is
+    used in place of what the settings name.
+
     Raises:
         FileNotFoundError: a file is missing; it is named.
     """
@@ -570,4 +574,7 @@ def load_baseline(folder: Path) -> Baseline:
     }
     trees = lgb.Booster(model_file=folder / "trees.txt")
     ensemble = Ensemble(scaling, linear, trees)
-    return Baseline(BaselineConfig.from_json(content["config"]), ensemble, Blend.from_json(content["blend"]))
+    config = BaselineConfig.from_json(content["config"])
+    if config.embeddings and (folder / EMBEDDER).is_dir():
+        config = replace(config, embeddings=str(folder / EMBEDDER))
+    return Baseline(config, ensemble, Blend.from_json(content["blend"]))

@@ -106,7 +106,7 @@ def load_embedder(checkpoint: str, max_tokens: int) -> Embedder:
         OSError: the checkpoint is neither a folder nor in the cache nor within reach.
     """
     device = choose_device()
-    source, revision = _split_revision(checkpoint)
+    source, revision = split_revision(checkpoint)
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # a head that is left out is no news
     options = {"revision": revision, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -117,7 +117,8 @@ def load_embedder(checkpoint: str, max_tokens: int) -> Embedder:
     return Embedder(model.eval().to(device), tokenizer, min(max_tokens, limit))
 
 
-def _split_revision(checkpoint: str) -> tuple[str, str]:
+def split_revision(checkpoint: str) -> tuple[str, str]:
+    """The folder or hub id of a checkpoint, and its commit or "main"."""
     if Path(checkpoint).expanduser().is_dir():
         return str(Path(checkpoint).expanduser()), "main"
     name, _, revision = checkpoint.partition("@")
@@ -155,7 +156,7 @@ def embed_pairs(pairs: pd.DataFrame, checkpoint: str, max_tokens: int, cache: Pa
 
 def _name_checkpoint(checkpoint: str) -> list[str]:
     """What tells a checkpoint from others: its id and commit, or the content of its folder."""
-    source, revision = _split_revision(checkpoint)
+    source, revision = split_revision(checkpoint)
     if not Path(source).is_dir():
         return [source, revision]
     return [hash_file(path) for pattern in _WEIGHTS for path in sorted(Path(source).glob(pattern))]
