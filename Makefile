@@ -59,8 +59,9 @@ kernel: $(READY)  ## build/kaggle: what is uploaded to Kaggle (FLOOR=1 the floor
 	@$(BIN)/python kaggle_kernel/build.py $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
 		$(if $(filter-out 0,$(WHEELS)),--wheels) $(if $(filter-out 0,$(FLOOR)),--floor)
 
-rehearse: kernel  ## the built kernel as Kaggle runs it: inputs read-only, no network, hidden rows (ROWS=25000)
-	@$(BIN)/python kaggle_kernel/rehearse.py $(if $(ROWS),--rows $(ROWS)) $(if $(KERNEL_PYTHON),--python "$(KERNEL_PYTHON)")
+rehearse: kernel  ## the built kernel as Kaggle runs it: inputs read-only, no network, hidden rows (ROWS=25000 BASE=name=folder WRITE=file.json)
+	@$(BIN)/python kaggle_kernel/rehearse.py $(if $(ROWS),--rows $(ROWS)) $(if $(KERNEL_PYTHON),--python "$(KERNEL_PYTHON)") \
+		$(foreach base,$(BASE),--base "$(base)") $(if $(WRITE),--write "$(WRITE)")
 
 kernel-push: $(READY)  ## push build/kaggle/kernel and wait for its run; never submits
 	@$(BIN)/python kaggle_kernel/push.py

@@ -29,6 +29,7 @@ from src.utils.inference import (
 )
 from src.utils.metrics import Blend
 from src.utils.predict import LocalReader, Prediction, predict_pairs
+from src.utils.river import read_parameters
 from src.utils.schema import LABELS
 from src.utils.submission import check_submission
 
@@ -460,6 +461,38 @@ def test_each_gpu_gets_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert inference._plan_workers(None) == [0, 1]
 
+
+def test_the_deadline_of_the_notebook_holds_a_margin_of_15_percent() -> None:
+    deadline_s = read_parameters(paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb")["DEADLINE_S"]
+    assert 0.8 * 9 * 3600 <= deadline_s <= 0.85 * 9 * 3600
+
+
+@pytest.mark.slow
+def test_a_model_that_loads_too_slowly_leaves_no_process_and_no_warning(trained: dict) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", HURRIED, trained[NETWORK]], cwd=paths.ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ran.stdout.split() == ["late"] * 3 + ["0"], ran.stderr
+    assert "leaked" not in ran.stderr
+
+
+HURRIED = """
+import multiprocessing, sys, time
+from pathlib import Path
+from src.utils.artifacts import read_json
+from src.utils.config import DecoderConfig
+from src.utils.inference import Pool
+
+if __name__ == "__main__":
+    run = Path(sys.argv[1])
+    config = DecoderConfig.from_json(read_json(run / "config.json"))
+    for seconds in (0.1, 0.8, 1.4):
+        try:
+            Pool(run / "model" / "fold_0", config, None, [None], time.monotonic() + seconds).close()
+        except RuntimeError as error:
+            print("late" if "time ran out" in str(error) else error)
+    print(len(multiprocessing.active_children()))
+"""
 
 KILLED = """
 import sys, time
