@@ -241,7 +241,6 @@ class FinetuneConfig(Config):
         )
         _expect(self.batches_per_step >= 1, "batches_per_step", "at least 1", self.batches_per_step)
 
-
     def _check_processes(self) -> None:
         _expect(self.n_processes >= 0, "n_processes", "0 or more", self.n_processes)
         _expect(self.sharding in ("none", "full"), "sharding", "none or full", self.sharding)

@@ -68,7 +68,7 @@ def fit_launched(pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, bas
     write_pairs(folder / "pairs.parquet", pairs)
     write_json(folder / "config.json", config.to_json())
     _free_gpu()
-    command = _torchrun(n_processes) + [str(run_dir), "--settings", str(folder / "config.json")]
+    command = [*_torchrun(n_processes), str(run_dir), "--settings", str(folder / "config.json")]
     command += ["--pairs", str(folder / "pairs.parquet")] + (["--base", str(base)] if base else [])
     _run(command, folder, n_processes)
     return fit(pairs, config, run_dir, base)  # finds every fold trained
@@ -184,7 +184,9 @@ def _read_config(options: argparse.Namespace) -> FinetuneConfig:
 
 def _check_world_size(config: FinetuneConfig) -> None:
     if config.n_processes not in (0, world_size()):
-        raise RuntimeError(f"n_processes: expected {config.n_processes} processes, got {world_size()} from the launcher")
+        raise RuntimeError(
+            f"n_processes: expected {config.n_processes} processes, got {world_size()} from the launcher"
+        )
 
 
 def _die_with_parents() -> None:

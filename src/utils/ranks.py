@@ -4,6 +4,7 @@ One process is the case of a world of one: nothing here then asks for another. B
 custom each process is called a rank, all of them together the world.
 """
 
+import contextlib
 import datetime
 import functools
 import os
@@ -254,6 +255,10 @@ class RankedTrainer(Trainer):
             self.model, self.optimizer.optimizer, options=StateDictOptions(ignore_frozen_params=True)
         )
         return {"model": model, "optimizer": optimizer}
+
+    def _defer_fsdp_gradient_reduction(self):
+        # Gradients of whole weights, kept until the step's last batch, are memory that is not there.
+        return contextlib.nullcontext()
 
     def _save_rng_state(self, output_dir) -> None:
         super()._save_rng_state(output_dir)
