@@ -194,11 +194,12 @@ def _die_with_parents() -> None:
 
     Training on by itself it would write into the folder of the run that takes its place.
     """
-    launcher = os.environ.get(_LAUNCHER)
-    torchrun = os.getppid()
-    while os.getppid() == torchrun and (launcher is None or psutil.Process(torchrun).ppid() == int(launcher)):
-        time.sleep(0.5)
-    os._exit(1)
+    torchrun, launcher = os.getppid(), os.environ.get(_LAUNCHER)
+    try:
+        while os.getppid() == torchrun and (launcher is None or psutil.Process(torchrun).ppid() == int(launcher)):
+            time.sleep(0.5)
+    finally:
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,11 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def _wait() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
 # ---- who reads which batch -----------------------------------------------------
 
 
@@ -262,8 +267,11 @@ class RankedTrainer(Trainer):
 
     def _save_rng_state(self, output_dir) -> None:
         super()._save_rng_state(output_dir)
-        if world_size() > 1:
-            dist.barrier()  # the Trainer's state, which says that a checkpoint is whole, is written next
+        _wait()  # the Trainer's state, which says that a checkpoint is whole, is written next
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        _wait()  # a process that ran ahead and died would take the one that writes along
 
 
 def _check_world(n_ranks: int, model: nn.Module) -> None:
