@@ -95,7 +95,7 @@ def _checkpoint_dir(run_dir: Path, fold: int) -> Path:
 
 
 def _make_key(pairs: pd.DataFrame, config: FinetuneConfig) -> str:
-    # Neither which folds are held out nor how many processes share the work changes what a fold's model is.
+    # Which folds are held out changes none of them; one that several processes trained is taken by one.
     apart = ("folds", "n_processes", "sharding")
     settings = {name: value for name, value in config.to_json().items() if name not in apart}
     soft = [hash_file(Path(config.soft_labels).expanduser())] if config.soft_labels else []

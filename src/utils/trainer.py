@@ -122,14 +122,15 @@ class FoldTrainer(RankedTrainer):
         outputs = model(**inputs)
         loss = nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum")
         self.loss_sum += loss.detach()
-        loss = loss * (len(self.plan) / self.n_rows[-1]) * self._share_of_step()
+        loss = loss * (len(self.plan) / self.n_rows[-1]) * self._share_of_step(targets)
         return (loss, outputs) if return_outputs else loss
 
-    def _share_of_step(self) -> float:
-        """Corrects the last step's mean, over batches and processes, for batches that stand for no row."""
+    def _share_of_step(self, targets: torch.Tensor) -> float:
+        """Makes the last step's mean over all places in it one over its batches: some places stand empty."""
         step = self.state.global_step
         n_batches = self._batches_at(step + 1) - self._batches_at(step)
-        return self.current_gradient_accumulation_steps * world_size() / n_batches if world_size() > 1 else 1.0
+        n_places = self.current_gradient_accumulation_steps * world_size() if world_size() > 1 else n_batches
+        return n_places / n_batches * bool(targets.any()) if n_places > n_batches else 1.0
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Predict the held-out fold as the submission does; keep the weights when they are the best so far."""
