@@ -33,6 +33,10 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name() -> None:
         ({"n_epochs": 0}, "n_epochs"),
         ({"warmup_share": 1.0}, "warmup_share"),
         ({"folds": ()}, "folds"),
+        ({"sharding": "half"}, "sharding: expected none or full"),
+        ({"sharding": "full", "n_processes": 1}, "sharding: expected none for one process"),
+        ({"sharding": "full", "quantization": "4bit", "lora_rank": 8}, "sharding: expected none for a quantised base"),
+        ({"sharding": "full", "optimizer": "adamw_8bit"}, "optimizer: expected adamw for parted weights"),
     ],
 )
 def test_a_value_out_of_range_is_refused(change: dict, found: str) -> None:

@@ -34,10 +34,11 @@ FLOORS = {
         *("data", "demo", "text", "mirror", "style", "bias", "metrics", "plots"),
         *("artifacts", "submission", "fetch", "hardware"),
     ),
-    2: ("batches", "models", "embed", "river", "leaderboard"),
+    2: ("batches", "models", "embed", "river", "leaderboard", "ranks"),
     3: ("predict", "tiny", "baseline", "examples"),
     4: ("trainer", "inference", "publish", "suite", "ablation", "sweep"),
     5: ("train",),
+    6: ("launch",),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}

@@ -12,6 +12,7 @@ from src.utils.models import load_classifier
 from src.utils.predict import (
     LocalReader,
     ReaderLost,
+    SteadyReader,
     choose_least_certain,
     measure_entropy,
     predict_pairs,
@@ -68,6 +69,17 @@ def test_the_swap_is_the_mean_of_both_readings(loaded, demo_pairs):
 
 def test_no_battles_give_an_empty_array(loaded, demo_pairs):
     assert predict_probs(*loaded, demo_pairs[:0], **OPTIONS).shape == (0, 3)
+
+
+def test_a_steady_reader_says_the_same_and_never_reads_twice(loaded, monkeypatch):
+    model, tokenizer = loaded
+    rows = [np.arange(1, 9), np.arange(1, 5)]
+    steady = SteadyReader(model, tokenizer.pad_token_id)
+    np.testing.assert_allclose(steady.read(rows), LocalReader(model, tokenizer.pad_token_id).read(rows), atol=1e-6)
+    passes = []
+    monkeypatch.setattr(steady, "_logits", lambda rows, _: passes.append(rows) or torch.full((len(rows), 3), torch.nan))
+    assert np.isnan(steady.read(rows)).all()
+    assert len(passes) == 1
 
 
 def test_the_model_keeps_its_mode(loaded, demo_pairs):

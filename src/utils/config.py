@@ -187,6 +187,8 @@ class FinetuneConfig(Config):
     extra_battles: tuple[str, ...] = ()  # files of further training battles in the competition's layout
     soft_labels: str = ""  # none, or probabilities to learn from: a soft_labels.parquet of 05, or a submission.csv
     soft_weight: float = 0.5  # share of the soft labels where there is a vote, too
+    n_processes: int = 0  # that train together; 0 takes one a GPU, 1 trains in this one
+    sharding: str = "none"  # none gives each process the whole model (DDP), full parts it over them (FSDP)
     seed: int = 20240501
 
     def __post_init__(self) -> None:
@@ -196,6 +198,7 @@ class FinetuneConfig(Config):
         _expect(self.head in ("joint", "towers"), "head", "joint or towers", self.head)
         self._check_lora()
         self._check_batches()
+        self._check_processes()
         _expect(self.n_epochs > 0, "n_epochs", "above 0", self.n_epochs)
         _expect(self.consistency >= 0, "consistency", "0 or more", self.consistency)
         _expect(
@@ -237,6 +240,19 @@ class FinetuneConfig(Config):
             self.tokens_per_batch,
         )
         _expect(self.batches_per_step >= 1, "batches_per_step", "at least 1", self.batches_per_step)
+
+    def _check_processes(self) -> None:
+        _expect(self.n_processes >= 0, "n_processes", "0 or more", self.n_processes)
+        _expect(self.sharding in ("none", "full"), "sharding", "none or full", self.sharding)
+        is_whole = self.sharding == "none"
+        _expect(is_whole or self.n_processes != 1, "sharding", "none for one process", self.sharding)
+        _expect(
+            is_whole or self.quantization == "none",
+            "sharding",
+            "none for a quantised base: it is small, and its packed weights can not be parted",
+            self.sharding,
+        )
+        _expect(is_whole or self.optimizer == "adamw", "optimizer", "adamw for parted weights", self.optimizer)
 
 
 @dataclass(frozen=True)

@@ -174,15 +174,18 @@ def _make_tiny_decoder(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
 # ---- load --------------------------------------------------------------------
 
 
-def load_classifier(config: FinetuneConfig, base: Path | None = None) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+def load_classifier(
+    config: FinetuneConfig, base: Path | None = None, device: torch.device | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """Load a base with a new head of three classes, ready to train.
 
     Args:
         config: checkpoint, revision, quantisation, LoRA and seed (of the head and LoRA).
         base: folder of the base, in place of what `config.checkpoint` names.
+        device: where the model is to lie; None takes `choose_device()`.
 
     Returns:
-        The model on `choose_device()`, and its tokenizer. With LoRA only adapters and
+        The model and its tokenizer. With LoRA only adapters and
         head are trainable, and they are 32-bit.
 
     Raises:
@@ -190,7 +193,7 @@ def load_classifier(config: FinetuneConfig, base: Path | None = None) -> tuple[n
         OSError: the checkpoint is neither in the cache nor within reach; says what to do.
     """
     torch.manual_seed(config.seed)
-    model, tokenizer = _load_base(config, base)
+    model, tokenizer = _load_base(config, base, device)
     if config.lora_rank:
         model = _add_lora(model, config)
     if choose_device().type == "cuda":
@@ -200,7 +203,9 @@ def load_classifier(config: FinetuneConfig, base: Path | None = None) -> tuple[n
     return model, tokenizer
 
 
-def _load_base(config: FinetuneConfig, base: Path | None) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+def _load_base(
+    config: FinetuneConfig, base: Path | None, place: torch.device | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     device = choose_device()
     source, revision = _locate(config, base)
     options = {}
@@ -221,7 +226,7 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> tuple[nn.Module, Pr
             **options,
         )
     _finish_base(model, tokenizer)
-    return (model if "device_map" in options else model.to(device)), tokenizer
+    return (model if "device_map" in options else model.to(place or device)), tokenizer
 
 
 def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
@@ -344,11 +349,22 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write weights (with LoRA: adapters and head alone), tokenizer and `origin.json` into an existing folder."""
+def write_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write weights (with LoRA: adapters and head alone), tokenizer and `origin.json` into an existing folder.
+
+    Args:
+        model: and `tokenizer`: from `load_classifier`.
+        folder: exists.
+        weights: those of the model in one piece, where several processes hold parts of it.
+    """
     config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
     with quiet_transformers():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     origin = {
         # Of a folder only its name: where it lay is nobody's business once the model is published.

@@ -128,6 +128,15 @@ class LocalReader:
             return self.model(**batch).logits.double().cpu()
 
 
+class SteadyReader(LocalReader):
+    """One pass a batch, whatever comes: where weights are parted, every process must make the same passes."""
+
+    @torch.no_grad()
+    def _read(self, rows: Rows) -> np.ndarray:
+        logits = self._logits(rows, choose_dtype(_device(self.model)))
+        return torch.softmax(logits, dim=1).numpy()
+
+
 def predict_probs(
     model: nn.Module,
     tokenizer,

@@ -13,6 +13,7 @@ from torch import nn
 from src.utils.artifacts import hash_file, hash_json, hash_pairs, read_json, write_json
 from src.utils.config import FinetuneConfig
 from src.utils.models import load_classifier, quiet_transformers
+from src.utils.ranks import on_first, shard, world_size
 from src.utils.schema import FROZEN_COLUMNS, check_pairs
 from src.utils.text import TEMPLATE_VERSION
 from src.utils.trainer import HISTORY_COLUMNS, FoldTrainer
@@ -94,11 +95,14 @@ def _checkpoint_dir(run_dir: Path, fold: int) -> Path:
 
 
 def _make_key(pairs: pd.DataFrame, config: FinetuneConfig) -> str:
-    settings = {name: value for name, value in config.to_json().items() if name != "folds"}
+    # Which folds are held out changes none of them; one that several processes trained is taken by one.
+    apart = ("folds", "n_processes", "sharding")
+    settings = {name: value for name, value in config.to_json().items() if name not in apart}
     soft = [hash_file(Path(config.soft_labels).expanduser())] if config.soft_labels else []
     return hash_json([settings, hash_pairs(pairs), TEMPLATE_VERSION, *soft])
 
 
+@on_first
 def _remove_stale(run_dir: Path, key: str, folds: tuple[int, ...]) -> None:
     # Whoever predicts with this run takes every model that lies here.
     kept = {f"fold_{fold}" for fold in folds if _has_key(_checkpoint_dir(run_dir, fold), key)}
@@ -112,6 +116,7 @@ def _has_key(folder: Path, key: str) -> bool:
     return (folder / "key.json").exists() and read_json(folder / "key.json") == key
 
 
+@on_first
 def _last_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; half-written ones are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -136,12 +141,16 @@ def _fit_fold(
     pairs: pd.DataFrame, fold: int, config: FinetuneConfig, run_dir: Path, base: Path | None, key: str
 ) -> dict[str, object]:
     folder = _checkpoint_dir(run_dir, fold)
-    if (folder / "done.json").exists() and (_model_dir(run_dir, fold) / "oof.parquet").exists():
-        return read_json(folder / "done.json")
+    done = _read_done(run_dir, fold)
+    if done:
+        return done
     train_pairs, heldout = _split(pairs, fold, config)
-    write_json(folder / "key.json", key)
-    model, tokenizer = load_classifier(config, base)
+    _begin(folder, key, config)
+    is_parted = config.sharding == "full"
+    model, tokenizer = load_classifier(config, base, torch.device("cpu") if is_parted else None)
     _check_length(model, config)
+    if is_parted:
+        shard(model)
     trainer = FoldTrainer(
         model,
         tokenizer,
@@ -156,14 +165,45 @@ def _fit_fold(
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     done = trainer.describe() | {"n_train_pairs": len(train_pairs)}
-    write_json(folder / "done.json", done)
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
+    _finish(folder, done)
     del trainer, model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return done
+
+
+@on_first
+def _read_done(run_dir: Path, fold: int) -> dict[str, object] | None:
+    path = _checkpoint_dir(run_dir, fold) / "done.json"
+    is_done = path.exists() and (_model_dir(run_dir, fold) / "oof.parquet").exists()
+    return read_json(path) if is_done else None
+
+
+@on_first
+def _begin(folder: Path, key: str, config: FinetuneConfig) -> None:
+    world = {"n_processes": world_size(), "sharding": config.sharding}
+    if any(folder.glob("checkpoint-*")):
+        _check_same_world(folder, world)
+    write_json(folder / "world.json", world)
+    write_json(folder / "key.json", key)
+
+
+def _check_same_world(folder: Path, world: dict[str, object]) -> None:
+    # Steps are counted in the batches of all processes, and each has dice and weights of its own.
+    begun = read_json(folder / "world.json")
+    if begun != world:
+        raise ValueError(
+            f"{folder}: begun with n_processes={begun['n_processes']}, sharding={begun['sharding']!r}, got "
+            f"{world['n_processes']}, {world['sharding']!r}; go on with the former, or remove the folder to begin anew"
+        )
+
+
+@on_first
+def _finish(folder: Path, done: dict[str, object]) -> None:
+    write_json(folder / "done.json", done)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
 
 
 def _split(pairs: pd.DataFrame, fold: int, config: FinetuneConfig) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from src.utils.artifacts import write_table
 from src.utils.batches import collate
@@ -25,7 +25,19 @@ from src.utils.examples import Examples, plan_batches
 from src.utils.hardware import choose_device, choose_dtype
 from src.utils.metrics import log_loss
 from src.utils.models import atomic_folder, write_model
-from src.utils.predict import predict_probs
+from src.utils.predict import LocalReader, SteadyReader, predict_pairs
+from src.utils.ranks import (
+    RankedTrainer,
+    TeamReader,
+    deal,
+    is_sharded,
+    on_first,
+    raise_to_world,
+    rank,
+    sum_over_ranks,
+    whole_weights,
+    world_size,
+)
 from src.utils.schema import probs_table
 
 MAX_GRAD_NORM = 1.0
@@ -41,7 +53,7 @@ HISTORY_COLUMNS = (
 )
 
 
-class FoldTrainer(Trainer):
+class FoldTrainer(RankedTrainer):
     """The Trainer of one fold.
 
     Args:
@@ -76,7 +88,8 @@ class FoldTrainer(Trainer):
         self.n_tok = np.cumsum([row_lengths.sum() for row_lengths in lengths])
         self.n_padded = np.cumsum([len(row_lengths) * row_lengths.max() for row_lengths in lengths])
         self.n_rows = np.cumsum([len(row_lengths) for row_lengths in lengths])
-        self.n_steps = math.ceil(len(self.plan) / config.batches_per_step)
+        self.batches_per_step = raise_to_world(config.batches_per_step)
+        self.n_steps = math.ceil(len(self.plan) / self.batches_per_step)
         super().__init__(
             model,
             _training_arguments(config, self.n_steps, checkpoint_dir),
@@ -90,9 +103,12 @@ class FoldTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """All batches of all epochs as one pass, which a resumed run enters at any batch."""
-        return DataLoader(self.train_dataset, batch_sampler=self.plan, collate_fn=self._collate)
+        batches = deal(self.plan, self.batches_per_step)
+        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self._collate)
 
     def _collate(self, items: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+        if not items:  # a pass must be made, but counts for nothing: it has no vote to be right about
+            items = [(row, np.zeros_like(target)) for row, target in map(self.train_dataset.__getitem__, (0, 1))]
         rows, targets = zip(*items, strict=True)
         return collate(rows, self.processing_class.pad_token_id) | {"labels": torch.from_numpy(np.stack(targets))}
 
@@ -107,19 +123,26 @@ class FoldTrainer(Trainer):
         outputs = model(**inputs)
         loss = nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum")
         self.loss_sum += loss.detach()
-        loss = loss * (len(self.plan) / self.n_rows[-1])
+        loss = loss * (len(self.plan) / self.n_rows[-1]) * self._share_of_step(targets)
         return (loss, outputs) if return_outputs else loss
+
+    def _share_of_step(self, targets: torch.Tensor) -> float:
+        """Makes the last step's mean over all places in it one over its batches: some places stand empty."""
+        step = self.state.global_step
+        n_batches = self._batches_at(step + 1) - self._batches_at(step)
+        n_places = self.current_gradient_accumulation_steps * world_size() if world_size() > 1 else n_batches
+        return n_places / n_batches * bool(targets.any()) if n_places > n_batches else 1.0
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Predict the held-out fold as the submission does; keep the weights when they are the best so far."""
         row = self._describe_interval()
-        probs = predict_probs(
-            self.model,
+        probs = predict_pairs(
+            self._make_reader(),
             self.processing_class,
             self.heldout,
             max_tokens=self.config.predict_tokens,
             tokens_per_batch=self.config.tokens_per_batch,
-        )
+        ).probs
         n_lost = int(np.isnan(probs).any(axis=1).sum())
         if n_lost:
             raise FloatingPointError(
@@ -134,10 +157,20 @@ class FoldTrainer(Trainer):
         self._start_interval()
         return {"eval_log_loss": row["log_loss"]}
 
+    def _make_reader(self) -> LocalReader | TeamReader:
+        reader = (SteadyReader if is_sharded(self.model) else LocalReader)(
+            self.model, self.processing_class.pad_token_id
+        )
+        return TeamReader(reader.read) if world_size() > 1 else reader
+
     def _keep(self, probs: np.ndarray) -> None:
+        self._write(probs, whole_weights(self.model))
+
+    @on_first
+    def _write(self, probs: np.ndarray, weights: dict[str, torch.Tensor] | None) -> None:
         # Weights and the predictions made with them replace the old ones in one step.
         with atomic_folder(self.model_dir) as folder:
-            write_model(self.accelerator.unwrap_model(self.model), self.processing_class, folder)
+            write_model(self.accelerator.unwrap_model(self.model), self.processing_class, folder, weights)
             write_table(folder / "oof.parquet", probs_table(self.heldout["id"], probs, fold=self.fold))
 
     def _start_interval(self) -> None:
@@ -150,7 +183,7 @@ class FoldTrainer(Trainer):
         start, end = self._batches_at(last_step), self._batches_at(self.state.global_step)
         n_tok, n_padded, n_rows = (_between(a, start, end) for a in (self.n_tok, self.n_padded, self.n_rows))
         return {
-            "train_loss": self.loss_sum.item() / n_rows,
+            "train_loss": sum_over_ranks(self.loss_sum).item() / n_rows,
             "learning_rate": self._get_learning_rate(),
             "seconds": seconds,
             "tokens_per_second": n_tok / seconds,
@@ -158,7 +191,7 @@ class FoldTrainer(Trainer):
         }
 
     def _batches_at(self, step: int) -> int:
-        return min(step * self.config.batches_per_step, len(self.plan))
+        return min(step * self.batches_per_step, len(self.plan))
 
     def _validations(self) -> list[dict[str, float]]:
         return [row for row in self.state.log_history if "log_loss" in row]
@@ -189,7 +222,7 @@ def _training_arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> T
     args = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,  # the plan holds all epochs
-        gradient_accumulation_steps=config.batches_per_step,
+        gradient_accumulation_steps=raise_to_world(config.batches_per_step) // world_size(),
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(config.warmup_share * n_steps),
@@ -199,6 +232,7 @@ def _training_arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> T
         bf16=on_gpu and dtype == torch.bfloat16,
         fp16=on_gpu and dtype == torch.float16,
         use_cpu=not on_gpu,
+        ddp_find_unused_parameters=False,
         eval_strategy="no",  # `_ValidateAt` says when
         save_strategy="no",
         logging_strategy="no",
@@ -252,6 +286,7 @@ class _Progress(TrainerCallback):
             unit="step",
             file=sys.stdout,
             mininterval=2,
+            disable=rank() > 0,
         )
 
     def on_step_end(self, args, state, control, **kwargs):
