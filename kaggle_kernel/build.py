@@ -140,19 +140,22 @@ def copy_runs(artifacts: Path, dataset: Path) -> list[str]:
     return members
 
 
-def copy_floor(artifacts: Path, dataset: Path) -> list[str]:
-    """Copy the floor, and a blend that holds it alone; 03, 04 and 05 need not have run.
+def copy_equal(artifacts: Path, dataset: Path, members: Sequence[str]) -> list[str]:
+    """Copy these members and a blend of them at equal weight; 05 need not have run.
 
     Raises:
-        FileNotFoundError: the floor is not finished.
+        FileNotFoundError: a member is not finished.
     """
-    if not (artifacts / FLOOR / "metrics.json").exists():
-        raise FileNotFoundError(f"{artifacts / FLOOR}: not finished. Run `make run NB=01,02` first.")
-    _copy_parts(artifacts / FLOOR, dataset / FLOOR, RUN_PARTS)
-    copy_embedder(artifacts / FLOOR, dataset / FLOOR)
-    write_json(dataset / "05_ensemble" / "blend.json", Blend((FLOOR,), (1.0,)).to_json())
-    shutil.copy2(artifacts / FLOOR / "metrics.json", dataset / "05_ensemble" / "metrics.json")
-    return [FLOOR]
+    for name in members:
+        if not (artifacts / name / "metrics.json").exists():
+            raise FileNotFoundError(f"{artifacts / name}: not finished. Run `make run NB=01,{name[:2]}` first.")
+        _copy_parts(artifacts / name, dataset / name, RUN_PARTS)
+    if FLOOR in members:
+        copy_embedder(artifacts / FLOOR, dataset / FLOOR)
+    blend = Blend(tuple(members), (1 / len(members),) * len(members))
+    write_json(dataset / "05_ensemble" / "blend.json", blend.to_json())
+    shutil.copy2(artifacts / members[0] / "metrics.json", dataset / "05_ensemble" / "metrics.json")
+    return list(members)
 
 
 def copy_embedder(run: Path, target: Path) -> None:
@@ -209,7 +212,7 @@ def build(
     owner: str,
     wheels: bool = False,
     model_sources: Sequence[str] = (),
-    floor_only: bool = False,
+    equal: Sequence[str] = (),
 ) -> list[str]:
     """Write `kernel/` and `dataset/` into `target`, anew.
 
@@ -219,14 +222,14 @@ def build(
         owner: Kaggle user name.
         wheels: whether to add the wheels that the image lacks.
         model_sources: Kaggle Models to attach, e.g. the base of an adapter.
-        floor_only: whether to leave every network out.
+        equal: members to take at equal weight, in place of the blend that 05 chose.
 
     Returns:
         The members of the blend.
     """
     shutil.rmtree(target, ignore_errors=True)
     kernel, dataset = target / "kernel", target / "dataset"
-    members = (copy_floor if floor_only else copy_runs)(artifacts, dataset)
+    members = copy_equal(artifacts, dataset, equal) if equal else copy_runs(artifacts, dataset)
     metadata = make_metadata(owner, members, model_sources)
     write_json(kernel / "kernel-metadata.json", metadata["kernel-metadata.json"])
     write_json(dataset / "dataset-metadata.json", metadata["dataset-metadata.json"])
@@ -244,6 +247,9 @@ def main() -> int:
     parser.add_argument("--wheels", action="store_true", help="add the wheels that Kaggle's image lacks")
     parser.add_argument("--floor", action="store_true", help="the floor alone: no GPU, no network, no blend needed")
     parser.add_argument(
+        "--equal", nargs="+", default=(), help="members at equal weight, e.g. 02_baseline 04_qwen, whatever 05 chose"
+    )
+    parser.add_argument(
         "--model-sources",
         nargs="*",
         default=os.environ.get("KAGGLE_MODEL_SOURCES", "").split(),
@@ -252,7 +258,8 @@ def main() -> int:
     options = parser.parse_args()
     target = paths.ROOT / "build" / "kaggle"
     try:
-        members = build(options.artifacts, target, options.owner, options.wheels, options.model_sources, options.floor)
+        equal = (FLOOR,) if options.floor else options.equal
+        members = build(options.artifacts, target, options.owner, options.wheels, options.model_sources, equal)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

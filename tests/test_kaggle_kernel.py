@@ -129,7 +129,7 @@ def test_the_floor_alone_asks_for_no_gpu():
 def test_the_floor_makes_a_kernel_where_nothing_else_is_finished(artifacts, tmp_path):
     for name in ("04_qwen", "05_ensemble"):
         shutil.rmtree(artifacts / name)
-    assert build.build(artifacts, tmp_path / "kaggle", "ada", floor_only=True) == ["02_baseline"]
+    assert build.build(artifacts, tmp_path / "kaggle", "ada", equal=["02_baseline"]) == ["02_baseline"]
     blend = json.loads((tmp_path / "kaggle" / "dataset" / "05_ensemble" / "blend.json").read_text())
     assert Blend.from_json(blend).members == ("02_baseline",)
     assert {path.name for path in (tmp_path / "kaggle" / "dataset").iterdir() if path.is_dir()} == {
@@ -148,7 +148,7 @@ def test_the_checkpoint_of_the_embeddings_travels_with_the_floor(tiny_base, demo
     (run / "config.json").write_text(json.dumps(config.to_json()))
     (run / "metrics.json").write_text("{}")
     expected = floor.predict_probs(pairs[:10])
-    build.build(run.parent, tmp_path / "kaggle", "ada", floor_only=True)
+    build.build(run.parent, tmp_path / "kaggle", "ada", equal=["02_baseline"])
     shutil.rmtree(checkpoint)
     carried = load_baseline(tmp_path / "kaggle" / "dataset" / "02_baseline" / "model")
     np.testing.assert_allclose(carried.predict_probs(pairs[:10]), expected, atol=1e-6)
@@ -295,7 +295,7 @@ def floor_artifacts(tmp_path_factory, _demo_pairs):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["old", "new"])
 def test_the_kernel_of_the_floor_passes_its_rehearsal(floor_artifacts, tmp_path, layout):
-    build.build(floor_artifacts, tmp_path / "kaggle", "ada", floor_only=True)
+    build.build(floor_artifacts, tmp_path / "kaggle", "ada", equal=["02_baseline"])
     timing = rehearse.rehearse(tmp_path / "kaggle", rehearse.Case(200, layout), tmp_path / "root")
     assert timing["n_pairs_by_members"] == {"02_baseline": 202}
     assert not (tmp_path / "root" / "input" / "x").exists()
@@ -362,7 +362,7 @@ def test_a_base_is_given_by_name_and_folder(tiny_base, tmp_path):
 
 @pytest.mark.slow
 def test_a_kernel_without_its_models_fails_its_rehearsal(floor_artifacts, tmp_path):
-    build.build(floor_artifacts, tmp_path / "kaggle", "ada", floor_only=True)
+    build.build(floor_artifacts, tmp_path / "kaggle", "ada", equal=["02_baseline"])
     shutil.rmtree(tmp_path / "kaggle" / "dataset" / "02_baseline")
     with pytest.raises(RuntimeError, match="no finished run"):
         rehearse.rehearse(tmp_path / "kaggle", rehearse.Case(20, "new"), tmp_path / "root")
