@@ -10,6 +10,7 @@ from src.utils.batches import (
     encode_pairs,
     is_canonical,
     make_batches,
+    make_packs,
     make_template,
 )
 from src.utils.mirror import swap_pairs
@@ -135,3 +136,19 @@ def test_padding_is_on_the_right_and_masked():
     batch = collate([[5, 6, 7], [8]], pad_id=9)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_packs_hold_every_row_once_and_are_filled_with_real_tokens():
+    lengths = np.random.default_rng(0).integers(1, 200, 1000)
+    packs = make_packs(lengths, 1024, seed=3)
+    assert sorted(np.concatenate(packs)) == list(range(1000))
+    n_tok = np.array([lengths[pack].sum() for pack in packs])
+    assert n_tok.max() <= 1024 and n_tok[:-1].min() > 1024 - 200
+    # Rows of all lengths meet, which batches of like length prevent.
+    assert np.median([np.ptp(lengths[pack]) for pack in packs]) > 100
+    assert [pack.tolist() for pack in make_packs([99], 20, seed=0)] == [[0]] and make_packs([], 20, seed=0) == []
+
+
+def test_packs_are_dealt_anew_each_epoch_and_alike_for_a_seed():
+    first, again, later = (np.concatenate(make_packs(np.full(50, 10), 100, 1, epoch)).tolist() for epoch in (0, 0, 1))
+    assert first == again and first != later

@@ -32,6 +32,18 @@ def test_both_orders_of_a_battle_stand_side_by_side_within_the_budget():
         assert len(items) * lengths[items // 2].max() <= 512
 
 
+def test_a_packed_plan_spends_its_budget_on_real_tokens():
+    lengths = np.random.default_rng(0).integers(5, 97, 101)
+    config = dataclasses.replace(BY_TURNS, both_orders=True, n_epochs=1.0)
+    packed, padded = plan_batches(lengths, config, is_packed=True), plan_batches(lengths, config)
+    assert sorted(np.concatenate(packed)) == list(range(202))
+    for batch in packed:
+        items = np.array(batch)
+        assert (items[0::2] ^ 1 == items[1::2]).all()
+        assert lengths[items // 2].sum() <= 512
+    assert len(packed) < len(padded)
+
+
 def test_a_fraction_of_an_epoch_takes_that_share_of_its_batches():
     lengths = np.random.default_rng(0).integers(5, 90, 400)
     whole = plan_batches(lengths, dataclasses.replace(BY_TURNS, n_epochs=1.0))

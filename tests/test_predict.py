@@ -71,6 +71,15 @@ def test_no_battles_give_an_empty_array(loaded, demo_pairs):
     assert predict_probs(*loaded, demo_pairs[:0], **OPTIONS).shape == (0, 3)
 
 
+def test_a_packed_batch_reads_as_a_padded_one(loaded):
+    model, tokenizer = loaded
+    rows = [np.arange(1, n) for n in (90, 3, 300, 41)]
+    padded = LocalReader(model, tokenizer.pad_token_id, packing=False)
+    packed = LocalReader(model, tokenizer.pad_token_id)
+    assert packed.is_packed and not padded.is_packed
+    np.testing.assert_allclose(packed.read(rows), padded.read(rows), atol=1e-6)
+
+
 def test_a_steady_reader_says_the_same_and_never_reads_twice(loaded, monkeypatch):
     model, tokenizer = loaded
     rows = [np.arange(1, 9), np.arange(1, 5)]

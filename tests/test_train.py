@@ -131,7 +131,7 @@ def test_history_has_a_row_a_validation(fitted):
     assert history.groupby("fold").size().to_dict() == {0: 4, 1: 4}
     assert history["epoch"].max() == 2
     assert history[["train_loss", "log_loss"]].to_numpy().min() > 0
-    assert (history["tokens_per_second"] > 0).all() and history["padding_share"].between(0, 0.6).all()
+    assert (history["tokens_per_second"] > 0).all() and (history["padding_share"] == 0).all()
     assert result.n_train_pairs == 64
     assert result.seconds > 0 and result.tokens_per_second > 0 and result.n_parameters > 1e5
     assert not list(run_dir.rglob("checkpoint-*"))

@@ -1,5 +1,6 @@
 import dataclasses
 
+import pytest
 import torch
 
 from src.utils.config import FinetuneConfig
@@ -26,12 +27,17 @@ def test_validations_are_spread_evenly_and_the_last_step_has_one():
     assert _validation_steps(dataclasses.replace(ENCODER, n_epochs=0.1, n_evals=1), 7) == {7}
 
 
-def test_a_gradient_does_not_depend_on_how_rows_fall_into_batches(demo_pairs, tiny_base, tmp_path):
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_gradient_does_not_depend_on_how_rows_fall_into_batches(packing, demo_pairs, tiny_base, tmp_path):
     pairs = demo_pairs[:6].assign(fold=[0, 1, 1, 1, 1, 1]).reset_index(drop=True)
 
     def gradient(tokens_per_batch, batches_per_step):
         config = dataclasses.replace(
-            ENCODER, max_tokens=96, tokens_per_batch=tokens_per_batch, batches_per_step=batches_per_step, n_epochs=1.0
+            ENCODER,
+            tokens_per_batch=tokens_per_batch,
+            batches_per_step=batches_per_step,
+            n_epochs=1.0,
+            packing=packing,
         )
         model, tokenizer = load_classifier(config, tiny_base("modernbert"))
         folders = {"model_dir": tmp_path / "model", "checkpoint_dir": tmp_path / "checkpoints"}
@@ -47,3 +53,15 @@ def test_a_gradient_does_not_depend_on_how_rows_fall_into_batches(demo_pairs, ti
     n_parts, parts = gradient(96 * 2, 3)
     assert n_whole == 1 and n_parts > 2
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_batches_are_packed_where_the_settings_ask_for_it(packing, demo_pairs, tiny_base, tmp_path):
+    config = dataclasses.replace(ENCODER, packing=packing)
+    model, tokenizer = load_classifier(config, tiny_base("modernbert"))
+    folders = {"model_dir": tmp_path / "model", "checkpoint_dir": tmp_path / "checkpoints"}
+    trainer = FoldTrainer(model, tokenizer, demo_pairs[:20], demo_pairs[20:], 0, config, **folders)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert ("cu_seq_lens" in batch) is packing and ("attention_mask" in batch) is not packing
+    assert trainer.is_packed is packing and trainer._make_reader().is_packed is packing
+    assert (trainer.n_padded[-1] == trainer.n_tok[-1]) == packing

@@ -203,6 +203,30 @@ def make_batches(
     return [batches[place] for place in rng.permutation(len(batches))]
 
 
+def make_packs(
+    lengths: Sequence[int] | np.ndarray, tokens_per_batch: int, seed: int, epoch: int = 0
+) -> list[np.ndarray]:
+    """Group rows at random so that their own tokens stay within a budget: for batches without padding.
+
+    Args:
+        lengths: (N,) tokens of each row.
+        tokens_per_batch: tokens of one batch at most; a longer row goes alone.
+        seed: and `epoch`: of the order.
+
+    Returns:
+        Row indices of each batch; every row once.
+    """
+    packs: list[list[int]] = []
+    n_tok = 0
+    for row in np.random.default_rng((seed, epoch)).permutation(len(lengths)):
+        if not packs or n_tok + lengths[row] > tokens_per_batch:
+            packs.append([])
+            n_tok = 0
+        packs[-1].append(row)
+        n_tok += lengths[row]
+    return [np.array(pack) for pack in packs]
+
+
 def _fill(rows: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
     batches, start = [], 0
     while start < len(rows):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import Dataset
 
-from src.utils.batches import encode_both_orders, make_batches
+from src.utils.batches import encode_both_orders, make_batches, make_packs
 from src.utils.config import FinetuneConfig
 from src.utils.mirror import swap_probs
 from src.utils.schema import LABELS, check_probs, probs_of
@@ -78,12 +78,14 @@ def _read_soft_labels(path: Path, ids: pd.Series) -> np.ndarray:
     return table.set_index("id")[list(LABELS)].reindex(ids).to_numpy(dtype=np.float64)
 
 
-def plan_batches(lengths: np.ndarray, config: FinetuneConfig) -> list[list[int]]:
+def plan_batches(lengths: np.ndarray, config: FinetuneConfig, is_packed: bool = False) -> list[list[int]]:
     """Lay out every batch of a training run.
 
     Args:
         lengths: (N,) tokens of each battle.
         config: n_epochs, both_orders, tokens_per_batch and seed are read.
+        is_packed: batches have no padding: they are filled at random to the budget. Else
+            battles of like length share a batch.
 
     Returns:
         Items of each batch: 2i is battle i as given, 2i + 1 is its mirror. With
@@ -92,10 +94,11 @@ def plan_batches(lengths: np.ndarray, config: FinetuneConfig) -> list[list[int]]
         an epoch takes that share of its batches.
     """
     plan: list[list[int]] = []
+    make = make_packs if is_packed else make_batches
     for epoch in range(math.ceil(config.n_epochs)):
         orders = np.random.default_rng((config.seed, epoch // 2)).integers(0, 2, len(lengths)) ^ (epoch % 2)
         budget = config.tokens_per_batch // (2 if config.both_orders else 1)
-        batches = make_batches(lengths, budget, config.seed, epoch)
+        batches = make(lengths, budget, config.seed, epoch)
         n_batches = math.ceil(min(1.0, config.n_epochs - epoch) * len(batches))
         for rows in batches[:n_batches]:
             items = 2 * rows + orders[rows]

@@ -22,6 +22,7 @@ from src.utils.batches import collate, encode_both_orders, is_canonical, make_ba
 from src.utils.hardware import choose_dtype
 from src.utils.mirror import average_over_swap, swap_probs
 from src.utils.models import in_float32
+from src.utils.packing import can_pack, collate_packed, enable_packing
 from src.utils.schema import LABELS
 
 MIN_TOKENS = 256  # a battle is never cut below this for lack of time
@@ -69,12 +70,21 @@ class Reader(Protocol):
 
 
 class LocalReader:
-    """A model in this process, one batch at a time; a `Reader`."""
+    """A model in this process, one batch at a time; a `Reader`.
+
+    Args:
+        model: a sequence classifier.
+        pad_id: token of the padding.
+        packing: reads a batch as one row without padding, where `packing.can_pack` knows the model.
+    """
 
     capacity = 1
 
-    def __init__(self, model: nn.Module, pad_id: int) -> None:
+    def __init__(self, model: nn.Module, pad_id: int, *, packing: bool = True) -> None:
         self.model, self.pad_id = model, pad_id
+        self.is_packed = packing and can_pack(model)
+        if self.is_packed:
+            enable_packing(model)
         self._done: deque[tuple[int, np.ndarray]] = deque()
 
     def send(self, key: int, rows: Rows) -> None:
@@ -123,7 +133,8 @@ class LocalReader:
 
     def _logits(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
         device = _device(self.model)
-        batch = {name: tensor.to(device) for name, tensor in collate(rows, self.pad_id).items()}
+        batch = collate_packed(rows) if self.is_packed else collate(rows, self.pad_id)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return self.model(**batch).logits.double().cpu()
 

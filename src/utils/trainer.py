@@ -25,6 +25,7 @@ from src.utils.examples import Examples, plan_batches
 from src.utils.hardware import choose_device, choose_dtype
 from src.utils.metrics import log_loss
 from src.utils.models import atomic_folder, write_model
+from src.utils.packing import can_pack, collate_packed, enable_packing
 from src.utils.predict import LocalReader, SteadyReader, predict_pairs
 from src.utils.ranks import (
     RankedTrainer,
@@ -83,10 +84,14 @@ class FoldTrainer(RankedTrainer):
         self.fold, self.config, self.heldout = fold, config, heldout
         self.model_dir = model_dir
         items = Examples(train_pairs, tokenizer, config)
-        self.plan = plan_batches(items.lengths, config)
+        self.is_packed = config.packing and can_pack(model)
+        if self.is_packed:
+            enable_packing(model)
+        self.plan = plan_batches(items.lengths, config, self.is_packed)
         lengths = [items.lengths[np.array(batch) // 2] for batch in self.plan]
         self.n_tok = np.cumsum([row_lengths.sum() for row_lengths in lengths])
-        self.n_padded = np.cumsum([len(row_lengths) * row_lengths.max() for row_lengths in lengths])
+        n_padded = np.cumsum([len(row_lengths) * row_lengths.max() for row_lengths in lengths])
+        self.n_padded = self.n_tok if self.is_packed else n_padded
         self.n_rows = np.cumsum([len(row_lengths) for row_lengths in lengths])
         self.batches_per_step = raise_to_world(config.batches_per_step)
         self.n_steps = math.ceil(len(self.plan) / self.batches_per_step)
@@ -110,7 +115,8 @@ class FoldTrainer(RankedTrainer):
         if not items:  # a pass must be made, but counts for nothing: it has no vote to be right about
             items = [(row, np.zeros_like(target)) for row, target in map(self.train_dataset.__getitem__, (0, 1))]
         rows, targets = zip(*items, strict=True)
-        return collate(rows, self.processing_class.pad_token_id) | {"labels": torch.from_numpy(np.stack(targets))}
+        batch = collate_packed(rows) if self.is_packed else collate(rows, self.processing_class.pad_token_id)
+        return batch | {"labels": torch.from_numpy(np.stack(targets))}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of the rows' cross entropies over the mean number of rows a batch.
@@ -159,7 +165,7 @@ class FoldTrainer(RankedTrainer):
 
     def _make_reader(self) -> LocalReader | TeamReader:
         reader = (SteadyReader if is_sharded(self.model) else LocalReader)(
-            self.model, self.processing_class.pad_token_id
+            self.model, self.processing_class.pad_token_id, packing=self.config.packing
         )
         return TeamReader(reader.read) if world_size() > 1 else reader
 

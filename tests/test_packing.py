@@ -1,0 +1,284 @@
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+)
+
+from src.utils import packing
+from src.utils.batches import collate
+from src.utils.config import DecoderConfig
+from src.utils.models import load_classifier, load_finetuned, save_model
+from src.utils.packing import can_pack, collate_packed, enable_packing
+
+N_WORDS = 500
+WINDOW = 16  # local_attention: 8 tokens to each side
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "pad_token_id": 0}
+DECODER = {
+    "vocab_size": N_WORDS,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.1,
+    "num_labels": 3,
+    "pad_token_id": 0,
+}
+
+
+def make_encoder(**settings):
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=N_WORDS,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        local_attention=WINDOW,
+        initializer_range=0.1,
+        num_labels=3,
+        **(ENDS | {"num_hidden_layers": 4} | settings),
+    )
+    return ModernBertForSequenceClassification._from_config(config, attn_implementation="sdpa")
+
+
+def make_decoder(cls, config, **settings):
+    torch.manual_seed(0)
+    return cls._from_config(config(**(DECODER | settings)), attn_implementation="sdpa")
+
+
+MODELS = {
+    "modernbert": make_encoder,
+    "modernbert, mean": lambda: make_encoder(classifier_pooling="mean"),
+    "qwen3": lambda: make_decoder(Qwen3ForSequenceClassification, Qwen3Config),
+    "llama": lambda: make_decoder(LlamaForSequenceClassification, LlamaConfig),
+    "mistral": lambda: make_decoder(MistralForSequenceClassification, MistralConfig, sliding_window=10),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def make_rows(*lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, N_WORDS, length) for length in lengths]
+
+
+# Of one to three tokens, around the window and the size of a chunk, and longer than both.
+ROWS = make_rows(40, 1, 2, 3, 7, 8, 9, 15, 16, 17, 150, 63, 64, 65, 31)
+
+
+def read(model, batch, weights=None):
+    """Logits, and the gradients of a loss that no document can hide in."""
+    model.zero_grad()
+    logits = model(**batch).logits.float()
+    signs = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+    (logits * signs + logits.square()).sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_readings(packed, padded, tolerance=1e-5):
+    torch.testing.assert_close(packed[0], padded[0], atol=tolerance, rtol=0)
+    assert packed[1].keys() == padded[1].keys() and packed[1]
+    for name, gradient in padded[1].items():
+        distance = (packed[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+        assert distance < tolerance, f"{name}: {distance:.1e}"
+
+
+# ---- equal to the padded model -------------------------------------------------
+
+
+@every_model
+def test_packed_logits_and_gradients_equal_the_padded_ones(name):
+    model = MODELS[name]().eval()
+    padded = read(model, collate(ROWS, 0))
+    packed = read(enable_packing(model), collate_packed(ROWS))
+    assert padded[0].std(dim=0).min() > 0.1
+    assert_equal_readings(packed, padded)
+
+
+@every_model
+def test_a_padded_batch_reads_as_before(name):
+    model = MODELS[name]().eval()
+    before = read(model, collate(ROWS, 0))
+    after = read(enable_packing(model), collate(ROWS, 0))
+    assert_equal_readings(after, before, tolerance=1e-9)
+
+
+@every_model
+def test_a_document_sees_nothing_of_its_neighbours(name):
+    model = enable_packing(MODELS[name]()).eval()
+    others = [row if place % 2 else make_rows(len(row), seed=9)[0] for place, row in enumerate(ROWS)]
+    with torch.no_grad():
+        one, two = (model(**collate_packed(rows)).logits for rows in (ROWS, others))
+    torch.testing.assert_close(one[1::2], two[1::2], atol=1e-6, rtol=0)
+    assert (one[0::2] - two[0::2]).abs().max(dim=1).values.min() > 1e-3
+
+
+@pytest.mark.parametrize("lengths", [(1,), (64,), (200,), (1, 1, 1), (128, 128)])
+def test_rows_of_any_number_of_documents_are_read(lengths):
+    rows, model = make_rows(*lengths), make_encoder().eval()
+    padded = read(model, collate(rows, 0))
+    assert_equal_readings(read(enable_packing(model), collate_packed(rows)), padded)
+
+
+def decoder_of(tiny_base, **settings):
+    config = DecoderConfig(checkpoint="tiny:qwen3", revision="", **settings)
+    return load_classifier(config, tiny_base("qwen3")), config
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_lora_adapters_get_the_same_gradients_packed(tiny_base, quantization):
+    (model, _), _ = decoder_of(tiny_base, quantization=quantization, lora_rank=4, lora_dropout=0.0)
+    model.train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    padded = read(model, collate(ROWS, 0))
+    packed = read(enable_packing(model), collate_packed(ROWS))
+    assert any("lora_A" in name for name in packed[1]) and any("score" in name for name in packed[1])
+    assert_equal_readings(packed, padded)
+
+
+@every_model
+def test_half_precision_stays_close(name):
+    model = MODELS[name]().eval()
+    exact = model(**collate(ROWS, 0)).logits
+    enable_packing(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        packed, padded = model(**collate_packed(ROWS)).logits, model(**collate(ROWS, 0)).logits
+    assert packed.dtype == padded.dtype
+    assert (packed - exact).abs().max() < 2 * (padded - exact).abs().max()
+
+
+@pytest.mark.parametrize("name", ["modernbert", "qwen3"])
+def test_gradient_checkpointing_changes_nothing(name):
+    model = enable_packing(MODELS[name]()).train()
+    plain = read(model, collate_packed(ROWS))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_equal_readings(read(model, collate_packed(ROWS)), plain, tolerance=1e-6)
+
+
+# ---- memory --------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    n_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(part, torch.Tensor):
+                self.n_elements = max(self.n_elements, part.numel())
+        return result
+
+
+def test_memory_of_local_layers_grows_with_the_tokens_alone():
+    model = enable_packing(make_encoder(layer_types=["sliding_attention"] * 2, num_hidden_layers=2)).train()
+
+    def largest(*lengths):
+        with Largest() as spy:
+            read(model, collate_packed(make_rows(*lengths)))
+        return spy.n_elements
+
+    floor = N_WORDS * 64  # of the gradient of the embeddings
+    assert largest(4096) < 4096**2 / 10
+    assert largest(4096) <= max(floor, 2.1 * largest(2048))
+
+
+def test_no_mask_of_the_whole_row_is_made():
+    for name in ("modernbert", "qwen3", "llama"):
+        model = enable_packing(MODELS[name]()).eval()
+        with Largest() as spy, torch.no_grad():
+            model(**collate_packed(make_rows(*[32] * 64)))
+        assert spy.n_elements < (32 * 64) ** 2 / 10, name
+
+
+# ---- models --------------------------------------------------------------------
+
+
+def test_other_architectures_and_attentions_stay_padded():
+    bert = BertForSequenceClassification(BertConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1))
+    eager = make_encoder()
+    eager.set_attn_implementation("eager")
+    assert not can_pack(bert) and not can_pack(eager) and not can_pack(nn.Linear(2, 3))
+    with pytest.raises(TypeError, match="BertForSequenceClassification"):
+        enable_packing(bert)
+    assert all(can_pack(make()) for make in MODELS.values())
+
+
+def test_packing_is_enabled_once_and_keeps_the_class_and_its_name():
+    model = make_encoder()
+    once = enable_packing(model)
+    kind = type(once)
+    assert once is model and type(enable_packing(once)) is kind and can_pack(once)
+    assert isinstance(model, ModernBertForSequenceClassification)
+    assert kind.__name__ == "ModernBertForSequenceClassification"
+    assert type(enable_packing(make_encoder())) is kind
+
+
+def test_a_saved_model_is_one_of_its_own_class(tmp_path):
+    model = enable_packing(make_encoder()).eval()
+    model.save_pretrained(tmp_path)
+    assert "sdpa_by_document" not in (tmp_path / "config.json").read_text()
+    again = ModernBertForSequenceClassification.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    assert type(again) is ModernBertForSequenceClassification and again.config.architectures == [type(again).__name__]
+    with torch.no_grad():
+        expected = model(**collate_packed(ROWS)).logits
+        torch.testing.assert_close(again(**collate(ROWS, 0)).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_saved_adapters_sit_on_a_plain_base(tiny_base, tmp_path):
+    (model, tokenizer), config = decoder_of(tiny_base, quantization="none", lora_rank=4)
+    enable_packing(model).eval()
+    folder = save_model(model, tokenizer, tmp_path / "model" / "fold_0")
+    again, _ = load_finetuned(folder, config, tiny_base("qwen3"))
+    assert isinstance(again, PeftModel) and type(again.get_base_model()) is Qwen3ForSequenceClassification
+    with torch.no_grad():
+        expected = model(**collate_packed(ROWS)).logits
+        torch.testing.assert_close(again(**collate(ROWS, 0)).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_the_kernel_gets_the_packed_layout(monkeypatch):
+    """What a GPU's kernel is handed, with a stand-in that computes the same by a mask."""
+
+    def varlen(query, key, value, *, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa):
+        assert cu_seq_q is cu_seq_k and max_q == max_k == max(map(len, ROWS))
+        place = torch.arange(len(query))
+        owner = torch.bucketize(place, cu_seq_q[1:], right=True)
+        far_left, far_right = (len(query) if far < 0 else far for far in window_size)
+        offset = place[None] - place[:, None]
+        mask = (owner[:, None] == owner[None]) & (offset >= -far_left) & (offset <= far_right)
+        states = (states.transpose(0, 1)[None] for states in (query, key, value))
+        attended = nn.functional.scaled_dot_product_attention(
+            *states, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+        )
+        return attended[0].transpose(0, 1)
+
+    monkeypatch.setattr(packing, "varlen_attn", varlen)
+    for make in MODELS.values():
+        model = make().eval()
+        padded = read(model, collate(ROWS, 0))
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "_has_kernel", lambda query: True)
+            assert_equal_readings(read(enable_packing(model), collate_packed(ROWS)), padded)
+
+
+def test_documents_stand_one_behind_the_other():
+    batch = collate_packed([[5, 6, 7], np.array([8, 9], dtype=np.int32)])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["cu_seq_lens"].tolist() == [0, 3, 5] and batch["cu_seq_lens"].dtype == torch.int32
