@@ -47,3 +47,21 @@ def test_a_gradient_does_not_depend_on_how_rows_fall_into_batches(demo_pairs, ti
     n_parts, parts = gradient(96 * 2, 3)
     assert n_whole == 1 and n_parts > 2
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-3)
+
+
+def test_a_wide_model_computes_in_bf16_on_a_cpu_that_has_it_and_says_so(
+    demo_pairs, tiny_base, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("src.utils.hardware.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("src.utils.hardware.MIN_BF16_HIDDEN_SIZE", 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=1)
+    pairs = demo_pairs[:8].assign(fold=[0, 0] + [1] * 6).reset_index(drop=True)
+    model, tokenizer = load_classifier(config, tiny_base("modernbert"))
+    seen = set()
+    model.classifier.register_forward_hook(lambda _, inputs, outputs: seen.add(outputs.dtype))
+    folders = {"model_dir": tmp_path / "model", "checkpoint_dir": tmp_path / "checkpoints"}
+    FoldTrainer(model, tokenizer, pairs[2:], pairs[:2], 0, config, **folders).train()
+    assert seen == {torch.bfloat16}  # in training and in validation
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert "fold 0: cpu, bfloat16 (this CPU has bf16 instructions)" in capsys.readouterr().out
