@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src.utils.hardware import choose_device, choose_dtype
+from src.utils.hardware import MIN_BF16_HIDDEN_SIZE, choose_device, choose_dtype, choose_precision, cpu_has_bf16
 
 
 @pytest.mark.parametrize(
@@ -12,7 +12,34 @@ from src.utils.hardware import choose_device, choose_dtype
 def test_bf16_is_used_only_where_it_is_real(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     assert choose_dtype(torch.device("cuda")) == dtype
-    assert choose_dtype(torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "hidden_size", "dtype"),
+    [
+        (True, MIN_BF16_HIDDEN_SIZE, torch.bfloat16),
+        (True, MIN_BF16_HIDDEN_SIZE - 1, torch.float32),
+        (True, None, torch.float32),
+        (False, 4096, torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bf16_only_where_that_is_faster(monkeypatch, has_bf16, hidden_size, dtype):
+    monkeypatch.setattr("src.utils.hardware.cpu_has_bf16", lambda: has_bf16)
+    assert choose_dtype(torch.device("cpu"), hidden_size) == dtype
+    assert ("no bf16" in choose_precision(torch.device("cpu"), hidden_size)[1]) == (not has_bf16)
+
+
+@pytest.mark.parametrize("name", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_either_kind_of_bf16_instruction_is_enough(monkeypatch, name):
+    for other in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, other, lambda other=other: other == name, raising=False)
+    assert cpu_has_bf16()
+
+
+def test_a_torch_that_can_not_tell_counts_as_without_bf16(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert not cpu_has_bf16()
 
 
 @pytest.mark.parametrize(("capability", "device"), [((6, 0), "cpu"), ((7, 5), "cuda"), ((9, 0), "cuda")])

@@ -65,3 +65,21 @@ def test_batches_are_packed_where_the_settings_ask_for_it(packing, demo_pairs, t
     assert ("cu_seq_lens" in batch) is packing and ("attention_mask" in batch) is not packing
     assert trainer.is_packed is packing and trainer._make_reader().is_packed is packing
     assert (trainer.n_padded[-1] == trainer.n_tok[-1]) == packing
+
+
+def test_a_wide_model_computes_in_bf16_on_a_cpu_that_has_it_and_says_so(
+    demo_pairs, tiny_base, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("src.utils.hardware.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("src.utils.hardware.MIN_BF16_HIDDEN_SIZE", 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=1)
+    pairs = demo_pairs[:8].assign(fold=[0, 0] + [1] * 6).reset_index(drop=True)
+    model, tokenizer = load_classifier(config, tiny_base("modernbert"))
+    seen = set()
+    model.classifier.register_forward_hook(lambda _, inputs, outputs: seen.add(outputs.dtype))
+    folders = {"model_dir": tmp_path / "model", "checkpoint_dir": tmp_path / "checkpoints"}
+    FoldTrainer(model, tokenizer, pairs[2:], pairs[:2], 0, config, **folders).train()
+    assert seen == {torch.bfloat16}  # in training and in validation
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert "fold 0: cpu, bfloat16 (this CPU has bf16 instructions)" in capsys.readouterr().out

@@ -295,6 +295,12 @@ def _finish_base(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
                 raise TypeError(f"head {name}: expected 16- or 32-bit weights, got {type(child).__name__}")
 
 
+def hidden_size(model: nn.Module) -> int | None:
+    """Width of a model, wrapped or not; None where its config does not tell."""
+    config = getattr(getattr(model, "module", model), "config", None)
+    return getattr(config.get_text_config(), "hidden_size", None) if hasattr(config, "get_text_config") else None
+
+
 def head_names(model: nn.Module) -> list[str]:
     """The parts of a classifier that are not its base: "score", or "head" and "classifier"."""
     return [

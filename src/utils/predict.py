@@ -21,7 +21,7 @@ from tqdm import tqdm
 from src.utils.batches import collate, encode_both_orders, is_canonical, make_batches
 from src.utils.hardware import choose_dtype
 from src.utils.mirror import average_over_swap, swap_probs
-from src.utils.models import in_float32
+from src.utils.models import hidden_size, in_float32
 from src.utils.packing import can_pack, collate_packed, enable_packing
 from src.utils.schema import LABELS
 
@@ -122,7 +122,7 @@ class LocalReader:
 
     @torch.no_grad()
     def _predict(self, rows: Rows) -> np.ndarray:
-        logits = self._logits(rows, choose_dtype(_device(self.model)))
+        logits = self._logits(rows, choose_dtype(_device(self.model), hidden_size(self.model)))
         lost = ~torch.isfinite(logits).all(dim=1)
         if lost.any():
             with in_float32(self.model):
@@ -144,7 +144,7 @@ class SteadyReader(LocalReader):
 
     @torch.no_grad()
     def _read(self, rows: Rows) -> np.ndarray:
-        logits = self._logits(rows, choose_dtype(_device(self.model)))
+        logits = self._logits(rows, choose_dtype(_device(self.model), hidden_size(self.model)))
         return torch.softmax(logits, dim=1).numpy()
 
 

@@ -22,9 +22,9 @@ from src.utils.artifacts import write_table
 from src.utils.batches import collate
 from src.utils.config import FinetuneConfig
 from src.utils.examples import Examples, plan_batches
-from src.utils.hardware import choose_device, choose_dtype
+from src.utils.hardware import choose_device, choose_precision
 from src.utils.metrics import log_loss
-from src.utils.models import atomic_folder, write_model
+from src.utils.models import atomic_folder, hidden_size, write_model
 from src.utils.packing import can_pack, collate_packed, enable_packing
 from src.utils.predict import LocalReader, SteadyReader, predict_pairs
 from src.utils.ranks import (
@@ -95,12 +95,14 @@ class FoldTrainer(RankedTrainer):
         self.n_rows = np.cumsum([len(row_lengths) for row_lengths in lengths])
         self.batches_per_step = raise_to_world(config.batches_per_step)
         self.n_steps = math.ceil(len(self.plan) / self.batches_per_step)
+        dtype, reason = choose_precision(choose_device(), hidden_size(model))
+        start = f"fold {fold}: {choose_device()}, {str(dtype).removeprefix('torch.')} ({reason})"
         super().__init__(
             model,
-            _training_arguments(config, self.n_steps, checkpoint_dir),
+            _training_arguments(config, self.n_steps, checkpoint_dir, dtype),
             train_dataset=items,
             processing_class=tokenizer,
-            callbacks=[_ValidateAt(_validation_steps(config, self.n_steps)), _Progress(f"fold {fold}")],
+            callbacks=[_ValidateAt(_validation_steps(config, self.n_steps)), _Progress(f"fold {fold}", start)],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
@@ -221,10 +223,8 @@ def _between(cumulative: np.ndarray, start: int, end: int) -> float:
     return float(cumulative[end - 1] - (cumulative[start - 1] if start else 0))
 
 
-def _training_arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> TrainingArguments:
-    device = choose_device()
-    dtype = choose_dtype(device)
-    on_gpu = device.type == "cuda"
+def _training_arguments(config: FinetuneConfig, n_steps: int, folder: Path, dtype: torch.dtype) -> TrainingArguments:
+    on_gpu = choose_device().type == "cuda"
     args = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,  # the plan holds all epochs
@@ -235,8 +235,8 @@ def _training_arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> T
         weight_decay=config.weight_decay,
         max_grad_norm=MAX_GRAD_NORM,
         optim="adamw_torch_fused",
-        bf16=on_gpu and dtype == torch.bfloat16,
-        fp16=on_gpu and dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         use_cpu=not on_gpu,
         ddp_find_unused_parameters=False,
         eval_strategy="no",  # `_ValidateAt` says when
@@ -278,13 +278,15 @@ class _ValidateAt(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """One bar a fold: steps done, time left, the last log loss."""
+    """What a fold computes in, then one bar: steps done, time left, the last log loss."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, start: str) -> None:
+        self.title, self.start = title, start
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Open the bar where a resumed run stands."""
+        if rank() == 0:
+            print(self.start)
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
