@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from src.utils.artifacts import hash_file, hash_json, hash_pairs, read_json, write_json
+from src.utils.artifacts import find_damage, hash_file, hash_json, hash_pairs, read_json, write_json
 from src.utils.config import FinetuneConfig
 from src.utils.models import load_classifier, quiet_transformers
 from src.utils.ranks import on_first, shard, world_size
@@ -118,20 +119,18 @@ def _has_key(folder: Path, key: str) -> bool:
 
 @on_first
 def _last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    # The state is the last file that the Trainer writes, and names the step that it is of.
-    whole = [path for path in found if _is_whole(path)]
-    for path in set(found) - set(whole):
+    """The newest checkpoint that is what was written; damaged and half-written ones are named and removed."""
+    for path in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        warnings.warn(f"{path} is damaged and will not be used: {damage}", stacklevel=2)
         shutil.rmtree(path)
-    return whole[-1] if whole else None
+    return None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return read_json(checkpoint / "trainer_state.json")["global_step"] == int(checkpoint.name.split("-")[1])
-    except (OSError, ValueError, KeyError):
-        return False
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 # ---- one fold ----------------------------------------------------------------

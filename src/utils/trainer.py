@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from src.utils.artifacts import write_table
+from src.utils.artifacts import write_manifest, write_table
 from src.utils.batches import collate
 from src.utils.config import FinetuneConfig
 from src.utils.examples import Examples, plan_batches
 from src.utils.hardware import choose_device, choose_dtype
 from src.utils.metrics import log_loss
 from src.utils.models import atomic_folder, write_model
+from src.utils.optimizers import group_by_depth
 from src.utils.predict import LocalReader, SteadyReader, predict_pairs
 from src.utils.ranks import (
     RankedTrainer,
@@ -41,6 +42,11 @@ from src.utils.ranks import (
 from src.utils.schema import probs_table
 
 MAX_GRAD_NORM = 1.0
+_OPTIMIZERS = {  # what transformers calls them
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
 HISTORY_COLUMNS = (
     "fold",
     "step",
@@ -100,6 +106,19 @@ class FoldTrainer(RankedTrainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
         self._start_interval()
+
+    def get_optimizer_cls_and_kwargs(self, args, model=None) -> tuple[type, dict[str, object]]:
+        """That of transformers, told how fast each layer learns where they do not all learn alike."""
+        optimizer, options = super().get_optimizer_cls_and_kwargs(args, model)
+        if self.config.layer_decay < 1:
+            options["params"] = group_by_depth(
+                self.model,
+                self.get_decay_parameter_names(self.model),
+                learning_rate=self.config.learning_rate,
+                layer_decay=self.config.layer_decay,
+                weight_decay=self.config.weight_decay,
+            )
+        return optimizer, options
 
     def get_train_dataloader(self) -> DataLoader:
         """All batches of all epochs as one pass, which a resumed run enters at any batch."""
@@ -173,6 +192,10 @@ class FoldTrainer(RankedTrainer):
             write_model(self.accelerator.unwrap_model(self.model), self.processing_class, folder, weights)
             write_table(folder / "oof.parquet", probs_table(self.heldout["id"], probs, fold=self.fold))
 
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        on_first(write_manifest)(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
     def _start_interval(self) -> None:
         self.loss_sum = torch.zeros((), device=self.args.device)
         self.interval_start = time.perf_counter()
@@ -228,7 +251,7 @@ def _training_arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> T
         warmup_steps=math.ceil(config.warmup_share * n_steps),
         weight_decay=config.weight_decay,
         max_grad_norm=MAX_GRAD_NORM,
-        optim="adamw_torch_fused",
+        optim=_OPTIMIZERS[config.optimizer],
         bf16=on_gpu and dtype == torch.bfloat16,
         fp16=on_gpu and dtype == torch.float16,
         use_cpu=not on_gpu,
