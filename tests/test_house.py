@@ -35,7 +35,7 @@ FLOORS = {
         *("artifacts", "submission", "fetch", "hardware"),
     ),
     2: ("batches", "models", "embed", "river", "leaderboard", "ranks", "optimizers"),
-    3: ("predict", "tiny", "baseline", "examples"),
+    3: ("predict", "tiny", "baseline", "examples", "callbacks", "splitting"),
     4: ("trainer", "inference", "publish", "suite", "ablation", "sweep"),
     5: ("train",),
     6: ("launch",),

@@ -303,7 +303,7 @@ def test_models_that_do_not_belong_to_the_run_are_removed(demo_pairs, tmp_path):
             (tmp_path / kind / f"fold_{fold}").mkdir(parents=True)
         train.write_json(tmp_path / "checkpoints" / f"fold_{fold}" / "key.json", saved)
     (tmp_path / "model" / "fold_7").mkdir()
-    train._remove_stale(tmp_path, key, (0, 2))
+    train._remove_stale(tmp_path, {"fold_0": key, "fold_2": key})
     for kind in ("model", "checkpoints"):
         assert [path.name for path in (tmp_path / kind).iterdir()] == ["fold_0"]
 

@@ -198,7 +198,7 @@ def load_classifier(
         model = _add_lora(model, config)
     if config.gradient_checkpointing:
         # A reentrant checkpoint would lose the gradient behind frozen embeddings.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer
 
 
