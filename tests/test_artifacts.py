@@ -83,3 +83,17 @@ def test_the_truth_comes_in_the_order_asked_for(tmp_path: Path) -> None:
     assert artifacts.read_truth(tmp_path, pd.Series([1])) is None
     probs_table([1, 2], np.array([[1, 0, 0], [0, 1, 0]])).to_parquet(tmp_path / "truth.parquet")
     assert artifacts.read_truth(tmp_path, pd.Series([2, 1])).argmax(axis=1).tolist() == [1, 0]
+
+
+def test_a_folder_is_compared_with_what_was_written(tmp_path: Path) -> None:
+    assert "manifest.json: expected the list of its files" in artifacts.find_damage(tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a.bin").write_bytes(b"1234")
+    manifest = artifacts.write_manifest(tmp_path)
+    assert artifacts.find_damage(tmp_path) is None
+    (tmp_path / "shards" / "a.bin").write_bytes(b"1235")
+    assert "shards/a.bin: expected 4 bytes of hash" in artifacts.find_damage(tmp_path)
+    (tmp_path / "shards" / "a.bin").unlink()
+    assert "found no such file" in artifacts.find_damage(tmp_path)
+    manifest.write_text("{")
+    assert "manifest.json: expected JSON" in artifacts.find_damage(tmp_path)

@@ -132,6 +132,31 @@ def test_the_base_is_quantised_and_the_head_is_not(tiny_base, quantization, laye
     assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
 
 
+@pytest.mark.parametrize(("config", "kind"), [(ENCODER, "modernbert"), (DECODER, "qwen3")])
+def test_gradient_checkpointing_keeps_the_gradients_and_fewer_bytes(tiny_base, demo_pairs, config, kind):
+    def gradient(is_on):
+        model, tokenizer = load_classifier(
+            dataclasses.replace(config, gradient_checkpointing=is_on, lora_dropout=0.0), tiny_base(kind)
+        )
+        batch = collate(encode_pairs(demo_pairs[:4], tokenizer, 192), tokenizer.pad_token_id)
+        kept = {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model.train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = nn.functional.cross_entropy(model(**batch).logits, torch.tensor([0, 1, 2, 0]))
+        n_bytes = sum(kept.values())
+        loss.backward()
+        return n_bytes, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    (few, again), (many, once) = gradient(True), gradient(False)
+    torch.testing.assert_close(again, once)
+    assert once.abs().max() > 0 and few < many / 2
+
+
 def test_a_quantised_head_is_refused():
     class Classifier(nn.Module):
         base_model_prefix = "model"

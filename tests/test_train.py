@@ -1,5 +1,9 @@
 import dataclasses
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -9,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from src.utils import train
+from src.utils.artifacts import find_damage
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.metrics import log_loss
 from src.utils.models import load_finetuned
@@ -67,6 +72,13 @@ def kill_at(monkeypatch, step):
         self.add_callback(KillAt(step))
 
     monkeypatch.setattr(train.FoldTrainer, "__init__", init)
+
+
+def check_same_weights(one, two, fold="fold_0"):
+    (weights,) = (one / "model" / fold).glob("*.safetensors")
+    before, after = load_file(weights), load_file(two / "model" / fold / weights.name)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 # ---- whole runs ---------------------------------------------------------------
@@ -159,7 +171,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     checkpoints = tmp_path / "killed" / "checkpoints" / "fold_0"
     newest = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     # A second kill, in the middle of writing the next checkpoint.
-    shutil.copytree(newest, checkpoints / "checkpoint-999999")
+    shutil.copytree(newest, checkpoints / "checkpoint-999999", ignore=shutil.ignore_patterns("manifest.json"))
     first_steps = []
     real = train.FoldTrainer.training_step
 
@@ -168,15 +180,76 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(train.FoldTrainer, "training_step", step)
-    resumed = fit(pairs, config, tmp_path / "killed", tiny_base(kind))
+    with pytest.warns(UserWarning, match=r"checkpoint-999999 is damaged and will not be used: manifest\.json"):
+        resumed = fit(pairs, config, tmp_path / "killed", tiny_base(kind))
     assert first_steps[0] == int(newest.name.split("-")[1]) > 0
-    (weights,) = (tmp_path / "unbroken" / "model" / "fold_0").glob("*.safetensors")
-    before, after = load_file(weights), load_file(tmp_path / "killed" / "model" / "fold_0" / weights.name)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    check_same_weights(tmp_path / "unbroken", tmp_path / "killed")
     pd.testing.assert_frame_equal(resumed.oof, unbroken.oof)
     losses = ["step", "train_loss", "log_loss", "learning_rate"]
     pd.testing.assert_frame_equal(resumed.history[losses], unbroken.history[losses])
+
+
+KILLED_FOR_REAL = """
+import os, pickle, signal, sys
+from pathlib import Path
+from src.utils import train
+from src.utils.artifacts import find_damage
+
+place, run_dir, base = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+pairs, config = pickle.loads(Path(sys.argv[4]).read_bytes())
+real = getattr(train.FoldTrainer, place)
+
+def die_late(self, *args, **kwargs):
+    if self.state.global_step > self.n_steps // 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *args, **kwargs)
+
+setattr(train.FoldTrainer, place, die_late)
+train.fit(pairs, config, run_dir, base)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is damaged and will not be used")
+def test_a_run_killed_by_the_system_in_a_step_and_in_a_save_ends_with_the_same_weights(demo_pairs, tiny_base, tmp_path):
+    pairs, base = demo_pairs[:60].reset_index(drop=True), tiny_base("modernbert")
+    config = dataclasses.replace(ENCODER, n_evals=4, n_epochs=1.0)
+    (tmp_path / "what.pkl").write_bytes(pickle.dumps((pairs, config)))
+    for place in ("training_step", "_save_rng_state"):
+        command = [sys.executable, "-c", KILLED_FOR_REAL, place, tmp_path / "killed", base, tmp_path / "what.pkl"]
+        assert subprocess.run(command).returncode == -signal.SIGKILL
+    folders = sorted((tmp_path / "killed" / "checkpoints" / "fold_0").glob("checkpoint-*"))
+    assert [find_damage(folder) is None for folder in folders].count(False) == 1 < len(folders)
+    resumed = fit(pairs, config, tmp_path / "killed", base)
+    unbroken = fit(pairs, config, tmp_path / "unbroken", base)
+    check_same_weights(tmp_path / "unbroken", tmp_path / "killed")
+    pd.testing.assert_frame_equal(resumed.oof, unbroken.oof)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(begun, tmp_path, name, damage):
+    folder = shutil.copytree(begun, tmp_path / "fold_0")
+    before, newest = sorted(folder.glob("checkpoint-*"), key=train._step_of)
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / name).write_bytes(content if damage == "flipped" else content[:-1])
+    said = rf"{newest.name} is damaged and will not be used: {name}: expected {len(content)} bytes .* found \d+ bytes"
+    with pytest.warns(UserWarning, match=said):
+        assert train._last_whole_checkpoint(folder) == before
+    assert not newest.exists()
+
+
+@pytest.fixture(scope="module")
+def begun(_demo_pairs, tiny_base, tmp_path_factory):
+    """The checkpoints of a run that was killed after its third."""
+    run_dir = tmp_path_factory.mktemp("begun")
+    config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=8)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 4)
+        fit(_demo_pairs[:60].reset_index(drop=True), config, run_dir, tiny_base("modernbert"))
+    return run_dir / "checkpoints" / "fold_0"
 
 
 @pytest.mark.slow
@@ -230,7 +303,7 @@ def test_models_that_do_not_belong_to_the_run_are_removed(demo_pairs, tmp_path):
             (tmp_path / kind / f"fold_{fold}").mkdir(parents=True)
         train.write_json(tmp_path / "checkpoints" / f"fold_{fold}" / "key.json", saved)
     (tmp_path / "model" / "fold_7").mkdir()
-    train._remove_stale(tmp_path, key, (0, 2))
+    train._remove_stale(tmp_path, {"fold_0": key, "fold_2": key})
     for kind in ("model", "checkpoints"):
         assert [path.name for path in (tmp_path / kind).iterdir()] == ["fold_0"]
 

@@ -21,6 +21,57 @@ ENCODER = FinetuneConfig(
 )
 
 
+def make_trainer(pairs, base, folder, **changes):
+    config = dataclasses.replace(ENCODER, **changes)
+    model, tokenizer = load_classifier(config, base)
+    heldout = pairs["fold"] == 0
+    return FoldTrainer(
+        model,
+        tokenizer,
+        pairs[~heldout].reset_index(drop=True),
+        pairs[heldout].reset_index(drop=True),
+        0,
+        config,
+        model_dir=folder / "model" / "fold_0",
+        checkpoint_dir=folder / "checkpoints" / "fold_0",
+    )
+
+
+@pytest.fixture
+def pairs(demo_pairs):
+    return demo_pairs[:60].reset_index(drop=True)
+
+
+# ---- optimizers --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+def test_an_8bit_optimizer_keeps_its_state_in_bytes_and_learns(pairs, tiny_base, tmp_path, optimizer):
+    trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path, optimizer=optimizer, n_epochs=4.0)
+    trainer.train()
+    layer = trainer.model.model.layers[0].mlp.Wi.weight
+    state = trainer.optimizer.optimizer.state[layer]
+    assert state["state1"].dtype == state["state2"].dtype == torch.uint8
+    assert trainer.optimizer.optimizer.is_paged == (optimizer == "paged_adamw_8bit")
+    history = trainer.describe()["history"]
+    assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.2
+
+
+def test_layers_learn_at_rates_of_their_own_and_only_matrices_decay(pairs, tiny_base, tmp_path):
+    trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path, layer_decay=0.5)
+    groups, model = trainer.create_optimizer().param_groups, trainer.model
+    group_of = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert group_of[id(model.classifier.weight)] == (1e-3, 0.01)
+    assert group_of[id(model.classifier.bias)] == (1e-3, 0.0)
+    assert group_of[id(model.model.layers[0].attn.Wo.weight)] == (1e-3 / 8, 0.01)
+    assert group_of[id(model.model.layers[1].attn_norm.weight)] == (1e-3 / 4, 0.0)
+    assert group_of[id(model.model.final_norm.weight)] == (1e-3 / 2, 0.0)
+    assert group_of[id(model.model.embeddings.tok_embeddings.weight)] == (1e-3 / 16, 0.01)
+
+
+# ---- steps -------------------------------------------------------------------
+
+
 def test_validations_are_spread_evenly_and_the_last_step_has_one():
     assert _validation_steps(ENCODER, 100) == {25, 50, 75, 100}
     assert _validation_steps(ENCODER, 2) == {1, 2}

@@ -23,6 +23,7 @@ import pandas as pd
 
 from src.utils.schema import LABELS, TEXTS, Turns, probs_of
 
+_MANIFEST = "manifest.json"
 _TRACKED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "scikit-learn", "lightgbm", "pandas", "numpy")
 
 
@@ -135,6 +136,35 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_manifest(folder: Path) -> Path:
+    """Note the size and the hash of every file in a folder, in `manifest.json`; the last file to be written there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
+    return write_json(folder / _MANIFEST, {path.relative_to(folder).as_posix(): _identify(path) for path in files})
+
+
+def find_damage(folder: Path) -> str | None:
+    """Compare a folder with its manifest.
+
+    Returns:
+        The first file that is not what was written, with what was expected and found; None when all are.
+    """
+    try:
+        manifest = read_json(folder / _MANIFEST)
+    except FileNotFoundError:
+        return f"{_MANIFEST}: expected the list of its files, found none: it was not written to its end"
+    except ValueError as error:
+        return str(error)
+    for name, expected in manifest.items():
+        found = _identify(folder / name) if (folder / name).is_file() else "no such file"
+        if found != expected:
+            return f"{name}: expected {expected}, found {found}"
+    return None
+
+
+def _identify(path: Path) -> str:
+    return f"{path.stat().st_size} bytes of hash {hash_file(path)}"
 
 
 def hash_json(content: Any) -> str:

@@ -176,8 +176,9 @@ def order_networks(
         run = runs.get(name)
         if not _is_network(run):
             continue
-        # Where no fold is there, the first is still asked for, and says that it is missing.
-        for place, folder in enumerate(sorted((run / "model").glob("fold_*")) or [run / "model" / "fold_0"]):
+        found = [*(run / "model").glob("refit"), *sorted((run / "model").glob("fold_*"))]
+        # Where none is there, the first is still asked for, and says that it is missing.
+        for place, folder in enumerate(found or [run / "model" / "fold_0"]):
             worth[name, folder] = weight / (place + 1) / max(_weights_mib(run, folder, find_checkpoints), 1e-6)
     return sorted(worth, key=worth.get, reverse=True)
 

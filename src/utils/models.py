@@ -180,7 +180,7 @@ def load_classifier(
     """Load a base with a new head of three classes, ready to train.
 
     Args:
-        config: checkpoint, revision, quantisation, LoRA and seed (of the head and LoRA).
+        config: checkpoint, revision, quantisation, LoRA, gradient checkpointing and seed (of the head and LoRA).
         base: folder of the base, in place of what `config.checkpoint` names.
         device: where the model is to lie; None takes `choose_device()`.
 
@@ -196,10 +196,9 @@ def load_classifier(
     model, tokenizer = _load_base(config, base, device)
     if config.lora_rank:
         model = _add_lora(model, config)
-    if choose_device().type == "cuda":
-        # Memory for time; on a CPU memory is not what is short. A reentrant checkpoint would
-        # lose the gradient behind frozen embeddings.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.gradient_checkpointing:
+        # A reentrant checkpoint would lose the gradient behind frozen embeddings.
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer
 
 

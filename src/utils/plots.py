@@ -505,18 +505,19 @@ def plot_learning_curve(ax: Axes, history: pd.DataFrame, prior: float, best: flo
 
     Args:
         ax: axes to draw on.
-        history: fold, epoch, train_loss, log_loss (nats per battle), one row a validation.
+        history: fold, seed, epoch, train_loss, log_loss (nats per battle), one row a validation.
         prior: log loss of the class shares, nats per battle.
         best: log loss of the true probabilities, where they are known.
     """
-    for place, (_, rows) in enumerate(history.groupby("fold")):
+    models = history.groupby(["fold", "seed"])
+    for place, (_, rows) in enumerate(models):
         names = ("held out", "training") if place == 0 else (None, None)
         ax.plot(rows["epoch"], rows["log_loss"], marker="o", color=ACCENT, label=names[0])
         ax.plot(rows["epoch"], rows["train_loss"], marker=".", linestyle=":", color=MUTED, label=names[1])
     ax.axhline(prior, color="black", linewidth=1, linestyle="--", label=f"class shares {prior:.3f}")
     if best is not None:
         ax.axhline(best, color=LABEL_COLORS[0], linewidth=1, linestyle="-.", label=f"best reachable {best:.3f}")
-    gain = prior - history.groupby("fold")["log_loss"].min().mean()
+    gain = prior - models["log_loss"].min().mean()
     side = "below" if gain > 0 else "above"
     ax.set(xlabel="epochs", ylabel="log loss (nats per battle)", xlim=(0, None))
     ax.set_title(f"Held-out battles: {abs(gain):.3f} nats {side} the class shares", loc="left")

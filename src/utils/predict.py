@@ -42,12 +42,15 @@ class Prediction:
         n_readings: (N,) int, 2 in both orders, 1 in one, 0 not at all.
         is_cut: (N,) bool, read with fewer tokens than asked, because time was short.
         note: what went wrong on the way, or "".
+        swap_gap: (N,) float, mean change of a battle's probabilities when its answers are
+            exchanged, before averaging; NaN where it was read in one order alone.
     """
 
     probs: np.ndarray
     n_readings: np.ndarray
     is_cut: np.ndarray
     note: str = ""
+    swap_gap: np.ndarray | None = None
 
 
 Rows = Sequence[np.ndarray]  # token ids of each battle
@@ -319,7 +322,11 @@ class _Readings:
         n_readings = np.isfinite(first).all(axis=1).astype(int) + np.isfinite(second).all(axis=1)
         probs = _average_where_read(first, second)
         return Prediction(
-            np.where(self._keeps[:, None], probs, swap_probs(probs)), n_readings, self.is_cut & (n_readings > 0), note
+            np.where(self._keeps[:, None], probs, swap_probs(probs)),
+            n_readings,
+            self.is_cut & (n_readings > 0),
+            note,
+            np.abs(first - swap_probs(second)).mean(axis=1),
         )
 
 

@@ -1,7 +1,9 @@
 """Train a classifier fold by fold, so that it can be killed at any moment and goes on where it was."""
 
+import dataclasses
 import gc
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +12,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from src.utils.artifacts import hash_file, hash_json, hash_pairs, read_json, write_json
+from src.utils.artifacts import find_damage, hash_file, hash_json, hash_pairs, read_json, write_json
 from src.utils.config import FinetuneConfig
 from src.utils.models import load_classifier, quiet_transformers
 from src.utils.ranks import on_first, shard, world_size
-from src.utils.schema import FROZEN_COLUMNS, check_pairs
+from src.utils.schema import FROZEN_COLUMNS, check_pairs, probs_of, probs_table
 from src.utils.text import TEMPLATE_VERSION
 from src.utils.trainer import HISTORY_COLUMNS, FoldTrainer
 
@@ -28,9 +30,9 @@ class FitResult:
             `config.folds`, predicted by the model that did not see its fold.
         history: one row a validation, columns `HISTORY_COLUMNS`; losses in nats per battle,
             `train_loss` over the steps since the row before.
-        n_train_pairs: battles trained on, mean over folds.
+        n_train_pairs: battles trained on, mean over folds, the refit aside.
         n_parameters: weights that were trained.
-        seconds: of training, validation aside, all folds.
+        seconds: of training, validation aside, all models.
         tokens_per_second: real tokens (no padding) of training.
         padding_share: share of the tokens of training that were padding.
     """
@@ -45,17 +47,20 @@ class FitResult:
 
 
 def fit(pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None = None) -> FitResult:
-    """Train one model per held-out fold and predict that fold.
+    """Train one model per held-out fold, or several, and predict that fold.
 
-    The best weights of fold k, by log loss on it, lie in `run_dir / "model" / "fold_k"`.
-    Each epoch reads every battle once, in an order drawn at random; the next epoch
-    reads it in the other order. A fold that was finished, or begun, with the same
-    settings and battles is taken up again; anything else found there is removed.
+    The best weights of fold k, by log loss on it, lie in `run_dir / "model" / "fold_k"`,
+    those of its further seeds in `fold_k_seed_1` and so on. With `config.refit` one more
+    model learns from every battle, for the share of the steps that served the others best
+    on average, and lies in `refit`. Each epoch reads every battle once, in an order drawn
+    at random; the next epoch reads it in the other order. A model that was finished, or
+    begun, with the same settings and battles is taken up again; anything else found there
+    is removed. `run_dir / "tensorboard"` has the curves of each.
 
     Args:
         pairs: battles with label, group and fold.
         config: settings; `config.folds` are held out one after the other.
-        run_dir: gets `model/` and `checkpoints/`.
+        run_dir: gets `model/`, `checkpoints/` and `tensorboard/`.
         base: folder of the base, in place of what `config.checkpoint` names.
 
     Returns:
@@ -66,15 +71,15 @@ def fit(pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path |
         FloatingPointError: validation gave logits that are not finite.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
-    key = _make_key(pairs, config)
-    _remove_stale(run_dir, key, config.folds)
-    folds = [_fit_fold(pairs, fold, config, run_dir, base, key) for fold in config.folds]
-    oof = pd.concat([pd.read_parquet(_model_dir(run_dir, fold) / "oof.parquet") for fold in config.folds])
-    history = pd.DataFrame([row for done in folds for row in done["history"]], columns=list(HISTORY_COLUMNS))
-    seconds, n_tok, n_padded = (sum(done[name] for done in folds) for name in ("seconds", "n_tok", "n_padded"))
+    members, refit = _plan_members(pairs, config)
+    _remove_stale(run_dir, {member.name: member.key for member in (*members, *refit)})
+    folds = [_fit_member(pairs, member, run_dir, base) for member in members]
+    stop_share = float(np.mean([done["best_share"] for done in folds]))
+    whole = [_fit_member(pairs, member, run_dir, base, stop_share) for member in refit]
+    seconds, n_tok, n_padded = (sum(done[name] for done in folds + whole) for name in ("seconds", "n_tok", "n_padded"))
     return FitResult(
-        oof=oof.reset_index(drop=True),
-        history=history,
+        oof=pd.concat([_read_oof(run_dir, members, fold) for fold in config.folds], ignore_index=True),
+        history=pd.DataFrame([row for done in folds for row in done["history"]], columns=list(HISTORY_COLUMNS)),
         n_train_pairs=round(np.mean([done["n_train_pairs"] for done in folds])),
         n_parameters=folds[0]["n_parameters"],
         seconds=seconds,
@@ -83,31 +88,60 @@ def fit(pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path |
     )
 
 
+@dataclass(frozen=True)
+class _Member:
+    """One model to train."""
+
+    name: str  # of its folders
+    fold: int | None  # held out; None of the refit
+    config: FinetuneConfig  # with a seed of its own
+    key: str  # of all that it follows from
+
+
+def _plan_members(pairs: pd.DataFrame, config: FinetuneConfig) -> tuple[list[_Member], list[_Member]]:
+    """The models of the folds, and that of the refit where it is asked for."""
+    configs = [dataclasses.replace(config, seed=config.seed + place) for place in range(config.n_seeds)]
+    keys = [_make_key(pairs, one) for one in configs]
+    members = [
+        _Member(f"fold_{fold}" + (f"_seed_{place}" if place else ""), fold, configs[place], keys[place])
+        for fold in config.folds
+        for place in range(config.n_seeds)
+    ]
+    # When the refit stops follows from all the others.
+    refit = _Member("refit", None, config, hash_json([keys, list(config.folds)]))
+    return members, [refit] if config.refit else []
+
+
+def _read_oof(run_dir: Path, members: list[_Member], fold: int) -> pd.DataFrame:
+    tables = [pd.read_parquet(_model_dir(run_dir, one.name) / "oof.parquet") for one in members if one.fold == fold]
+    return probs_table(tables[0]["id"], np.mean([probs_of(table) for table in tables], axis=0), fold=fold)
+
+
 # ---- what lies where ---------------------------------------------------------
 
 
-def _model_dir(run_dir: Path, fold: int) -> Path:
-    return run_dir / "model" / f"fold_{fold}"
+def _model_dir(run_dir: Path, name: str) -> Path:
+    return run_dir / "model" / name
 
 
-def _checkpoint_dir(run_dir: Path, fold: int) -> Path:
-    return run_dir / "checkpoints" / f"fold_{fold}"
+def _checkpoint_dir(run_dir: Path, name: str) -> Path:
+    return run_dir / "checkpoints" / name
 
 
 def _make_key(pairs: pd.DataFrame, config: FinetuneConfig) -> str:
-    # Which folds are held out changes none of them; one that several processes trained is taken by one.
-    apart = ("folds", "n_processes", "sharding")
+    # What other models there are changes none of them; one that several processes trained is taken by one.
+    apart = ("folds", "n_seeds", "refit", "n_processes", "sharding")
     settings = {name: value for name, value in config.to_json().items() if name not in apart}
     soft = [hash_file(Path(config.soft_labels).expanduser())] if config.soft_labels else []
     return hash_json([settings, hash_pairs(pairs), TEMPLATE_VERSION, *soft])
 
 
 @on_first
-def _remove_stale(run_dir: Path, key: str, folds: tuple[int, ...]) -> None:
+def _remove_stale(run_dir: Path, keys: dict[str, str]) -> None:
     # Whoever predicts with this run takes every model that lies here.
-    kept = {f"fold_{fold}" for fold in folds if _has_key(_checkpoint_dir(run_dir, fold), key)}
-    for kind in ("model", "checkpoints"):
-        for folder in (run_dir / kind).glob("fold_*"):
+    kept = {name for name, key in keys.items() if _has_key(_checkpoint_dir(run_dir, name), key)}
+    for kind in ("model", "checkpoints", "tensorboard"):
+        for folder in (*(run_dir / kind).glob("fold_*"), *(run_dir / kind).glob("refit")):
             if folder.name not in kept:
                 shutil.rmtree(folder)
 
@@ -118,34 +152,32 @@ def _has_key(folder: Path, key: str) -> bool:
 
 @on_first
 def _last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    # The state is the last file that the Trainer writes, and names the step that it is of.
-    whole = [path for path in found if _is_whole(path)]
-    for path in set(found) - set(whole):
+    """The newest checkpoint that is what was written; damaged and half-written ones are named and removed."""
+    for path in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        warnings.warn(f"{path} is damaged and will not be used: {damage}", stacklevel=2)
         shutil.rmtree(path)
-    return whole[-1] if whole else None
+    return None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return read_json(checkpoint / "trainer_state.json")["global_step"] == int(checkpoint.name.split("-")[1])
-    except (OSError, ValueError, KeyError):
-        return False
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
-# ---- one fold ----------------------------------------------------------------
+# ---- one model ----------------------------------------------------------------
 
 
-def _fit_fold(
-    pairs: pd.DataFrame, fold: int, config: FinetuneConfig, run_dir: Path, base: Path | None, key: str
+def _fit_member(
+    pairs: pd.DataFrame, member: _Member, run_dir: Path, base: Path | None, stop_share: float = 1.0
 ) -> dict[str, object]:
-    folder = _checkpoint_dir(run_dir, fold)
-    done = _read_done(run_dir, fold)
+    folder, config = _checkpoint_dir(run_dir, member.name), member.config
+    done = _read_done(run_dir, member.name)
     if done:
         return done
-    train_pairs, heldout = _split(pairs, fold, config)
-    _begin(folder, key, config)
+    train_pairs, heldout = _split(pairs, member.fold, config)
+    _begin(folder, member.key, config)
     is_parted = config.sharding == "full"
     model, tokenizer = load_classifier(config, base, torch.device("cpu") if is_parted else None)
     _check_length(model, config)
@@ -156,14 +188,15 @@ def _fit_fold(
         tokenizer,
         train_pairs,
         heldout,
-        fold,
+        member.fold,
         config,
-        model_dir=_model_dir(run_dir, fold),
+        model_dir=_model_dir(run_dir, member.name),
         checkpoint_dir=folder,
+        log_dir=run_dir / "tensorboard" / member.name,
+        stop_share=stop_share,
     )
-    checkpoint = _last_whole_checkpoint(folder)
     with quiet_transformers():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.go_on(_last_whole_checkpoint(folder))
     done = trainer.describe() | {"n_train_pairs": len(train_pairs)}
     _finish(folder, done)
     del trainer, model
@@ -174,9 +207,9 @@ def _fit_fold(
 
 
 @on_first
-def _read_done(run_dir: Path, fold: int) -> dict[str, object] | None:
-    path = _checkpoint_dir(run_dir, fold) / "done.json"
-    is_done = path.exists() and (_model_dir(run_dir, fold) / "oof.parquet").exists()
+def _read_done(run_dir: Path, name: str) -> dict[str, object] | None:
+    path = _checkpoint_dir(run_dir, name) / "done.json"
+    is_done = path.exists() and (_model_dir(run_dir, name) / "origin.json").exists()
     return read_json(path) if is_done else None
 
 
@@ -206,9 +239,9 @@ def _finish(folder: Path, done: dict[str, object]) -> None:
         shutil.rmtree(path)
 
 
-def _split(pairs: pd.DataFrame, fold: int, config: FinetuneConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _split(pairs: pd.DataFrame, fold: int | None, config: FinetuneConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
     is_heldout = (pairs["fold"] == fold).to_numpy()
-    if is_heldout.all() or not is_heldout.any():
+    if fold is not None and (is_heldout.all() or not is_heldout.any()):
         raise ValueError(
             f"folds: expected fold {fold} to hold some of the {len(pairs)} battles and not all, "
             f"got {int(is_heldout.sum())}; there are folds {sorted(pairs['fold'].unique().tolist())}"
