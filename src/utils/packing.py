@@ -30,7 +30,7 @@ except ImportError:  # an older torch
 
 ATTENTION = "sdpa_by_document"
 _DECODERS = ("llama", "mistral", "qwen2", "qwen3")  # causal, read at the last token, without soft caps or biases
-_LEAST_CHUNK = 64  # queries of one chunk at least: smaller ones spend more on overhead than on products
+_LEAST_CHUNK = 64  # queries of one chunk at least: below, overhead outweighs products
 
 
 @dataclass
@@ -158,7 +158,7 @@ def _attend_whole(is_causal, query, key, value, documents, options) -> torch.Ten
 
 def _attend_in_window(is_causal, query, key, value, reach, documents, options) -> torch.Tensor:
     left, right = reach, 0 if is_causal else reach
-    size = max(_LEAST_CHUNK, left + right)
+    size = max(_LEAST_CHUNK, reach)  # larger chunks see more keys in vain, smaller ones copy keys more often
     n_tok = query.shape[2]
     rest = -n_tok % size
     queries = F.pad(query[0], (0, 0, 0, rest)).unflatten(1, (-1, size)).transpose(0, 1)
