@@ -453,7 +453,7 @@ def open_reader(
     except CannotStart as error:
         warnings.warn(f"{folder}: read in this process, as no other can be started ({error})", stacklevel=2)
         model, tokenizer = load_finetuned(folder, config, base)
-        yield LocalReader(model, tokenizer.pad_token_id)
+        yield LocalReader(model, tokenizer.pad_token_id, packing=config.packing)
         return
     with pool:
         yield pool
@@ -616,7 +616,7 @@ def _serve(
         if n_threads:
             torch.set_num_threads(n_threads)
         model, tokenizer = load_finetuned(folder, config, base)
-        reader = LocalReader(model, tokenizer.pad_token_id)
+        reader = LocalReader(model, tokenizer.pad_token_id, packing=config.packing)
         connection.send((_READY, None))
         while True:
             key, rows = connection.recv()
