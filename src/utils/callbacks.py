@@ -107,9 +107,8 @@ def describe_pace(pace: dict[str, float]) -> str:
     Example:
         {"tokens_per_second": 12345, "padding_share": 0.041, "peak_mib": 800} -> "12.3k tok/s, 4 % padding, 800 MiB"
     """
-    return (
-        f"{pace['tokens_per_second'] / 1000:.1f}k tok/s, {pace['padding_share']:.0%} padding, {pace['peak_mib']:.0f} MiB"
-    ).replace("%", " %")
+    n_tok, padding = pace["tokens_per_second"] / 1000, 100 * pace["padding_share"]
+    return f"{n_tok:.1f}k tok/s, {padding:.0f} % padding, {pace['peak_mib']:.0f} MiB"
 
 
 def is_interval(logs: dict[str, float] | None) -> bool:

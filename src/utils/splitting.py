@@ -60,8 +60,8 @@ class SplittingTrainer(RankedTrainer):
     def _halve(self, said: str) -> None:
         if world_size() > 1:  # the others wait for this pass, and would get another one
             raise RuntimeError(
-                f"step {self._step}: memory does not hold a batch, and {world_size()} processes can not split theirs "
-                f"apart; lower tokens_per_batch ({self.config.tokens_per_batch}) or turn on gradient_checkpointing. {said}"
+                f"step {self._step}: memory does not hold a batch, and {world_size()} processes can not split theirs: "
+                f"lower tokens_per_batch ({self.config.tokens_per_batch}) or turn on gradient_checkpointing. {said}"
             )
         largest = max(len(self._rows(place)) for place in range(self._n_begun))
         if self.n_parts * self.rows_together >= largest:
