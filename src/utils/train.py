@@ -12,7 +12,7 @@ from torch import nn
 
 from src.utils.artifacts import hash_file, hash_json, hash_pairs, read_json, write_json
 from src.utils.config import FinetuneConfig
-from src.utils.models import load_classifier, quiet_transformers
+from src.utils.models import load_classifier, longest_row, quiet_transformers
 from src.utils.ranks import on_first, shard, world_size
 from src.utils.schema import FROZEN_COLUMNS, check_pairs
 from src.utils.text import TEMPLATE_VERSION
@@ -221,9 +221,10 @@ def _split(pairs: pd.DataFrame, fold: int, config: FinetuneConfig) -> tuple[pd.D
 
 
 def _check_length(model: nn.Module, config: FinetuneConfig) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = longest_row(model.get_base_model() if config.lora_rank else model)
     for name in ("max_tokens", "predict_tokens"):
         if limit and getattr(config, name) > limit:
             raise ValueError(
-                f"{name}: expected at most {limit}, what {config.checkpoint} reads, got {getattr(config, name)}"
+                f"{name}: expected at most {limit}, what {config.checkpoint} reads, got {getattr(config, name)}; "
+                f"set {name.upper()} to {limit} or less"
             )
