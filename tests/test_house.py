@@ -34,7 +34,7 @@ FLOORS = {
         *("data", "demo", "text", "mirror", "style", "bias", "metrics", "plots"),
         *("artifacts", "submission", "fetch", "hardware"),
     ),
-    2: ("batches", "models", "embed", "river", "leaderboard", "ranks"),
+    2: ("batches", "models", "embed", "river", "leaderboard", "ranks", "losses"),
     3: ("predict", "tiny", "baseline", "examples"),
     4: ("trainer", "inference", "publish", "suite", "ablation", "sweep"),
     5: ("train",),

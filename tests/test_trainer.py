@@ -1,9 +1,13 @@
 import dataclasses
 
+import pytest
 import torch
 
 from src.utils.config import FinetuneConfig
+from src.utils.metrics import swap_consistency
+from src.utils.mirror import swap_pairs
 from src.utils.models import load_classifier
+from src.utils.predict import predict_probs
 from src.utils.trainer import FoldTrainer, _validation_steps
 
 ENCODER = FinetuneConfig(
@@ -47,3 +51,19 @@ def test_a_gradient_does_not_depend_on_how_rows_fall_into_batches(demo_pairs, ti
     n_parts, parts = gradient(96 * 2, 3)
     assert n_whole == 1 and n_parts > 2
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_consistency_brings_the_two_orders_together(demo_pairs, tiny_base, tmp_path):
+    pairs = demo_pairs[:60].reset_index(drop=True)
+    heldout, options = pairs[pairs["fold"] == 0], {"max_tokens": 96, "tokens_per_batch": 512, "swap": False}
+
+    def inconsistency(weight):
+        config = dataclasses.replace(ENCODER, both_orders=True, consistency=weight, n_evals=1, n_epochs=4.0)
+        model, tokenizer = load_classifier(config, tiny_base("modernbert"))
+        folders = {"model_dir": tmp_path / f"{weight}", "checkpoint_dir": tmp_path / "checkpoints"}
+        FoldTrainer(model, tokenizer, pairs[pairs["fold"] != 0], heldout, 0, config, **folders).train()
+        given, swapped = (predict_probs(model, tokenizer, p, **options) for p in (heldout, swap_pairs(heldout)))
+        return swap_consistency(given, swapped)
+
+    assert inconsistency(10.0) < 0.5 * inconsistency(0.0)

@@ -363,7 +363,7 @@ def _last_token_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
     if not tokenizer.chat_template:
         return tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
     message = {"role": "user", "content": "hi"}
-    chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, enable_thinking=False)
     return tokenizer(chat, add_special_tokens=False)["input_ids"][-1]
 
 
