@@ -12,6 +12,7 @@ from torch import nn
 
 from src.utils.artifacts import hash_file, hash_json, hash_pairs, read_json, write_json
 from src.utils.config import FinetuneConfig
+from src.utils.examples import add_extra_battles, find_file
 from src.utils.models import load_classifier, longest_row, quiet_transformers
 from src.utils.ranks import on_first, shard, world_size
 from src.utils.schema import FROZEN_COLUMNS, check_pairs
@@ -98,8 +99,9 @@ def _make_key(pairs: pd.DataFrame, config: FinetuneConfig) -> str:
     # Which folds are held out changes none of them; one that several processes trained is taken by one.
     apart = ("folds", "n_processes", "sharding")
     settings = {name: value for name, value in config.to_json().items() if name not in apart}
-    soft = [hash_file(Path(config.soft_labels).expanduser())] if config.soft_labels else []
-    return hash_json([settings, hash_pairs(pairs), TEMPLATE_VERSION, *soft])
+    files = [*config.extra_battles, *([config.soft_labels] if config.soft_labels else [])]
+    hashes = [hash_file(find_file(file)) for file in files]
+    return hash_json([settings, hash_pairs(pairs), TEMPLATE_VERSION, *hashes])
 
 
 @on_first
@@ -213,7 +215,7 @@ def _split(pairs: pd.DataFrame, fold: int, config: FinetuneConfig) -> tuple[pd.D
             f"folds: expected fold {fold} to hold some of the {len(pairs)} battles and not all, "
             f"got {int(is_heldout.sum())}; there are folds {sorted(pairs['fold'].unique().tolist())}"
         )
-    train_pairs = pairs[~is_heldout]
+    train_pairs = add_extra_battles(pairs, is_heldout, config)
     if config.max_pairs and len(train_pairs) > config.max_pairs:
         rng = np.random.default_rng(config.seed)
         train_pairs = train_pairs.iloc[np.sort(rng.choice(len(train_pairs), config.max_pairs, replace=False))]
