@@ -1,11 +1,13 @@
 import dataclasses
+import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from src.utils.config import FinetuneConfig
-from src.utils.examples import make_targets, plan_batches
-from src.utils.schema import probs_table
+from src.utils.examples import NO_VOTE, add_extra_battles, make_targets, plan_batches
+from src.utils.schema import LABELS, TEXTS, probs_table
 
 BY_TURNS = FinetuneConfig(max_tokens=96, predict_tokens=96, tokens_per_batch=512, n_epochs=2.0, both_orders=False)
 
@@ -74,3 +76,84 @@ def test_soft_labels_of_other_battles_or_of_no_file_are_refused(demo_pairs, tmp_
     path = soft_file(tmp_path, demo_pairs.head(2), np.full((2, 3), 1 / 3))
     with pytest.raises(ValueError, match="found none"):
         make_targets(demo_pairs.tail(5), FinetuneConfig(soft_labels=str(path)))
+
+
+# ---- extra battles -----------------------------------------------------------
+
+
+def battle_file(path, pairs, labelled=True):
+    """Battles as the competition writes them."""
+    table = pd.DataFrame({"id": pairs["id"]})
+    for name in TEXTS:
+        table[name] = [json.dumps(list(turns)) for turns in pairs[name]]
+    if labelled:
+        table[list(LABELS)] = np.eye(3, dtype=int)[pairs["label"]]
+    table.to_csv(path, index=False)
+    return str(path)
+
+
+@pytest.fixture
+def arena_and_extra(demo_pairs):
+    """Arena of 200 battles; 40 more with ids and prompts of their own."""
+    arena = demo_pairs[:200].reset_index(drop=True)
+    extra = demo_pairs[200:240].reset_index(drop=True)
+    prompts = [(f"a question of its own, number {row}",) for row in range(len(extra))]
+    return arena, extra.assign(id=range(10_000, 10_040), prompt=pd.Series(prompts, dtype=object))
+
+
+def test_extra_battles_join_the_training_side_alone_and_none_whose_prompt_is_held_out(
+    arena_and_extra, tmp_path, capsys
+):
+    arena, extra = arena_and_extra
+    is_heldout = (arena["fold"] == 0).to_numpy()
+    question = arena["prompt"][is_heldout].iloc[0][0]
+    extra["prompt"] = pd.Series([(f"  {question.upper()} \n", "more"), *extra["prompt"][1:]], dtype=object)
+    config = FinetuneConfig(extra_battles=(battle_file(tmp_path / "extra.csv", extra),))
+    train_pairs = add_extra_battles(arena, is_heldout, config)
+    assert train_pairs["id"].tolist() == [*arena["id"][~is_heldout], *extra["id"][1:]]
+    assert not set(train_pairs["group"]) & set(arena["group"][is_heldout])
+    assert train_pairs["label"].tolist()[-39:] == extra["label"].tolist()[1:]
+    assert (
+        "40 read, 39 added (39 with a vote); 0 stand in the arena, 1 have a held-out prompt" in capsys.readouterr().out
+    )
+    # A model that holds nothing out takes all.
+    assert len(add_extra_battles(arena, np.zeros(200, dtype=bool), config)) == 240
+
+
+def test_battles_without_votes_learn_from_a_submission(arena_and_extra, tmp_path):
+    arena, extra = arena_and_extra
+    soft = np.random.default_rng(0).dirichlet(np.ones(3), len(extra))
+    probs_table(extra["id"], soft).to_csv(tmp_path / "submission.csv", index=False)
+    files = (battle_file(tmp_path / "extra.csv", extra, labelled=False),)
+    config = FinetuneConfig(extra_battles=files, soft_labels=str(tmp_path / "submission.csv"), soft_weight=0.25)
+    train_pairs = add_extra_battles(arena, np.zeros(200, dtype=bool), config)
+    assert (train_pairs["label"][200:] == NO_VOTE).all()
+    targets = make_targets(train_pairs, config)
+    np.testing.assert_array_equal(targets[:200], np.eye(3)[arena["label"]])
+    np.testing.assert_allclose(targets[200:], soft, atol=1e-6)
+
+
+def test_a_battle_that_has_nothing_to_teach_is_named(arena_and_extra, tmp_path):
+    arena, extra = arena_and_extra
+    files = (battle_file(tmp_path / "extra.csv", extra, labelled=False),)
+    with pytest.raises(ValueError, match=r"extra\.csv, row 1, id 10000: expected a vote or a soft label.*40 battles"):
+        add_extra_battles(arena, np.zeros(200, dtype=bool), FinetuneConfig(extra_battles=files))
+    soft = soft_file(tmp_path, extra.drop(index=[7]), np.full((39, 3), 1 / 3))
+    with pytest.raises(ValueError, match=r"extra\.csv, row 8, id 10007"):
+        add_extra_battles(arena, np.zeros(200, dtype=bool), FinetuneConfig(extra_battles=files, soft_labels=str(soft)))
+
+
+def test_an_id_of_another_battle_is_refused_and_a_battle_of_the_arena_is_not_taken_twice(arena_and_extra, tmp_path):
+    arena, extra = arena_and_extra
+    is_heldout = np.zeros(200, dtype=bool)
+    again = battle_file(tmp_path / "again.csv", pd.concat([extra[:3], arena[5:9]]))
+    assert len(add_extra_battles(arena, is_heldout, FinetuneConfig(extra_battles=(again, again)))) == 203
+    extra.loc[4, "id"] = arena["id"][0]
+    clash = battle_file(tmp_path / "clash.csv", extra)
+    with pytest.raises(ValueError, match=rf"clash\.csv, row 5, id {arena['id'][0]}: expected an id of its own"):
+        add_extra_battles(arena, is_heldout, FinetuneConfig(extra_battles=(clash,)))
+
+
+def test_a_missing_file_of_extra_battles_is_named(demo_pairs):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):
+        add_extra_battles(demo_pairs, np.zeros(300, dtype=bool), FinetuneConfig(extra_battles=("nowhere.csv",)))

@@ -34,7 +34,7 @@ FLOORS = {
         *("data", "demo", "text", "mirror", "style", "bias", "metrics", "plots"),
         *("artifacts", "submission", "fetch", "hardware"),
     ),
-    2: ("batches", "packing", "models", "embed", "river", "leaderboard", "ranks", "optimizers"),
+    2: ("batches", "packing", "models", "embed", "river", "leaderboard", "ranks", "optimizers", "losses"),
     3: ("predict", "tiny", "baseline", "examples", "callbacks", "splitting"),
     4: ("trainer", "inference", "publish", "suite", "ablation", "sweep"),
     5: ("train",),

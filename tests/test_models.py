@@ -26,6 +26,9 @@ ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="", max_tokens=1
 DECODER = DecoderConfig(checkpoint="tiny:qwen3", revision="", quantization="none", lora_rank=4, max_tokens=192)
 
 
+VARIANTS = [(q, v) for q in ("none", "8bit", "4bit") for v in ("plain", "rslora", "dora") if (q, v) != ("8bit", "dora")]
+
+
 def logits_of(model, tokenizer, pairs):
     batch = collate(encode_pairs(pairs, tokenizer, 192), tokenizer.pad_token_id)
     with torch.no_grad():
@@ -163,12 +166,11 @@ def test_a_quantised_head_is_refused():
 
         def __init__(self):
             super().__init__()
-            self.config, self.model = type("Config", (), {})(), nn.Linear(4, 4)
+            self.model = nn.Linear(4, 4)
             self.score = bnb.nn.Linear8bitLt(4, 3)
 
-    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
     with pytest.raises(TypeError, match="head score: expected 16- or 32-bit weights, got Linear8bitLt"):
-        models._finish_base(Classifier(), tokenizer)
+        models._check_heads(Classifier())
 
 
 def test_gradients_of_a_4bit_base_are_right_after_an_evaluation(tiny_base, demo_pairs):
@@ -187,9 +189,9 @@ def test_gradients_of_a_4bit_base_are_right_after_an_evaluation(tiny_base, demo_
     assert before.abs().max() > 0
 
 
-@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
-def test_saved_adapters_load_to_the_same_probabilities(tiny_base, demo_pairs, tmp_path, quantization):
-    config = dataclasses.replace(DECODER, quantization=quantization)
+@pytest.mark.parametrize(("quantization", "variant"), VARIANTS)
+def test_saved_adapters_load_to_the_same_probabilities(tiny_base, demo_pairs, tmp_path, quantization, variant):
+    config = dataclasses.replace(DECODER, quantization=quantization, lora_variant=variant)
     model, tokenizer = load_classifier(config, tiny_base("qwen3"))
     train_a_little(model, tokenizer, demo_pairs[:4])
     folder = save_model(model, tokenizer, tmp_path / "fold_0")
@@ -221,9 +223,40 @@ def test_a_model_of_another_template_is_refused(tiny_base, tmp_path, monkeypatch
         load_finetuned(folder, ENCODER)
 
 
-@pytest.mark.parametrize("quantization", ["none", "4bit"])
-def test_merging_gives_a_plain_model_with_the_same_probabilities(tiny_base, demo_pairs, tmp_path, quantization):
-    config = dataclasses.replace(DECODER, quantization=quantization)
+def test_the_variants_of_lora_are_what_they_are_called(tiny_base, demo_pairs):
+    config = dataclasses.replace(DECODER, lora_alpha=8.0)
+    layers = {}
+    for variant in ("plain", "rslora", "dora"):
+        model, tokenizer = load_classifier(dataclasses.replace(config, lora_variant=variant), tiny_base("qwen3"))
+        layers[variant] = model.base_model.model.model.layers[0].self_attn.q_proj
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if "magnitude" in n}
+        train_a_little(model, tokenizer, demo_pairs[:4], 1)
+        assert bool(before) == (variant == "dora")
+        assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    assert layers["plain"].scaling["default"] == layers["dora"].scaling["default"] == 8 / 4
+    assert layers["rslora"].scaling["default"] == 8 / 4**0.5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps the scales")
+def test_dora_on_an_8bit_base_on_a_cpu_is_refused(tiny_base):
+    with pytest.raises(ValueError, match="lora_variant: expected plain or rslora for an 8-bit base on a CPU"):
+        load_classifier(dataclasses.replace(DECODER, quantization="8bit", lora_variant="dora"), tiny_base("qwen3"))
+
+
+def test_dora_starts_as_its_4bit_base(tiny_base, demo_pairs):
+    config = dataclasses.replace(DECODER, quantization="4bit", lora_variant="dora")
+    model, tokenizer = load_classifier(config, tiny_base("qwen3"))
+    started = logits_of(model, tokenizer, demo_pairs[:4])
+    with model.disable_adapter():
+        model.base_model.model.score.enable_adapters(True)  # the head alone
+        torch.testing.assert_close(started, logits_of(model, tokenizer, demo_pairs[:4]), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("quantization", "variant"), VARIANTS)
+def test_merging_gives_a_plain_model_with_the_same_probabilities(
+    tiny_base, demo_pairs, tmp_path, quantization, variant
+):
+    config = dataclasses.replace(DECODER, quantization=quantization, lora_variant=variant)
     model, tokenizer = load_classifier(config, tiny_base("qwen3"))
     train_a_little(model, tokenizer, demo_pairs[:4])
     folder = save_model(model, tokenizer, tmp_path / "fold_0")

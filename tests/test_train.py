@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import pickle
 import shutil
 import signal
@@ -18,7 +19,7 @@ from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.metrics import log_loss
 from src.utils.models import load_finetuned
 from src.utils.predict import predict_probs
-from src.utils.schema import probs_of, probs_table
+from src.utils.schema import TEXTS, probs_of, probs_table
 from src.utils.train import HISTORY_COLUMNS, fit
 
 ENCODER = FinetuneConfig(
@@ -319,3 +320,27 @@ def test_other_soft_labels_are_another_run(demo_pairs, tmp_path):
     before = train._make_key(demo_pairs, config)
     soft_file(tmp_path, demo_pairs, np.tile([0.5, 0.25, 0.25], (300, 1)))
     assert train._make_key(demo_pairs, config) != before
+
+
+def test_other_extra_battles_are_another_run(demo_pairs, tmp_path):
+    config = FinetuneConfig(extra_battles=(str(tmp_path / "extra.csv"),))
+    keys = set()
+    for content in ("one", "two"):
+        (tmp_path / "extra.csv").write_text(content)
+        keys.add(train._make_key(demo_pairs, config))
+    assert len(keys) == 2
+
+
+@pytest.mark.slow
+def test_extra_battles_are_trained_on_and_never_held_out(demo_pairs, tiny_base, tmp_path):
+    pairs, extra = demo_pairs[:60].reset_index(drop=True), demo_pairs[60:100]
+    table = extra[["id"]].assign(**{name: [json.dumps(list(turns)) for turns in extra[name]] for name in TEXTS})
+    table.to_csv(tmp_path / "extra.csv", index=False)
+    soft = soft_file(tmp_path, extra, np.full((40, 3), 1 / 3))
+    config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=1, soft_labels=str(soft))
+    config = dataclasses.replace(config, extra_battles=(str(tmp_path / "extra.csv"),))
+    result = fit(pairs, config, tmp_path / "run", tiny_base("modernbert"))
+    is_heldout = pairs["fold"] == 0
+    n_leaks = extra["group"].isin(pairs["group"][is_heldout]).sum()
+    assert result.n_train_pairs == (~is_heldout).sum() + 40 - n_leaks
+    assert sorted(result.oof["id"]) == sorted(pairs["id"][is_heldout])

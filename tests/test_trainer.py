@@ -264,3 +264,19 @@ def test_a_wide_model_computes_in_bf16_on_a_cpu_that_has_it_and_says_so(
     assert seen == {torch.bfloat16}  # in training and in validation
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert "fold 0: cpu, bfloat16 (this CPU has bf16 instructions)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_consistency_brings_the_two_orders_together(demo_pairs, tiny_base, tmp_path):
+    pairs = demo_pairs[:60].reset_index(drop=True)
+    heldout, options = pairs[pairs["fold"] == 0], {"max_tokens": 96, "tokens_per_batch": 512, "swap": False}
+
+    def inconsistency(weight):
+        config = dataclasses.replace(ENCODER, both_orders=True, consistency=weight, n_evals=1, n_epochs=4.0)
+        model, tokenizer = load_classifier(config, tiny_base("modernbert"))
+        folders = {"model_dir": tmp_path / f"{weight}", "checkpoint_dir": tmp_path / "checkpoints"}
+        FoldTrainer(model, tokenizer, pairs[pairs["fold"] != 0], heldout, 0, config, **folders).train()
+        given, swapped = (predict_probs(model, tokenizer, p, **options) for p in (heldout, swap_pairs(heldout)))
+        return swap_consistency(given, swapped)
+
+    assert inconsistency(10.0) < 0.5 * inconsistency(0.0)

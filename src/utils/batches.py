@@ -46,31 +46,54 @@ class Template:
 def make_template(tokenizer) -> Template:
     """Make the template that suits a tokenizer: a decoder's where it has a chat template, else an encoder's.
 
+    The marks of an encoder's are [CLS] and [SEP], or what its tokenizer has in their place.
+
     Raises:
-        ValueError: it has neither a chat template nor the tokens [CLS] and [SEP].
+        ValueError: it has neither a chat template nor marks, or a battle would end with its padding.
     """
+    first, between = _find_marks(tokenizer)
     if tokenizer.chat_template:
         pieces = _decoder_pieces(tokenizer)
-    elif tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
-        marks = (tokenizer.cls_token_id, *[tokenizer.sep_token_id] * len(TEXTS))
+    elif between is not None:
+        marks = (between if first is None else first, *[between] * len(TEXTS))
         names = _tokenize(ENCODER_NAMES, tokenizer)
         pieces = tuple((mark, *name) for mark, name in zip(marks, names, strict=True))
     else:
-        raise ValueError(f"{tokenizer.name_or_path}: expected a chat template, or the tokens [CLS] and [SEP]")
+        raise ValueError(f"{tokenizer.name_or_path}: expected a chat template, or the tokens [CLS] and [SEP], or EOS")
+    if pieces[-1][-1:] == (tokenizer.pad_token_id,):
+        raise ValueError(
+            f"{tokenizer.name_or_path}: expected padding that no battle ends with, got {tokenizer.pad_token}; "
+            "take the tokenizer from load_classifier or load_tokenizer, which choose another"
+        )
     turn, cut = (tuple(_tokenize([text], tokenizer)[0]) for text in (TURN_TEXT, CUT_TEXT))
     return Template(pieces, turn, cut)
 
 
+def _find_marks(tokenizer) -> tuple[int | None, int | None]:
+    first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    return first, tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+
+
 def _decoder_pieces(tokenizer) -> tuple[tuple[int, ...], ...]:
     message = {"role": "user", "content": INSTRUCTION.format(**_SLOTS)}
-    # Hybrid models close their thinking at once; templates without this switch ignore it.
-    chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    chat = tokenizer.apply_chat_template(
+        [message],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,  # hybrid models close their thinking at once; templates without this switch ignore it
+        date_string="01 Jan 2024",  # Llama's would write today's, and read another text each day
+    )
     for slot in _SLOTS.values():
         chat = chat.replace(slot, "\ue000")
     pieces = chat.split("\ue000")
     if len(pieces) != len(TEXTS) + 1:
         raise ValueError(f"{tokenizer.name_or_path}: its chat template repeats or drops the user's message")
-    return tuple(tuple(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
+    ids = [tuple(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces]
+    # Some tokenizers add the token of the beginning by themselves, and their chat templates count on it.
+    start = tuple(tokenizer("")["input_ids"][:1])
+    if start == (tokenizer.bos_token_id,) and ids[0][:1] != start:
+        ids[0] = start + ids[0]
+    return tuple(ids)
 
 
 def _tokenize(texts: Sequence[str], tokenizer) -> list[list[int]]:

@@ -159,7 +159,6 @@ class FinetuneConfig(Config):
     checkpoint: str = "answerdotai/ModernBERT-base"  # hub id, a folder, or tiny:modernbert / tiny:qwen3
     revision: str = "8949b909ec900327062f0ebf497f51aef5e6f0c8"  # commit on the hub; empty resolves main
     quantization: str = "none"  # none, 8bit or 4bit (NF4, double quantisation)
-    head: str = "joint"  # joint reads both answers at once; towers reads each with the prompt alone, then compares
     lora_rank: int = 0  # 0 trains every weight
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
@@ -195,7 +194,6 @@ class FinetuneConfig(Config):
         """Check ranges."""
         _expect(bool(self.checkpoint), "checkpoint", "a hub id or a folder", self.checkpoint)
         _expect(self.quantization in ("none", "8bit", "4bit"), "quantization", "none, 8bit or 4bit", self.quantization)
-        _expect(self.head in ("joint", "towers"), "head", "joint or towers", self.head)
         self._check_lora()
         self._check_batches()
         self._check_processes()

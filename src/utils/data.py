@@ -177,7 +177,7 @@ def add_groups_and_folds(pairs: pd.DataFrame, n_folds: int = 5, seed: int = 2024
     """
     if n_folds < 2:
         raise ValueError(f"n_folds: expected 2 or more, got {n_folds}")
-    groups = np.array([_hash_prompt(turns) for turns in pairs["prompt"]], dtype=np.int64)
+    groups = np.array([hash_prompt(turns) for turns in pairs["prompt"]], dtype=np.int64)
     order = np.lexsort((pairs["id"].astype(str).to_numpy(dtype="U"), groups))
     folds = np.empty(len(pairs), dtype=np.int8)
     folds[order] = _split(pairs["label"].to_numpy()[order], groups[order], n_folds, seed)
@@ -189,7 +189,8 @@ def normalise(text: str | None) -> str:
     return re.sub(r"\s+", " ", text or "").strip().casefold()
 
 
-def _hash_prompt(turns: Turns) -> int:
+def hash_prompt(turns: Turns) -> int:
+    """The group of a prompt: equal where prompts begin alike, case and spacing aside."""
     # The first turn decides: a conversation and its first question alone are one prompt.
     key = next((text for text in map(normalise, turns) if text), "")
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()

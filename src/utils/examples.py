@@ -13,8 +13,12 @@ from torch.utils.data import Dataset
 
 from src.utils.batches import encode_both_orders, make_batches, make_packs
 from src.utils.config import FinetuneConfig
+from src.utils.data import hash_prompt, load_pairs, read_table
 from src.utils.mirror import swap_probs
-from src.utils.schema import LABELS, check_probs, probs_of
+from src.utils.ranks import rank
+from src.utils.schema import LABELS, MODELS, TEXTS, UNKNOWN_MODEL, check_probs
+
+NO_VOTE = -1  # label of a battle that soft labels alone teach
 
 
 class Examples(Dataset):
@@ -39,11 +43,13 @@ class Examples(Dataset):
 def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
     """What the model is to say of each battle: the vote, mixed with soft labels where there are some.
 
+    A battle without a vote has its soft label alone.
+
     The teachers of soft labels were fitted to votes that are held out here, so what a
     student of theirs scores is faintly optimistic.
 
     Args:
-        pairs: N battles with `id` and `label`.
+        pairs: N battles with `id` and `label`, which may be `NO_VOTE`.
         config: `soft_labels` and `soft_weight` are read.
 
     Returns:
@@ -51,31 +57,122 @@ def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
 
     Raises:
         FileNotFoundError: no such file of soft labels.
-        ValueError: it holds something else, or none of these battles.
+        ValueError: it holds something else, or none of these battles, or a battle has
+            neither a vote nor a soft label.
 
     Source: distillation, Hinton et al. 2015, arXiv:1503.02531.
     """
-    votes = np.eye(len(LABELS), dtype=np.float32)[pairs["label"].to_numpy(dtype=np.int64)]
-    if not config.soft_labels:
-        return votes
-    soft = _read_soft_labels(Path(config.soft_labels).expanduser(), pairs["id"])
+    labels = pairs["label"].to_numpy(dtype=np.int64)
+    has_vote = (labels != NO_VOTE)[:, None]
+    votes = np.eye(len(LABELS))[labels] * has_vote
+    soft = np.full_like(votes, np.nan)
+    if config.soft_labels:
+        soft = _read_soft_labels(find_file(config.soft_labels), pairs["id"])
     known = np.isfinite(soft).all(axis=1, keepdims=True)
-    weight = np.where(known, config.soft_weight, 0.0)
+    untaught = ~(has_vote | known)[:, 0]
+    if untaught.any():
+        battle = pairs[untaught].iloc[0]
+        raise ValueError(
+            f"{battle['source'] if 'source' in pairs else 'pairs'}, id {battle['id']}: expected a vote or a soft "
+            f"label, got neither, as {int(untaught.sum())} battles; name predictions of these battles in soft_labels"
+        )
+    weight = np.where(known, np.where(has_vote, config.soft_weight, 1.0), 0.0)
     return ((1 - weight) * votes + weight * np.where(known, soft, 0.0)).astype(np.float32)
+
+
+def find_file(name: str) -> Path:
+    """The path of a file that a setting names; `~` is the home folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: not found; 05 writes soft labels with WRITE_SOFT_LABELS=True, 06 a submission.csv"
+        )
+    return path
 
 
 def _read_soft_labels(path: Path, ids: pd.Series) -> np.ndarray:
     """(N, C) float64 in the order of the ids; NaN where a battle has none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"soft_labels: {path} not found; 05 writes it with WRITE_SOFT_LABELS=True")
-    table = pd.read_parquet(path)
+    table = read_table(path)
     missing = [name for name in ("id", *LABELS) if name not in table.columns]
     if missing or table["id"].duplicated().any():
         raise ValueError(f"soft_labels: {path}: expected one row an id and columns {LABELS}, lacks {missing}")
-    check_probs(probs_of(table))
-    if not ids.isin(table["id"]).any():
+    try:
+        probs = check_probs(table[list(LABELS)].to_numpy(dtype=np.float64))
+    except ValueError as error:
+        raise ValueError(f"soft_labels: {path}: {error}") from error
+    rows = pd.Index(table["id"].astype(str)).get_indexer(ids.astype(str))
+    if (rows < 0).all():
         raise ValueError(f"soft_labels: {path}: expected some of the {len(ids)} training battles, found none")
-    return table.set_index("id")[list(LABELS)].reindex(ids).to_numpy(dtype=np.float64)
+    return np.where(rows[:, None] < 0, np.nan, probs[rows])
+
+
+# ---- battles from elsewhere ------------------------------------------------------
+
+
+def add_extra_battles(pairs: pd.DataFrame, is_heldout: np.ndarray, config: FinetuneConfig) -> pd.DataFrame:
+    """Take the battles to train on: those of the arena that are not held out, and those of `extra_battles`.
+
+    An extra battle is never held out. It is left out where its prompt occurs in the
+    held-out battles (as `data.hash_prompt` compares prompts), or where it is a battle of
+    the arena over again (same id, same texts).
+
+    Args:
+        pairs: all battles of the arena, with `group`.
+        is_heldout: (N,) bool, which of them this model must not see.
+        config: `extra_battles` names files in the competition's layout, with votes or without;
+            `soft_labels` must know those without.
+
+    Returns:
+        Battles; those without a vote have the label `NO_VOTE`. How many came from where is printed.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: an id stands for another battle already, or a battle has neither a vote
+            nor a soft label; file, row and id are named.
+    """
+    train_pairs = pairs[~is_heldout]
+    if not config.extra_battles:
+        return train_pairs
+    extra = pd.concat([_read_extra(find_file(name)) for name in config.extra_battles], ignore_index=True)
+    is_known = _find_repeated(extra, pairs)
+    leaks = (extra["group"].isin(pairs.loc[is_heldout, "group"]) & ~is_known).to_numpy()
+    added = extra[~is_known & ~leaks]
+    if len(added):
+        make_targets(added, config)  # which refuses a battle that has nothing to teach, before a model is loaded
+    if rank() == 0:
+        print(
+            f"extra battles: {len(extra):,} read, {len(added):,} added ({(added['label'] != NO_VOTE).sum():,} with a "
+            f"vote); {is_known.sum():,} stand in the arena, {leaks.sum():,} have a held-out prompt"
+        )
+    return pd.concat([train_pairs.astype({"id": object}), added.astype({"id": object})], ignore_index=True)
+
+
+def _read_extra(path: Path) -> pd.DataFrame:
+    is_labelled = set(LABELS) <= set(read_table(path).columns)
+    extra, _ = load_pairs(path, labelled=is_labelled)
+    if not is_labelled:
+        extra = extra.assign(**dict.fromkeys(MODELS, UNKNOWN_MODEL), label=NO_VOTE)
+    groups = [hash_prompt(turns) for turns in extra["prompt"]]
+    sources = [f"extra_battles: {path}, row {row}" for row in range(1, len(extra) + 1)]
+    return extra.assign(group=groups, fold=NO_VOTE, source=sources)
+
+
+def _find_repeated(extra: pd.DataFrame, pairs: pd.DataFrame) -> np.ndarray:
+    """(M,) bool, which extra battles stand in the arena, or above, under the same id."""
+    texts_of = dict(zip(pairs["id"].astype(str), zip(*(pairs[name] for name in TEXTS), strict=True), strict=True))
+    is_known = np.zeros(len(extra), dtype=bool)
+    for place, (key, *texts) in enumerate(zip(extra["id"].astype(str), *(extra[name] for name in TEXTS), strict=True)):
+        is_known[place] = key in texts_of
+        if texts_of.setdefault(key, tuple(texts)) != tuple(texts):
+            raise ValueError(
+                f"{extra['source'].iloc[place]}, id {key}: expected an id of its own, "
+                "got that of another battle; give the extra battles other ids, in soft_labels too"
+            )
+    return is_known
 
 
 def plan_batches(lengths: np.ndarray, config: FinetuneConfig, is_packed: bool = False) -> list[list[int]]:

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers  # noqa: E4
 from tokenizers.models import BPE  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import (  # noqa: E402
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -206,26 +208,58 @@ def _load_base(
     config: FinetuneConfig, base: Path | None, place: torch.device | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     device = choose_device()
+    _check_variant(config, device)
     source, revision = _locate(config, base)
     options = {}
     if config.quantization != "none":
-        options["quantization_config"] = _quantization(config.quantization, choose_dtype(device))
         options["device_map"] = {"": device}
     with _naming_missing_checkpoint(source), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        plan = _make_plan(source, revision)
+        if config.quantization != "none":
+            options["quantization_config"] = _quantization(
+                config.quantization, choose_dtype(device), spared=head_names(plan)
+            )
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             source,
             revision=revision,
             num_labels=len(LABELS),
             # Left out, this would be the checkpoint's own dtype, and bf16 weights do not move in training.
             dtype=choose_dtype(device) if config.lora_rank else torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa" if plan._supports_sdpa else "eager",
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # a reward model's head of one score gives way to a new one
+            output_loading_info=True,
             **options,
         )
+    _check_loaded(source, head_names(plan), loading)
     _finish_base(model, tokenizer)
     return (model if "device_map" in options else model.to(place or device)), tokenizer
+
+
+def _check_variant(config: FinetuneConfig, device: torch.device) -> None:
+    # Measuring DoRA's magnitudes, peft copies 8-bit weights, and on a CPU the copies lose their scales.
+    if (config.lora_variant, config.quantization, device.type) == ("dora", "8bit", "cpu"):
+        raise ValueError("lora_variant: expected plain or rslora for an 8-bit base on a CPU, got dora; 4bit takes it")
+
+
+def _make_plan(source: str, revision: str) -> nn.Module:
+    """The classifier without its weights, to ask what it is made of."""
+    config = AutoConfig.from_pretrained(source, revision=revision, num_labels=len(LABELS), trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+
+
+def _check_loaded(source: str, heads: list[str], loading: dict[str, Iterable]) -> None:
+    """Assert that only heads start anew: whatever else is missing would be left at random without a word."""
+    names = {*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}
+    lost = sorted(name for name in names if not name.startswith(tuple(f"{head}." for head in heads)))
+    if lost:
+        raise ValueError(
+            f"checkpoint {source}: expected every weight but those of the head ({', '.join(heads)}), "
+            f"{len(lost)} are missing or have another shape: {', '.join(lost[:3])}"
+        )
 
 
 def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
@@ -264,23 +298,24 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _quantization(kind: str, dtype: torch.dtype, spared: list[str]) -> BitsAndBytesConfig:
     # "inputs will be cast" on every call of every layer.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=spared)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=spared,  # goes for 4 bit, too
     )
 
 
 def _finish_base(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
-    if tokenizer.pad_token_id is None:
-        raise ValueError(f"{tokenizer.name_or_path}: expected a tokenizer with a padding token, got none")
+    tokenizer.pad_token = choose_pad_token(tokenizer)
     tokenizer.padding_side = "right"
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
     for module in model.modules():
@@ -288,6 +323,10 @@ def _finish_base(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
         # AVX512-BF16, after which gradients are silently wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    _check_heads(model)
+
+
+def _check_heads(model: nn.Module) -> None:
     for name in head_names(model):
         for child in model.get_submodule(name).modules():
             if isinstance(child, nn.Linear) and type(child) is not nn.Linear:
@@ -300,19 +339,71 @@ def hidden_size(model: nn.Module) -> int | None:
     return getattr(config.get_text_config(), "hidden_size", None) if hasattr(config, "get_text_config") else None
 
 
+def choose_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Choose what fills short rows: the tokenizer's own padding, else a token that it has and no battle ends with.
+
+    A decoder's head reads the last token that is not padding, so a battle must not end with it.
+
+    Raises:
+        ValueError: it has no token to spare.
+    """
+    last = _last_token_id(tokenizer)
+    marks = {tokenizer.cls_token, tokenizer.sep_token, tokenizer.bos_token, tokenizer.eos_token}
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spare = [token for token in special if token not in marks]
+    candidates = [
+        tokenizer.pad_token,
+        *(token for word in ("pad", "reserved", "unused") for token in spare if word in token.lower()),
+        tokenizer.unk_token,
+        *spare,
+        tokenizer.eos_token,
+    ]
+    for token in candidates:
+        if token is not None and tokenizer.convert_tokens_to_ids(token) != last:
+            return token
+    raise ValueError(f"{tokenizer.name_or_path}: expected a token that can stand for padding, got none")
+
+
+def _last_token_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    if not tokenizer.chat_template:
+        return tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    message = {"role": "user", "content": "hi"}
+    chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer(chat, add_special_tokens=False)["input_ids"][-1]
+
+
 def head_names(model: nn.Module) -> list[str]:
-    """The parts of a classifier that are not its base: "score", or "head" and "classifier"."""
-    return [
+    """The parts of a classifier that start anew: "score", or "head" and "classifier", or "bert.pooler" and so on.
+
+    The pooler of a base counts as head: most checkpoints come without one, and one that
+    was neither trained nor saved would be another after each load.
+    """
+    names = [
         name
         for name, child in model.named_children()
         if name != model.base_model_prefix and any(True for _ in child.parameters())
     ]
+    base = model.get_submodule(model.base_model_prefix)
+    return names + [f"{model.base_model_prefix}.pooler"] * (getattr(base, "pooler", None) is not None)
 
 
 def lora_names(model: nn.Module) -> list[str]:
     """The last names of all linear layers of the base: attention and MLP, whatever the architecture calls them."""
     base = model.get_submodule(model.base_model_prefix)
     return sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+
+
+def longest_row(model: nn.Module) -> int | None:
+    """Most tokens that a classifier can read in one row; None where positions are relative and know no end."""
+    base = model.get_submodule(model.base_model_prefix)
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from behind the one of padding.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    config = model.config.get_text_config()
+    if getattr(config, "relative_attention", False):
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _add_lora(model: nn.Module, config: FinetuneConfig) -> PeftModel:
@@ -323,8 +414,10 @@ def _add_lora(model: nn.Module, config: FinetuneConfig) -> PeftModel:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=lora_names(model),
-        exclude_modules=rf"({'|'.join(heads)})\..*",
+        exclude_modules=rf"({'|'.join(map(re.escape, heads))})\..*",
         modules_to_save=heads,
+        use_rslora=config.lora_variant == "rslora",
+        use_dora=config.lora_variant == "dora",
     )
     model = get_peft_model(model, lora)
     for parameter in model.parameters():

@@ -14,7 +14,8 @@ from torch import nn
 
 from src.utils.artifacts import find_damage, hash_file, hash_json, hash_pairs, read_json, write_json
 from src.utils.config import FinetuneConfig
-from src.utils.models import load_classifier, quiet_transformers
+from src.utils.examples import add_extra_battles, find_file
+from src.utils.models import load_classifier, longest_row, quiet_transformers
 from src.utils.ranks import on_first, shard, world_size
 from src.utils.schema import FROZEN_COLUMNS, check_pairs, probs_of, probs_table
 from src.utils.text import TEMPLATE_VERSION
@@ -132,8 +133,9 @@ def _make_key(pairs: pd.DataFrame, config: FinetuneConfig) -> str:
     # What other models there are changes none of them; one that several processes trained is taken by one.
     apart = ("folds", "n_seeds", "refit", "n_processes", "sharding")
     settings = {name: value for name, value in config.to_json().items() if name not in apart}
-    soft = [hash_file(Path(config.soft_labels).expanduser())] if config.soft_labels else []
-    return hash_json([settings, hash_pairs(pairs), TEMPLATE_VERSION, *soft])
+    files = [*config.extra_battles, *([config.soft_labels] if config.soft_labels else [])]
+    hashes = [hash_file(find_file(file)) for file in files]
+    return hash_json([settings, hash_pairs(pairs), TEMPLATE_VERSION, *hashes])
 
 
 @on_first
@@ -246,7 +248,7 @@ def _split(pairs: pd.DataFrame, fold: int | None, config: FinetuneConfig) -> tup
             f"folds: expected fold {fold} to hold some of the {len(pairs)} battles and not all, "
             f"got {int(is_heldout.sum())}; there are folds {sorted(pairs['fold'].unique().tolist())}"
         )
-    train_pairs = pairs[~is_heldout]
+    train_pairs = add_extra_battles(pairs, is_heldout, config)
     if config.max_pairs and len(train_pairs) > config.max_pairs:
         rng = np.random.default_rng(config.seed)
         train_pairs = train_pairs.iloc[np.sort(rng.choice(len(train_pairs), config.max_pairs, replace=False))]
@@ -254,9 +256,10 @@ def _split(pairs: pd.DataFrame, fold: int | None, config: FinetuneConfig) -> tup
 
 
 def _check_length(model: nn.Module, config: FinetuneConfig) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = longest_row(model.get_base_model() if config.lora_rank else model)
     for name in ("max_tokens", "predict_tokens"):
         if limit and getattr(config, name) > limit:
             raise ValueError(
-                f"{name}: expected at most {limit}, what {config.checkpoint} reads, got {getattr(config, name)}"
+                f"{name}: expected at most {limit}, what {config.checkpoint} reads, got {getattr(config, name)}; "
+                f"set {name.upper()} to {limit} or less"
             )

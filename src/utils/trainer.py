@@ -22,6 +22,7 @@ from src.utils.callbacks import LiveCurve, Progress, TensorBoard, ValidateAt, ha
 from src.utils.config import FinetuneConfig
 from src.utils.examples import Examples, plan_batches
 from src.utils.hardware import choose_device, choose_precision
+from src.utils.losses import order_divergence
 from src.utils.metrics import class_prior, log_loss
 from src.utils.models import atomic_folder, hidden_size, write_model
 from src.utils.optimizers import group_by_depth
@@ -185,7 +186,7 @@ class FoldTrainer(SplittingTrainer):
         return batch | {"labels": torch.from_numpy(np.stack(targets))}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Sum of the rows' cross entropies over the mean number of rows a batch.
+        """Sum of the rows' cross entropies (and divergences between orders) over the mean number of rows a batch.
 
         A mean over the rows of each batch would count a battle of a small batch (a long
         one) for more than a battle of a large batch.
@@ -195,6 +196,8 @@ class FoldTrainer(SplittingTrainer):
         outputs = model(**inputs)
         loss = nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum")
         self.loss_sum += loss.detach()
+        if self.config.consistency:  # a battle's divergence counts for each of its two rows
+            loss = loss + 2 * self.config.consistency * order_divergence(outputs.logits).sum()
         loss = loss * (len(self.plan) / self.n_rows[-1]) * self._share_of_step(targets)
         return (loss, outputs) if return_outputs else loss
 
