@@ -12,10 +12,12 @@ and `assets/training_throughput.png` and `assets/training_memory.png`.
 """
 
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -37,12 +39,13 @@ from transformers import (
 )
 
 from src.utils.artifacts import Stopwatch, measure_peak_mib, measure_versions, read_json, write_json
-from src.utils.batches import collate, encode_pairs, make_batches
+from src.utils.batches import collate, encode_pairs, make_batches, make_packs
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.data import load_pairs
 from src.utils.demo import make_battles
 from src.utils.hardware import choose_device, choose_dtype
 from src.utils.models import load_classifier, quiet_transformers
+from src.utils.packing import can_pack, collate_packed, enable_packing
 from src.utils.plots import ACCENT, MUTED, use_style
 from src.utils.schema import LABELS
 from src.utils.tiny import prepare_base
@@ -53,7 +56,7 @@ SHARED = ROOT.parent / "shared" / "data"
 REAL = [SHARED / f"arena_{name}.csv" for name in ("sample", "extra")]
 MAX_TOKENS = 2048  # of one row, as in notebook 03
 ROWS_PER_STEP = 8  # of the optimiser, at least: alike for all ways
-N_WARMUP = 2  # batches before the clock starts
+N_WARMUP = 1  # batches before the clock starts
 TARGETS = {"Trainer's default": 5.0, "4 at a time": 1.4, "1 at a time": 1.4}  # rows/s of ours over theirs, CPU
 SEED = 20240501
 
@@ -145,10 +148,10 @@ def write_checkpoint(setup: Setup, tokenizer, folder: Path) -> Path:
 # ── pure parts ────────────────────────────────────────────────────────────────────────
 
 
-def plan(lengths: np.ndarray, n_rows: int, tokens_per_batch: int) -> list[np.ndarray]:
+def plan(lengths: np.ndarray, n_rows: int, tokens_per_batch: int, is_packed: bool = False) -> list[np.ndarray]:
     """Rows of each batch: under a budget of tokens when `n_rows` is 0, else so many in random order."""
     if not n_rows:
-        return make_batches(lengths, tokens_per_batch, SEED)
+        return (make_packs if is_packed else make_batches)(lengths, tokens_per_batch, SEED)
     order = np.random.default_rng(SEED).permutation(len(lengths))
     return np.split(order, np.arange(n_rows, len(order), n_rows))
 
@@ -225,12 +228,13 @@ class Lesson:
     """A model, what it reads, and its optimiser."""
 
     def __init__(self, folder: Path, config: FinetuneConfig, is_ours: bool) -> None:
+        if not is_ours:
+            config = dataclasses.replace(config, gradient_checkpointing=False)
         with quiet_transformers():
             self.model, tokenizer = load_classifier(config, folder)
-        if is_ours and config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+        self.is_packed = is_ours and can_pack(self.model)
+        if self.is_packed:
+            enable_packing(self.model)
         self.pad_id = tokenizer.pad_token_id
         self.device = choose_device()
         self.dtype = choose_dtype(self.device, self.model.config.hidden_size)
@@ -257,7 +261,7 @@ class Lesson:
         return total.item() * ROWS_PER_STEP / sum(map(len, batches))  # waits for the device
 
     def _collate(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        return collate(rows, self.pad_id)
+        return collate_packed(rows) if self.is_packed else collate(rows, self.pad_id)
 
     def _step(self) -> None:
         self.scaler.step(self.optimizer)
@@ -268,24 +272,25 @@ class Lesson:
 def measure(way: str, folder: Path, config: FinetuneConfig, rows: list[list[int]]) -> dict[str, float | None]:
     """Train in one way; the model has trained on some batches before, which are not timed."""
     lengths = np.array([len(row) for row in rows])
-    batches = plan(lengths, WAYS[way], config.tokens_per_batch)
     lesson = Lesson(folder, config, way == "ours")
+    batches = plan(lengths, WAYS[way], config.tokens_per_batch, lesson.is_packed)
     if lesson.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seen = [[rows[row] for row in batch] for batch in batches]
     try:
         lesson.train(seen[:N_WARMUP])
-        watch = Stopwatch()
+        watch, before_s = Stopwatch(), time.process_time()
         lesson.train(seen)
-        seconds, peak_mib = watch.seconds, measure_peak_mib()
+        seconds, cpu_seconds, peak_mib = watch.seconds, time.process_time() - before_s, measure_peak_mib()
     except torch.OutOfMemoryError:
-        seconds = peak_mib = None
+        seconds = cpu_seconds = peak_mib = None
     lesson.optimizer.zero_grad()
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,  # of all threads: other processes stretch it less
         "rows_per_second": seconds and len(rows) / seconds,
         "tokens_per_second": seconds and float(lengths.sum()) / seconds,
-        "padding_share": padding_share(lengths, batches),
+        "padding_share": 0.0 if lesson.is_packed else padding_share(lengths, batches),
         "peak_mib": peak_mib,
         "longest_row_tok": find_longest(lesson, WAYS[way] or 1) if lesson.device.type == "cuda" else None,
     }
