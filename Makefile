@@ -67,7 +67,7 @@ kernel-push: $(READY)  ## push build/kaggle/kernel and wait for its run; never s
 	@$(BIN)/python kaggle_kernel/push.py
 
 bench: $(READY)  ## every benchmark
-	@for script in benchmarks/*.py; do test ! -e "$$script" || $(BIN)/python "$$script" || exit 1; done
+	@for script in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename "$$script" .py) || exit 1; done
 
 notebook: $(READY)  ## Jupyter Lab in the notebooks folder
 	@$(BIN)/jupyter lab --notebook-dir notebooks

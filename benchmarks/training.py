@@ -419,7 +419,9 @@ def main() -> None:
         report(title, runs[title])
     if not options.rows:
         kept = read_json(RESULT)["runs"] if RESULT.exists() else {}
-        write_json(RESULT, {"command": "python -m benchmarks.training", "seed": SEED, "runs": kept | runs})
+        write_json(
+            RESULT, {"command": "python -m benchmarks.training", "seed": SEED, "targets": TARGETS, "runs": kept | runs}
+        )
         draw(kept | runs, ROOT / "assets")
 
 
