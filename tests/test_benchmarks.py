@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, ModernBertConfig, Qwen3Config
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, ModernBertConfig, Qwen3Config
 
 from benchmarks import inference, training
+from src.utils.config import DecoderConfig
 from src.utils.paths import ROOT
 
 ENCODER = ModernBertConfig(
@@ -69,6 +70,17 @@ def test_the_figures_can_show_a_way_that_memory_did_not_hold(tmp_path):
     ways = {"ours": row, "theirs": {"rows_per_second": None, "peak_mib": None}}
     training.draw({"a model on a GPU": {"dtype": "bfloat16", "ways": ways}}, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"training_throughput.png", "training_memory.png"}
+
+
+def test_a_quantised_decoder_is_trained_packed_and_padded(tiny_base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base("qwen3"))
+    shape = Qwen3Config(**DECODER.to_dict() | {"vocab_size": len(tokenizer)})
+    config = DecoderConfig(max_tokens=64, predict_tokens=64, tokens_per_batch=128)
+    folder = training.write_checkpoint(training.Setup(shape, config, n_rows=5), tokenizer, tmp_path / "base")
+    rows = [[5, 6, 7] * n for n in (1, 9, 2, 4, 3)]
+    ours, theirs = (training.measure(way, folder, config, rows) for way in ("ours", "4 at a time"))
+    assert ours["padding_share"] == 0 < theirs["padding_share"]
+    assert ours["rows_per_second"] > 0 and theirs["rows_per_second"] > 0
 
 
 def test_inference_is_compared_with_ours():
