@@ -218,6 +218,13 @@ def test_networks_run_in_the_order_of_worth_per_second(tmp_path: Path) -> None:
     ]
 
 
+def test_the_refit_is_one_more_model_and_comes_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "03", {"checkpoint": "tiny:modernbert"}, n_folds=2, n_bytes=1000)
+    shutil.copytree(run / "model" / "fold_0", run / "model" / "refit")
+    order = order_networks({"03": run}, Blend(("03",), (1.0,)))
+    assert [folder.name for _, folder in order] == ["refit", "fold_0", "fold_1"]
+
+
 def test_the_network_worth_least_per_second_is_given_up_first(
     runs: dict, tmp_path: Path, submission: Submission, demo_pairs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:

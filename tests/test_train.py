@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from src.utils import train
-from src.utils.artifacts import find_damage
+from src.utils import examples, train, trainer
+from src.utils.artifacts import find_damage, read_json
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.metrics import log_loss
-from src.utils.models import load_finetuned
+from src.utils.models import load_finetuned, load_tokenizer
 from src.utils.predict import predict_probs
 from src.utils.schema import TEXTS, probs_of, probs_table
 from src.utils.train import HISTORY_COLUMNS, fit
@@ -193,8 +193,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
 KILLED_FOR_REAL = """
 import os, pickle, signal, sys
 from pathlib import Path
-from src.utils import train
-from src.utils.artifacts import find_damage
+from src.utils import examples, train, trainer
+from src.utils.artifacts import find_damage, read_json
 
 place, run_dir, base = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 pairs, config = pickle.loads(Path(sys.argv[4]).read_bytes())
@@ -284,6 +284,105 @@ def test_max_pairs_limits_the_training_battles_alone(demo_pairs, tiny_base, tmp_
     result = fit(pairs, config, tmp_path, tiny_base("modernbert"))
     assert result.n_train_pairs == 16
     assert len(result.oof) == (pairs["fold"] == 0).sum()
+
+
+# ---- several models ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(_demo_pairs, tiny_base, tmp_path_factory):
+    """A run of two folds with two seeds and the refit, and the learning rates of the refit."""
+    run_dir = tmp_path_factory.mktemp("many")
+    pairs = _demo_pairs[:60].reset_index(drop=True)
+    config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=3, folds=(0, 1), n_seeds=2, refit=True)
+    rates = {}
+    real = train.FoldTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        if self.fold is None:
+            rates[self.state.global_step] = self.optimizer.param_groups[0]["lr"]
+        return real(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.FoldTrainer, "training_step", step)
+        result = fit(pairs, config, run_dir, tiny_base("modernbert"))
+    return pairs, config, run_dir, result, list(rates.values())
+
+
+NAMES = ["fold_0", "fold_0_seed_1", "fold_1", "fold_1_seed_1"]
+
+
+@pytest.mark.slow
+def test_seeds_are_models_of_their_own_whose_probabilities_are_averaged(many):
+    pairs, config, run_dir, result, _ = many
+    assert sorted(path.name for path in (run_dir / "model").iterdir()) == [*NAMES, "refit"]
+    each = [probs_of(pd.read_parquet(run_dir / "model" / name / "oof.parquet")) for name in NAMES]
+    assert np.abs(each[0] - each[1]).max() > 1e-3
+    np.testing.assert_allclose(
+        probs_of(result.oof), np.concatenate([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2]), atol=1e-7
+    )
+    assert sorted(result.oof["id"]) == sorted(pairs.loc[pairs["fold"].isin([0, 1]), "id"])
+    rows = result.history.groupby(["fold", "seed"]).size()
+    assert rows.to_dict() == {(fold, config.seed + place): 3 for fold in (0, 1) for place in (0, 1)}
+
+
+@pytest.mark.slow
+def test_a_model_more_leaves_the_others_as_they_are(many, monkeypatch, tiny_base):
+    pairs, config, run_dir, result, _ = many
+    monkeypatch.setattr(train, "load_classifier", None)
+    again = fit(pairs, config, run_dir, tiny_base("modernbert"))
+    pd.testing.assert_frame_equal(again.oof, result.oof)
+    members, (refit,) = train._plan_members(pairs, dataclasses.replace(config, n_seeds=3, folds=(1,)))
+    before, (refit_before,) = train._plan_members(pairs, config)
+    keys = {member.name: member.key for member in before}
+    assert [keys.get(member.name) == member.key for member in members] == [True, True, False]
+    assert refit.key != refit_before.key  # it would stop elsewhere
+    assert not train._plan_members(pairs, ENCODER)[1]
+
+
+@pytest.mark.slow
+def test_the_refit_learns_from_every_battle_and_stops_where_the_folds_were_best_on_average(many):
+    pairs, config, run_dir, result, rates = many
+    done = {name: read_json(run_dir / "checkpoints" / name / "done.json") for name in [*NAMES, "refit"]}
+    last = result.history.groupby(["fold", "seed"])["step"].max()
+    best = result.history.loc[result.history.groupby(["fold", "seed"])["log_loss"].idxmin()]
+    share = np.mean(best["step"].to_numpy() / last.to_numpy())
+    assert done["refit"]["n_train_pairs"] == len(pairs) > done["fold_0"]["n_train_pairs"]
+    n_steps = round(done["refit"]["n_steps"] / share)
+    assert done["refit"]["n_steps"] == len(rates) == round(share * n_steps)
+    # The cosine is that of the whole run, so that the rate is still well above zero at the end of a short one.
+    n_warm = int(np.ceil(0.1 * n_steps))
+    steps = np.arange(len(rates))
+    cosine = 0.5 * (1 + np.cos(np.pi * (steps - n_warm) / (n_steps - n_warm)))
+    np.testing.assert_allclose(rates, 1e-3 * np.where(steps < n_warm, steps / n_warm, cosine), atol=1e-4)
+    model, tokenizer = load_finetuned(run_dir / "model" / "refit", config)
+    assert np.isfinite(predict_probs(model, tokenizer, pairs[:4], max_tokens=96, tokens_per_batch=512)).all()
+    assert not (run_dir / "model" / "refit" / "oof.parquet").exists()
+
+
+# ---- patience ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_training_stops_when_it_grows_no_better_and_counts_what_was_read(demo_pairs, tiny_base, tmp_path, monkeypatch):
+    pairs = demo_pairs[:60].reset_index(drop=True)
+    config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=5, patience=2)
+    losses = iter([np.nan, 1.0, 0.9, 0.95, 0.92, 0.8])  # the first is that of the class shares
+    monkeypatch.setattr(trainer, "log_loss", lambda probs, labels: next(losses))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "_finish", lambda folder, done: (_ for _ in ()).throw(Killed))
+        fit(pairs, config, tmp_path, tiny_base("modernbert"))
+    # Killed between the last checkpoint and done.json: nothing more is trained.
+    losses = iter([np.nan])
+    monkeypatch.setattr(train.FoldTrainer, "train", None)
+    result = fit(pairs, config, tmp_path, tiny_base("modernbert"))
+    assert result.history["log_loss"].tolist() == [1.0, 0.9, 0.95, 0.92]
+    done = read_json(tmp_path / "checkpoints" / "fold_0" / "done.json")
+    share = result.history["epoch"].iloc[-1]
+    assert 0.7 < share < 0.9 and done["n_steps"] == result.history["step"].iloc[-1]
+    tokenizer = load_tokenizer(tmp_path / "model" / "fold_0")
+    n_tok = examples.Examples(pairs[pairs["fold"] != 0], tokenizer, config).lengths.sum()
+    assert done["n_tok"] == pytest.approx(share * n_tok, rel=0.15) and done["n_tok"] < 0.95 * n_tok
 
 
 def test_a_fold_that_does_not_exist_is_named(demo_pairs, tmp_path):

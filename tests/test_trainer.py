@@ -5,7 +5,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.utils import splitting
 from src.utils.config import FinetuneConfig
 from src.utils.metrics import swap_consistency
 from src.utils.mirror import swap_pairs
@@ -75,84 +74,6 @@ def test_layers_learn_at_rates_of_their_own_and_only_matrices_decay(pairs, tiny_
     assert group_of[id(model.model.layers[1].attn_norm.weight)] == (1e-3 / 4, 0.0)
     assert group_of[id(model.model.final_norm.weight)] == (1e-3 / 2, 0.0)
     assert group_of[id(model.model.embeddings.tok_embeddings.weight)] == (1e-3 / 16, 0.01)
-
-
-# ---- memory -------------------------------------------------------------------
-
-
-def limit_memory(model, n_tok, place="forward", n_spared=0):
-    """Make training fail above so many places in a batch, as torch does; the first few passes are spared."""
-    passes = []
-
-    def is_over():
-        return model.training and len(passes) > n_spared and passes[-1] > n_tok
-
-    def refuse(gradient):
-        raise torch.OutOfMemoryError(f"CUDA out of memory, {place}")
-
-    def note(module, args, inputs):
-        passes.append(inputs["input_ids"].numel())
-        if place == "forward" and is_over():
-            refuse(None)
-
-    def trap(module, args, output):
-        # The head has its gradients by then: a step that goes on from here would count them twice.
-        if place == "backward" and is_over():
-            (output[0] if isinstance(output, tuple) else output).register_hook(refuse)
-
-    model.register_forward_pre_hook(note, with_kwargs=True)
-    model.model.layers[0].register_forward_hook(trap)
-    return passes
-
-
-@pytest.mark.parametrize("both_orders", [True, False])
-@pytest.mark.parametrize(("place", "n_spared"), [("forward", 0), ("backward", 0), ("backward", 2)])
-def test_a_batch_that_memory_does_not_hold_is_split_and_the_weights_are_the_same(
-    pairs, tiny_base, tmp_path, both_orders, place, n_spared
-):
-    def train(n_tok):
-        options = {"both_orders": both_orders, "n_epochs": 1.0, "n_evals": 1, "batches_per_step": 3}
-        options["learning_rate"] = 1e-4  # Adam makes much of the last bit of a small gradient
-        trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path, **options)
-        passes = limit_memory(trainer.model, n_tok, place, n_spared)
-        trainer.train()
-        return trainer, torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), passes
-
-    whole, expected, _ = train(10_000)
-    with pytest.warns(UserWarning, match="memory does not hold a batch of 512 tokens; from here on each is read in 2 "):
-        parts, found, passes = train(n_tok=300)
-    assert parts.n_parts >= 2 and max(passes) > 300
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    history, again = (trainer.describe()["history"][0]["train_loss"] for trainer in (whole, parts))
-    assert again == pytest.approx(history, abs=1e-6)
-
-
-def test_both_orders_of_a_battle_stay_side_by_side_in_the_parts_of_a_batch(pairs, tiny_base, tmp_path, monkeypatch):
-    trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path, both_orders=True, n_epochs=0.5, n_evals=1)
-    seen, real = [], trainer._collate
-    trainer._collate = lambda items: seen.append(len(items)) or real(items)
-    trainer.n_parts = 3
-    trainer.train()
-    split = [n_rows for n_rows in seen if n_rows < max(map(len, trainer.plan))]
-    assert split and all(n_rows % 2 == 0 for n_rows in seen)
-
-
-def test_a_battle_that_memory_does_not_hold_says_what_to_do(pairs, tiny_base, tmp_path):
-    trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path)
-    limit_memory(trainer.model, 10)
-    with (
-        pytest.warns(UserWarning, match="does not hold a batch"),
-        pytest.raises(torch.OutOfMemoryError, match=r"a single battle; lower max_tokens \(96\)"),
-    ):
-        trainer.train()
-
-
-def test_several_processes_are_told_what_to_do_when_memory_runs_out(pairs, tiny_base, tmp_path, monkeypatch):
-    trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path)
-    limit_memory(trainer.model, 10)
-    monkeypatch.setattr(splitting, "world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match=r"2 processes can not split .* lower tokens_per_batch \(512\)"):
-        trainer.train()
 
 
 # ---- logs --------------------------------------------------------------------
