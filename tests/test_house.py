@@ -36,7 +36,7 @@ FLOORS = {
     ),
     2: ("batches", "packing", "models", "embed", "river", "leaderboard", "ranks", "optimizers", "losses"),
     3: ("predict", "tiny", "baseline", "examples", "callbacks", "splitting"),
-    4: ("trainer", "inference", "publish", "suite", "ablation", "sweep"),
+    4: ("trainer", "inference", "publish", "suite", "ablation", "sweep", "budgets"),
     5: ("train",),
     6: ("launch",),
 }

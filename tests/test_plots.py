@@ -186,3 +186,11 @@ def test_an_ablation_is_drawn_dearest_first_and_counts_what_is_sure(ax):
     assert [text.get_text() for text in ax.get_yticklabels()] == ["text", "gaps"]
     assert list(ax.get_yticks()) == [1, 0]
     assert "1 of 2" in ax.get_title(loc="left")
+
+
+def test_a_budget_names_what_it_cuts_and_the_title_what_the_smallest_costs(ax):
+    cost, low, high = [0.012, 0.003, 0.0, np.nan], [0.008, -0.001, 0.0, np.nan], [0.016, 0.007, 0.0, np.nan]
+    budgets = pd.DataFrame({"budget": [256, 512, 1024, 4096], "cut_share": [0.6, 0.4, 0.1, 0.0]})
+    plots.plot_budgets(ax, budgets.assign(cost=cost, low=low, high=high))
+    assert ax.get_title(loc="left") == "256 tokens instead of 1,024 cost +0.0120 nats per battle"
+    assert ax.get_xticklabels()[0].get_text() == "256\n60.0\u00a0% cut"

@@ -500,6 +500,29 @@ def plot_token_lengths(ax: Axes, lengths: np.ndarray, budget: int) -> Axes:
     return ax
 
 
+def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
+    """Show what smaller token budgets cost, and how many battles each cuts.
+
+    Args:
+        ax: axes to draw on.
+        budgets: from `budgets.measure_budgets`: budget, cut_share, cost, low, high; the longest
+            budget with a cost is the one that the others are compared to.
+    """
+    place, is_read = np.arange(len(budgets)), budgets["cost"].notna().to_numpy()
+    read = budgets[is_read]
+    reach = np.abs(read[["low", "high"]].to_numpy().T - read["cost"].to_numpy()).clip(min=0)
+    ax.errorbar(place[is_read], read["cost"], yerr=reach, fmt="o-", capsize=5, color=ACCENT)
+    ax.axhline(0, color="black", linewidth=1)
+    names = [f"{row.budget:,}\n{percent(row.cut_share)} cut" for row in budgets.itertuples()]
+    ax.set_xticks(place, names)
+    least, own, dearest = read["budget"].iloc[0], read["budget"].iloc[-1], read["cost"].iloc[0]
+    ax.set(
+        xlabel="tokens of a battle at most, and the battles that this cuts", ylabel="log loss added, nats per battle"
+    )
+    ax.set_title(f"{least:,} tokens instead of {own:,} cost {dearest:+.4f} nats per battle", loc="left")
+    return ax
+
+
 def plot_learning_curve(ax: Axes, history: pd.DataFrame, prior: float, best: float | None = None) -> Axes:
     """Show how the loss fell in training, beside what knows nothing and what knows everything.
 
