@@ -1,21 +1,41 @@
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
+from src.utils.batches import encode_pairs, make_template
 from src.utils.config import FinetuneConfig
 from src.utils.models import load_classifier, make_tiny_checkpoint
-from src.utils.tiny import make_lessons, prepare_base, teach_lengths
+from src.utils.tiny import SURFACE, compare_answers, find_fields, prepare_base, teach_comparing
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="")
 
 
-def test_lessons_are_labelled_by_length_and_by_nothing_else():
-    lessons = make_lessons(["one two three", "many words " * 50, ""], 300, seed=0)
-    a, b = (lessons[name].map(lambda turns: len(turns[0])).to_numpy() for name in ("response_a", "response_b"))
-    ratio, label = np.log(a / b), lessons["label"].to_numpy()
-    assert (ratio[label == 0] > 0.25).all() and (ratio[label == 1] < -0.25).all()
-    assert (np.abs(ratio[label == 2]) <= 0.25).all()
-    assert np.bincount(label, minlength=3).min() > 30
+def test_answers_are_compared_by_their_texts_alone(demo_pairs):
+    differences = compare_answers(demo_pairs, seed=0)
+    assert differences.shape == (300, len(SURFACE) + 8)
+    assert (compare_answers(demo_pairs.drop(columns=["label", "model_a", "model_b"]), seed=0) == differences).all()
+    is_longer = demo_pairs["response_a"].map(_count_chars) > demo_pairs["response_b"].map(_count_chars)
+    assert (differences[is_longer, SURFACE.index("n_chars")] > 0).all()
+
+
+def _count_chars(turns):
+    return len("\n".join(turn or "" for turn in turns))
+
+
+def test_ugly_battles_can_be_compared(ugly_pairs):
+    assert np.isfinite(compare_answers(ugly_pairs, seed=0)).all()
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "qwen3"])
+def test_each_token_is_told_by_its_field(tmp_path, kind):
+    folder = make_tiny_checkpoint(kind, ["cat dog bird fish"] * 5, tmp_path / kind, 0)
+    _, tokenizer = load_classifier(FinetuneConfig(checkpoint=str(folder), revision=""))
+    battle = pd.DataFrame({"prompt": [("cat",)], "response_a": [("dog dog",)], "response_b": [("bird",)]})
+    [row] = encode_pairs(battle, tokenizer, 256)
+    [field] = find_fields([row], make_template(tokenizer).pieces)
+    text = [tokenizer.decode([t for t, f in zip(row, field, strict=True) if f == place]) for place in range(4)]
+    assert all(part.rstrip().endswith(word) for part, word in zip(text, ("cat", "dog dog", "bird"), strict=False))
 
 
 def test_a_real_checkpoint_needs_no_base(tmp_path, demo_pairs):
@@ -41,11 +61,11 @@ def test_a_base_is_made_again_for_other_texts_alone(tmp_path, demo_pairs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["modernbert", "qwen3"])
-def test_lengths_can_be_learned_and_the_weights_load_again(tmp_path, kind):
-    texts = ["the quick brown fox jumps over the lazy dog"] * 5
+def test_comparing_can_be_learned_and_the_weights_load_again(tmp_path, demo_pairs, kind):
+    texts = [turn or "" for turns in demo_pairs["response_a"] for turn in turns]
     folder = make_tiny_checkpoint(kind, texts, tmp_path / kind, 0)
     before = load_file(folder / "model.safetensors")
-    assert teach_lengths(folder, texts, seed=0, n_steps=120) < 1.0
+    assert teach_comparing(folder, demo_pairs, seed=0, n_steps=150) < 0.95
     model, _ = load_classifier(FinetuneConfig(checkpoint=str(folder), revision=""))
     name = next(name for name in before if name.endswith("embeddings.weight") or "embed_tokens" in name)
     assert not (before[name] == model.state_dict()[name].cpu()).all()

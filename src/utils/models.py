@@ -141,7 +141,7 @@ def _make_tiny_encoder(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
         intermediate_size=128,
         num_hidden_layers=3,
         num_attention_heads=4,
-        global_attn_every_n_layers=3,
+        global_attn_every_n_layers=2,
         local_attention=128,
         rope_parameters={"full_attention": dict(rope), "sliding_attention": dict(rope)},
         initializer_range=0.1,  # about 1 / sqrt(hidden_size)

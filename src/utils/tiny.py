@@ -1,33 +1,64 @@
-"""Tiny stand-ins for real checkpoints: made in a minute, without a download and without a vote.
+"""Tiny stand-ins for real checkpoints: made in minutes, without a download and without a vote.
 
 A real checkpoint can read before it is fine-tuned; random weights can not, and some
 ten thousand noisy votes do not teach it. So a tiny one is first set a task whose
-answers cost nothing: which of two texts is longer, or are they alike? It learns to
-tell answer A from answer B and to compare them. What people prefer it is not told.
+answers cost nothing and are measured in the texts: to say by how much the two
+answers differ in length, layout, use of the prompt's words, and in the words they are
+made of, and of every token whether it is the prompt's, A's or B's. What people
+prefer it is not told.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import HashingVectorizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from src.utils.artifacts import hash_json, hash_pairs, read_json, write_json
-from src.utils.batches import collate, encode_pairs, make_batches
+from src.utils.batches import collate, encode_both_orders, make_batches, make_template
 from src.utils.config import FinetuneConfig
-from src.utils.models import TINY, atomic_folder, load_classifier, make_tiny_checkpoint, quiet_transformers
-from src.utils.schema import A_WINS, B_WINS, TEXTS, TIE
+from src.utils.models import (
+    TINY,
+    atomic_folder,
+    head_names,
+    load_classifier,
+    make_tiny_checkpoint,
+    quiet_transformers,
+)
+from src.utils.schema import TEXTS
+from src.utils.style import measure_style, style_differences
 from src.utils.text import TEMPLATE_VERSION, text_of
 
-N_LESSONS = 500  # optimiser steps of the task
+N_LESSONS = 1500  # optimiser steps of the task
 _LESSON_TOK = 2048  # padded tokens of one step
-_LEARNING_RATE = 2e-3
-_LESSON_CHARS = 400  # longest text of the task
-_ALIKE = 0.25  # texts whose log lengths differ by less are alike
-_N_BATTLES = 4000  # battles that give their texts, at most
+_MAX_TOKENS = 256  # of one battle
+_LEARNING_RATE = 3e-3
+_N_BATTLES = 12_000  # battles of the task, at most
+_N_TOKENIZED = 4000  # battles that the tokenizer learns from, at most
+SURFACE = (
+    "n_chars",
+    "n_lines",
+    "n_list_items",
+    "n_headers",
+    "n_bold",
+    "n_code_blocks",
+    "punctuation_per_char",
+    "share_non_ascii",
+    "lexical_diversity",
+    "prompt_overlap",
+    "is_refusal",
+)  # what is measured of the answers, names of STYLE_FEATURES
+_N_DIRECTIONS = 8  # directions in which the words of two answers differ most
+_N_HASHED = 2**14  # width of the hashed words
+_LARGEST = 4.0  # standard deviations
+_N_FIELDS = 4  # pieces of the template, each with the text behind it
+_UNREAD = -100  # a label that cross entropy passes over
 
 
 def prepare_base(config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_lessons: int = N_LESSONS) -> Path | None:
@@ -53,74 +84,126 @@ def prepare_base(config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_le
 
 
 def _make_base(config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_lessons: int) -> None:
-    some = pairs[:: len(pairs) // _N_BATTLES + 1]
+    some = pairs[:: len(pairs) // _N_TOKENIZED + 1]
     texts = [text_of(turn)[:4000] for name in TEXTS for turns in some[name] for turn in turns]
     make_tiny_checkpoint(config.checkpoint.removeprefix(TINY), texts, folder, config.seed)
     if n_lessons:
-        teach_lengths(folder, texts, config.seed, n_lessons)
+        teach_comparing(folder, pairs[:: len(pairs) // (_N_BATTLES + 1) + 1], config.seed, n_lessons)
 
 
-def teach_lengths(folder: Path, texts: Sequence[str], seed: int, n_steps: int = N_LESSONS) -> float:
-    """Train a tiny checkpoint to say which of two texts is longer; its head is thrown away.
+def teach_comparing(folder: Path, pairs: pd.DataFrame, seed: int, n_steps: int = N_LESSONS) -> float:
+    """Train a tiny checkpoint to say how the two answers of a battle differ; its head is thrown away.
 
     Args:
         folder: from `make_tiny_checkpoint`; its weights are replaced.
-        texts: pieces of them stand for prompt and answers.
-        seed: of the pieces and their order.
+        pairs: battles whose texts are read, each epoch in the other order.
+        seed: of the order and the new head.
         n_steps: optimiser steps.
 
     Returns:
-        Mean loss of the last tenth of the steps, nats; 1.1 is chance.
+        Mean squared error of the last tenth of the steps, over the variance; 1 is chance.
     """
-    config = FinetuneConfig(checkpoint=str(folder), revision="", seed=seed)
-    model, tokenizer = load_classifier(config, folder)
-    lessons = make_lessons(texts, 16 * n_steps, seed)
-    rows = encode_pairs(lessons, tokenizer, 512)
-    batches = make_batches([len(row) for row in rows], _LESSON_TOK, seed)
-    batches = (batches * (n_steps // len(batches) + 1))[:n_steps]
-    losses = _train(model, rows, lessons["label"].to_numpy(), batches, tokenizer.pad_token_id)
+    model, tokenizer = load_classifier(FinetuneConfig(checkpoint=str(folder), revision="", seed=seed), folder)
+    differences = compare_answers(pairs, seed)
+    as_given, swapped = encode_both_orders(pairs, tokenizer, _MAX_TOKENS)
+    rows, targets = [*as_given, *swapped], np.concatenate([differences, -differences])
+    setattr(model, head_names(model)[-1], nn.Linear(model.config.hidden_size, targets.shape[1]).to(model.device))
+    fields = find_fields(rows, make_template(tokenizer).pieces)
+    batches = itertools.islice(_deal([len(row) for row in as_given], seed), n_steps)
+    losses = _train(model, rows, targets, fields, list(batches), tokenizer.pad_token_id)
     _save_without_head(model, folder)
     return float(np.mean(losses[-max(1, n_steps // 10) :]))
 
 
-def make_lessons(texts: Sequence[str], n_pairs: int, seed: int) -> pd.DataFrame:
-    """Make battles out of pieces of texts, labelled by which answer is longer.
+def compare_answers(pairs: pd.DataFrame, seed: int) -> np.ndarray:
+    """Measure how the answers of each battle differ, from the texts alone.
+
+    The first columns are differences of style (`SURFACE`). The others are latent: the
+    directions in which the words of two answers to the same prompt differ most.
+
+    Args:
+        pairs: N battles; labels, if any, are not looked at.
+        seed: of the search for directions.
 
     Returns:
-        A table: id, prompt, response_a, response_b, label; label 2 where lengths are alike.
+        (N, M) float32, A less B, in standard deviations, at most 4.
+
+    Source: latent semantic analysis, Deerwester et al. 1990, JASIS 41(6):391-407; square
+        roots of shares (Hellinger), so that the most frequent words do not drown the others.
     """
-    rng = np.random.default_rng(seed)
-    texts = [text for text in texts if text] or ["text"]
-    n_chars = np.exp(rng.uniform(np.log(20), np.log(_LESSON_CHARS), (n_pairs, len(TEXTS)))).astype(int)
-    chosen = rng.integers(0, len(texts), (n_pairs, len(TEXTS)))
-    # A short text is repeated, or its length would give away where it comes from.
-    pieces = [
-        [((texts[i] + " ") * (n // (len(texts[i]) + 1) + 1))[:n] for i, n in zip(*row, strict=True)]
-        for row in zip(chosen, n_chars, strict=True)
-    ]
-    lessons = pd.DataFrame({"id": np.arange(n_pairs)})
-    for place, name in enumerate(TEXTS):
-        lessons[name] = pd.Series([(row[place],) for row in pieces], dtype=object)
-    log_ratio = np.log(n_chars[:, 1] / n_chars[:, 2])
-    return lessons.assign(label=np.select([log_ratio > _ALIKE, log_ratio < -_ALIKE], [A_WINS, B_WINS], TIE))
+    style, names = style_differences(measure_style(pairs))
+    hasher = HashingVectorizer(
+        n_features=_N_HASHED, token_pattern=r"\w+", norm="l1", alternate_sign=False, dtype=np.float64
+    )
+    answers = ([" ".join(map(text_of, turns)) for turns in pairs[name]] for name in TEXTS[1:])
+    shares_a, shares_b = (hasher.transform(texts).sqrt() for texts in answers)
+    words = TruncatedSVD(_N_DIRECTIONS, random_state=seed).fit_transform(shares_a - shares_b)
+    measured = np.column_stack([style[:, [names.index(name) for name in SURFACE]], words])
+    spread = np.sqrt((measured**2).mean(axis=0))  # about 0, for A and B may be exchanged
+    return np.clip(measured / np.maximum(spread, 1e-9), -_LARGEST, _LARGEST).astype(np.float32)
+
+
+def find_fields(rows: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Say of each token behind which piece of the template it stands: 0 prompt, 1 A, 2 B, 3 the end.
+
+    Args:
+        rows: token ids of each battle.
+        pieces: of the battle's `Template`.
+    """
+    markers = [np.array(piece, dtype=np.int32) for piece in pieces]
+    fields = []
+    for row in rows:
+        ids, field, start = np.array(row, dtype=np.int32), np.zeros(len(row), dtype=np.int64), 0
+        for place, marker in enumerate(markers):
+            start = _find(ids, marker, start)
+            field[start:] = place
+            start += len(marker)
+        fields.append(field)
+    return fields
+
+
+def _find(ids: np.ndarray, marker: np.ndarray, start: int) -> int:
+    windows = np.lib.stride_tricks.sliding_window_view(ids[start:], len(marker))
+    return start + int((windows == marker).all(axis=1).argmax())
+
+
+def _deal(lengths: Sequence[int], seed: int) -> Iterator[np.ndarray]:
+    """Batches without end: row i is battle i as given, row N + i is its mirror."""
+    orders = np.random.default_rng(seed).integers(0, 2, len(lengths))
+    for epoch in itertools.count():
+        for batch in make_batches(lengths, _LESSON_TOK, seed, epoch):
+            yield batch + len(lengths) * (orders[batch] ^ (epoch % 2))
 
 
 def _train(
-    model: nn.Module, rows: list[list[int]], labels: np.ndarray, batches: list[np.ndarray], pad_id: int
+    model: nn.Module,
+    rows: list[list[int]],
+    targets: np.ndarray,
+    fields: list[np.ndarray],
+    batches: list[np.ndarray],
+    pad_id: int,
 ) -> list[float]:
-    device, losses = next(model.parameters()).device, []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, len(batches), pct_start=0.1)
+    device, losses = model.device, []
+    probe = nn.Linear(model.config.hidden_size, _N_FIELDS).to(device)
+    parameters = [*model.parameters(), *probe.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=len(batches) + 1)
     model.train()
     for batch in batches:
-        inputs = {name: tensor.to(device) for name, tensor in collate([rows[row] for row in batch], pad_id).items()}
-        loss = nn.functional.cross_entropy(model(**inputs).logits, torch.tensor(labels[batch], device=device))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        inputs = collate([rows[row] for row in batch], pad_id)
+        field = torch.full_like(inputs["input_ids"], _UNREAD)
+        for place, row in enumerate(batch):
+            field[place, : len(fields[row])] = torch.from_numpy(fields[row])
+        outputs = model(**{name: tensor.to(device) for name, tensor in inputs.items()}, output_hidden_states=True)
+        loss = nn.functional.mse_loss(outputs.logits, torch.from_numpy(targets[batch]).to(device))
+        losses.append(loss.item())
+        # Before the last layer, which can then read A and B apart.
+        named = probe(outputs.hidden_states[-2])
+        (loss + nn.functional.cross_entropy(named.flatten(0, 1), field.flatten().to(device))).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
     return losses
 
 
