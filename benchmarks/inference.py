@@ -147,7 +147,8 @@ def main() -> None:
     for way, row in ways.items():
         print(
             f"{way:18} {row['rows_per_second']:8.2f} rows/s   padding {row['padding_share']:5.1%}   "
-            f"{row['peak_mib']:6.0f} MiB   ours is {row['speed_of_ours']:.2f} times as fast"
+            f"{row['peak_mib']:6.0f} MiB   ours is {row['speed_of_ours']:.2f} times as fast   "
+            f"probabilities within {row['largest_difference']:.0e}"
         )
     projection = project(ways, on_gpu)
     print(f"two such GPUs at the competition's size: {projection}")
