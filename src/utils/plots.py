@@ -516,9 +516,8 @@ def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
     names = [f"{row.budget:,}\n{percent(row.cut_share)}" for row in budgets.itertuples()]
     ax.set_xticks(place, names)
     least, own, dearest = read["budget"].iloc[0], read["budget"].iloc[-1], read["cost"].iloc[0]
-    ax.set(
-        xlabel="tokens of a battle at most, and the share of battles that this cuts", ylabel="log loss added, nats per battle"
-    )
+    ax.set_xlabel("tokens of a battle at most, and the share of battles that this cuts")
+    ax.set_ylabel("log loss added, nats per battle")
     ax.set_title(f"{least:,} tokens instead of {own:,} cost {dearest:+.4f} nats per battle", loc="left")
     return ax
 
