@@ -518,6 +518,7 @@ def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
     least, own, dearest = read["budget"].iloc[0], read["budget"].iloc[-1], read["cost"].iloc[0]
     ax.set_xlabel("tokens of a battle at most, and the share of battles that this cuts")
     ax.set_ylabel("log loss added, nats per battle")
+    ax.set_xlim(-0.5, len(budgets) - 0.5)
     ax.set_title(f"{least:,} tokens instead of {own:,} cost {dearest:+.4f} nats per battle", loc="left")
     return ax
 
