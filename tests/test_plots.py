@@ -193,4 +193,4 @@ def test_a_budget_names_what_it_cuts_and_the_title_what_the_smallest_costs(ax):
     budgets = pd.DataFrame({"budget": [256, 512, 1024, 4096], "cut_share": [0.6, 0.4, 0.1, 0.0]})
     plots.plot_budgets(ax, budgets.assign(cost=cost, low=low, high=high))
     assert ax.get_title(loc="left") == "256 tokens instead of 1,024 cost +0.0120 nats per battle"
-    assert ax.get_xticklabels()[0].get_text() == "256\n60.0\u00a0% cut"
+    assert ax.get_xticklabels()[0].get_text() == "256\n60.0\u00a0%"

@@ -513,12 +513,12 @@ def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
     reach = np.abs(read[["low", "high"]].to_numpy().T - read["cost"].to_numpy()).clip(min=0)
     ax.errorbar(place[is_read], read["cost"], yerr=reach, fmt="o-", capsize=5, color=ACCENT)
     ax.axhline(0, color="black", linewidth=1)
-    names = [f"{row.budget:,}\n{percent(row.cut_share)} cut" for row in budgets.itertuples()]
+    names = [f"{row.budget:,}\n{percent(row.cut_share)}" for row in budgets.itertuples()]
     ax.set_xticks(place, names)
     least, own, dearest = read["budget"].iloc[0], read["budget"].iloc[-1], read["cost"].iloc[0]
-    ax.set(
-        xlabel="tokens of a battle at most, and the battles that this cuts", ylabel="log loss added, nats per battle"
-    )
+    ax.set_xlabel("tokens of a battle at most, and the share of battles that this cuts")
+    ax.set_ylabel("log loss added, nats per battle")
+    ax.set_xlim(-0.5, len(budgets) - 0.5)
     ax.set_title(f"{least:,} tokens instead of {own:,} cost {dearest:+.4f} nats per battle", loc="left")
     return ax
 
