@@ -82,7 +82,7 @@ SETUPS = {
         ModernBertConfig(
             hidden_size=384, intermediate_size=576, num_hidden_layers=6, num_attention_heads=6, rope_parameters=ROPE
         ),
-        FinetuneConfig(tokens_per_batch=4096),
+        FinetuneConfig(tokens_per_batch=8192),
         n_rows=128,
     ),
     "base": Setup(ModernBertConfig(rope_parameters=ROPE), FinetuneConfig(), n_rows=800),
