@@ -76,6 +76,7 @@ def noting_step(self, model, *args, **kwargs):
 trainer.FoldTrainer._collate, trainer.FoldTrainer.training_step = noting_collate, noting_step
 launch.main()
 (folder / f"noted_{os.environ['RANK']}.json").write_text(json.dumps(noted))
+ranks.leave_world()
 """
 
 

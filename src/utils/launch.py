@@ -28,7 +28,7 @@ import torch
 from src.utils.artifacts import read_json, read_pairs, write_json, write_pairs, write_text
 from src.utils.config import DecoderConfig, FinetuneConfig, read_profile
 from src.utils.hardware import choose_device
-from src.utils.ranks import join_world, on_first, rank, world_size
+from src.utils.ranks import join_world, leave_world, on_first, rank, world_size
 from src.utils.river import make_parameters, read_parameters
 from src.utils.tiny import prepare_base
 from src.utils.train import FitResult, fit
@@ -154,7 +154,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BaseException:
         write_text(folder / f"error_{rank()}.txt", f"process {rank()} of {world_size()}\n{traceback.format_exc()}")
         raise
-    torch.distributed.destroy_process_group()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -204,3 +203,4 @@ def _die_with_parents() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_world()
