@@ -127,7 +127,7 @@ def take_a_step(model, tokenizer, rows, labels):
         optimizer.step()
 
 
-CASES = [(name, {}) for name in CHECKPOINTS]
+CASES = [(name, {"head": head}) for name in CHECKPOINTS for head in ("joint", "contrast")]
 CASES += [(name, {"lora_rank": 4}) for name in ENCODERS]
 CASES += [(name, {"quantization": kind}) for name in ("reward", "llama", "gemma3") for kind in ("4bit", "8bit")]
 CASES += [("bert", {"quantization": "4bit", "lora_rank": 4}), ("deberta-v3", {"quantization": "8bit", "lora_rank": 4})]

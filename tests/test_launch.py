@@ -33,6 +33,7 @@ ENCODER = FinetuneConfig(
 DECODER = DecoderConfig(
     checkpoint="tiny:qwen3",
     revision="",
+    head="contrast",
     quantization="none",
     lora_rank=4,
     lora_alpha=8.0,

@@ -2,8 +2,10 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from src.utils.config import DecoderConfig
+from src.utils.metrics import log_loss
 from src.utils.models import load_classifier, save_model
 from src.utils.predict import predict_probs
 from src.utils.publish import make_card, publish_model, push_model
@@ -76,6 +78,26 @@ def test_the_card_states_the_measured_numbers_and_what_the_data_are():
     assert 'from_pretrained("me/model"' in real
     demo = str(make_card(CONFIG, METRICS, PARITY, "", is_demo=True))
     assert "No person voted" in demo and "base_model" not in demo
+
+
+def test_a_card_tells_how_to_load_a_contrast(tiny_base, demo_pairs, tmp_path):
+    config = dataclasses.replace(CONFIG, head="contrast")
+    model, tokenizer = load_classifier(config, tiny_base("qwen3"))
+    torch.nn.init.normal_(model.get_base_model().contrast.modules_to_save["default"].weight)
+    source, pairs = save_model(model, tokenizer, tmp_path / "fold_0"), demo_pairs[:8].reset_index(drop=True)
+    oof = probs_table(pairs["id"], predict_probs(model, tokenizer, pairs, max_tokens=160, tokens_per_batch=1024))
+    folder = tmp_path / "model"
+    parity = publish_model(source, config, pairs, oof, folder, tiny_base("qwen3"))
+    assert parity["passed"]
+    card = str(make_card(config, METRICS, PARITY, "me/model", is_demo=True))
+    snippets = [part.split("```")[0] for part in card.split("```python\n")[1:]]
+    names = {"pairs": pairs}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.snapshot_download", lambda repo: {"me/model": str(folder)}[repo])
+        for snippet in snippets:
+            exec(snippet, names)
+    assert names["model"].contrast.weight.abs().sum() > 1
+    assert log_loss(names["probs"], pairs["label"].to_numpy()) == pytest.approx(parity["log_loss_merged"], abs=1e-5)
 
 
 def test_a_dry_run_pushes_nothing(published, monkeypatch):

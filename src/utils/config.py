@@ -158,6 +158,7 @@ class FinetuneConfig(Config):
 
     checkpoint: str = "answerdotai/ModernBERT-base"  # hub id, a folder, or tiny:modernbert / tiny:qwen3
     revision: str = "8949b909ec900327062f0ebf497f51aef5e6f0c8"  # commit on the hub; empty resolves main
+    head: str = "joint"  # joint reads one state, contrast also the mean state of A less that of B
     quantization: str = "none"  # none, 8bit or 4bit (NF4, double quantisation)
     lora_rank: int = 0  # 0 trains every weight
     lora_alpha: float = 16.0
@@ -193,6 +194,7 @@ class FinetuneConfig(Config):
     def __post_init__(self) -> None:
         """Check ranges."""
         _expect(bool(self.checkpoint), "checkpoint", "a hub id or a folder", self.checkpoint)
+        _expect(self.head in ("joint", "contrast"), "head", "joint or contrast", self.head)
         _expect(self.quantization in ("none", "8bit", "4bit"), "quantization", "none, 8bit or 4bit", self.quantization)
         self._check_lora()
         self._check_batches()

@@ -42,8 +42,10 @@ from transformers.utils import cached_file  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from src.utils.artifacts import read_json, write_json  # noqa: E402
+from src.utils.batches import make_template  # noqa: E402
 from src.utils.config import FinetuneConfig  # noqa: E402
 from src.utils.hardware import choose_device, choose_dtype  # noqa: E402
+from src.utils.heads import contrasting  # noqa: E402
 from src.utils.schema import LABELS  # noqa: E402
 from src.utils.text import CUT_TEXT, ENCODER_NAMES, INSTRUCTION, TEMPLATE_VERSION, TURN_TEXT, text_of  # noqa: E402
 
@@ -215,12 +217,13 @@ def _load_base(
         options["device_map"] = {"": device}
     with _naming_missing_checkpoint(source), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        plan = _make_plan(source, revision)
+        plan = _make_plan(source, revision, config.head)
         if config.quantization != "none":
             options["quantization_config"] = _quantization(
                 config.quantization, choose_dtype(device), spared=head_names(plan)
             )
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+        auto = AutoModelForSequenceClassification if config.head == "joint" else type(plan)
+        model, loading = auto.from_pretrained(
             source,
             revision=revision,
             num_labels=len(LABELS),
@@ -235,6 +238,8 @@ def _load_base(
         )
     _check_loaded(source, head_names(plan), loading)
     _finish_base(model, tokenizer)
+    if config.head == "contrast":
+        _finish_contrast(model, tokenizer, loading)
     return (model if "device_map" in options else model.to(place or device)), tokenizer
 
 
@@ -244,11 +249,18 @@ def _check_variant(config: FinetuneConfig, device: torch.device) -> None:
         raise ValueError("lora_variant: expected plain or rslora for an 8-bit base on a CPU, got dora; 4bit takes it")
 
 
-def _make_plan(source: str, revision: str) -> nn.Module:
+def _make_plan(source: str, revision: str, head: str) -> nn.Module:
     """The classifier without its weights, to ask what it is made of."""
     config = AutoConfig.from_pretrained(source, revision=revision, num_labels=len(LABELS), trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        plan = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        return plan if head == "joint" else contrasting(type(plan))(config)
+
+
+def _finish_contrast(model: nn.Module, tokenizer: PreTrainedTokenizerFast, loading: dict[str, Iterable]) -> None:
+    model.pieces = make_template(tokenizer).pieces
+    if any(name.startswith("contrast.") for name in loading["missing_keys"]):
+        nn.init.zeros_(model.contrast.weight)  # a new one starts as the joint head alone
 
 
 def _check_loaded(source: str, heads: list[str], loading: dict[str, Iterable]) -> None:

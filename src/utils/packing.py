@@ -23,6 +23,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from src.utils.heads import Contrasting
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # an older torch
@@ -295,7 +297,10 @@ class _Packable:
             documents=documents,
             **options,
         ).last_hidden_state[0]
-        return SequenceClassifierOutput(logits=_read_head(self, hidden, documents))
+        logits = _read_head(self, hidden, documents)
+        if isinstance(self, Contrasting):
+            logits = logits + self.contrast_documents(input_ids[0], documents.lengths, hidden)
+        return SequenceClassifierOutput(logits=logits)
 
 
 @functools.cache

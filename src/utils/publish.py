@@ -47,7 +47,7 @@ _CARD = """
 # {title}
 
 Given a prompt and two answers from anonymous chatbots, this model predicts how a person votes: P(A wins), P(B wins),
-P(tie). It is `{checkpoint}` with a classification head of three classes{adapters}.
+P(tie). It is `{checkpoint}` with {head}{adapters}.
 
 ## Results
 
@@ -77,13 +77,7 @@ as trained and is {loss_merged:.4f} with the weights in this repository.
 
 ## How to load
 
-```python
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-model = AutoModelForSequenceClassification.from_pretrained("{repo}", dtype=torch.float32).eval()
-```
+{loading}
 
 The input must be written as in training: template {template_version} of `src/utils/batches.py`, which also cuts long
 battles and keeps special tokens in users' text from being read as such.
@@ -100,6 +94,30 @@ Classes: {classes}.
 
 {licence}
 """
+
+_HEADS = {
+    "joint": "a classification head of three classes",
+    "contrast": "a classification head of three classes, and beside it a contrast of the two answers",
+}
+_LOADING = {
+    "joint": """```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModelForSequenceClassification.from_pretrained("{repo}", dtype=torch.float32).eval()
+```""",
+    "contrast": """transformers alone would leave the contrast out; the suite loads it.
+
+```python
+from huggingface_hub import snapshot_download
+from src.utils.config import FinetuneConfig
+from src.utils.models import load_finetuned
+
+folder = snapshot_download("{repo}")
+model, tokenizer = load_finetuned(folder, FinetuneConfig(checkpoint=folder, head="contrast"))
+```""",
+}
 
 
 def publish_model(
@@ -181,6 +199,8 @@ def make_card(
     text = _CARD.format(
         title=data.model_name,
         checkpoint=config.checkpoint,
+        head=_HEADS[config.head],
+        loading=_LOADING[config.head].format(repo=repo_id or "OWNER/NAME"),
         adapters=f"; LoRA adapters of rank {config.lora_rank} are merged into it" if config.lora_rank else "",
         n_pairs=metrics["n_pairs"],
         n_train_pairs=metrics["n_train_pairs"],
@@ -192,7 +212,6 @@ def make_card(
         loss_merged=parity["log_loss_merged"],
         data=_DEMO_DATA if is_demo else _REAL_DATA,
         licence=_TINY_LICENCE if is_tiny else _LICENCE,
-        repo=repo_id or "OWNER/NAME",
         classes=", ".join(f"{index} `{label}`" for index, label in enumerate(LABELS)),
         template_version=TEMPLATE_VERSION,
         max_tokens=config.predict_tokens,

@@ -4,8 +4,8 @@ A real checkpoint can read before it is fine-tuned; random weights can not, and 
 ten thousand noisy votes do not teach it. So a tiny one is first set a task whose
 answers cost nothing and are measured in the texts: to say by how much the two
 answers differ in length, layout, use of the prompt's words, and in the words they are
-made of, and of every token whether it is the prompt's, A's or B's. What people
-prefer it is not told.
+made of, and of every token whether it is the prompt's, A's or B's. Both heads of
+`heads` learn to read the differences, each for itself. What people prefer it is not told.
 """
 
 import itertools
@@ -18,11 +18,13 @@ import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from src.utils.artifacts import hash_json, hash_pairs, read_json, write_json
 from src.utils.batches import collate, encode_both_orders, make_batches, make_template
 from src.utils.config import FinetuneConfig
+from src.utils.heads import find_answers, weigh_answers
 from src.utils.models import (
     TINY,
     atomic_folder,
@@ -36,6 +38,7 @@ from src.utils.style import measure_style, style_differences
 from src.utils.text import TEMPLATE_VERSION, text_of
 
 N_LESSONS = 1500  # optimiser steps of the task
+_TASK_VERSION = 2  # raise it with every change of the task: a base is kept as long as it is the same
 _LESSON_TOK = 2048  # padded tokens of one step
 _MAX_TOKENS = 256  # of one battle
 _LEARNING_RATE = 3e-3
@@ -75,7 +78,8 @@ def prepare_base(config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_le
     """
     if not config.checkpoint.startswith(TINY):
         return None
-    key = hash_json([config.checkpoint, config.seed, n_lessons, TEMPLATE_VERSION, hash_pairs(pairs[["id", *TEXTS]])])
+    made_of = [config.checkpoint, config.seed, n_lessons, _TASK_VERSION, TEMPLATE_VERSION]
+    key = hash_json([*made_of, hash_pairs(pairs[["id", *TEXTS]])])
     if not (folder / "made_from.json").exists() or read_json(folder / "made_from.json") != key:
         with atomic_folder(folder) as tmp:
             _make_base(config, pairs, tmp, n_lessons)
@@ -108,9 +112,10 @@ def teach_comparing(folder: Path, pairs: pd.DataFrame, seed: int, n_steps: int =
     as_given, swapped = encode_both_orders(pairs, tokenizer, _MAX_TOKENS)
     rows, targets = [*as_given, *swapped], np.concatenate([differences, -differences])
     setattr(model, head_names(model)[-1], nn.Linear(model.config.hidden_size, targets.shape[1]).to(model.device))
-    fields = find_fields(rows, make_template(tokenizer).pieces)
+    pieces = make_template(tokenizer).pieces
+    fields, weights = find_fields(rows, pieces), [weigh_answers(row, pieces) for row in rows]
     batches = itertools.islice(_deal([len(row) for row in as_given], seed), n_steps)
-    losses = _train(model, rows, targets, fields, list(batches), tokenizer.pad_token_id)
+    losses = _train(model, rows, targets, fields, weights, list(batches), tokenizer.pad_token_id)
     _save_without_head(model, folder)
     return float(np.mean(losses[-max(1, n_steps // 10) :]))
 
@@ -150,21 +155,12 @@ def find_fields(rows: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]]) 
         rows: token ids of each battle.
         pieces: of the battle's `Template`.
     """
-    markers = [np.array(piece, dtype=np.int32) for piece in pieces]
     fields = []
     for row in rows:
-        ids, field, start = np.array(row, dtype=np.int32), np.zeros(len(row), dtype=np.int64), 0
-        for place, marker in enumerate(markers):
-            start = _find(ids, marker, start)
-            field[start:] = place
-            start += len(marker)
-        fields.append(field)
+        (start_a, end_a), (_, end_b) = find_answers(row, pieces)
+        places = np.searchsorted([start_a - len(pieces[1]), end_a, end_b], np.arange(len(row)), side="right")
+        fields.append(places.astype(np.int64))
     return fields
-
-
-def _find(ids: np.ndarray, marker: np.ndarray, start: int) -> int:
-    windows = np.lib.stride_tricks.sliding_window_view(ids[start:], len(marker))
-    return start + int((windows == marker).all(axis=1).argmax())
 
 
 def _deal(lengths: Sequence[int], seed: int) -> Iterator[np.ndarray]:
@@ -180,26 +176,31 @@ def _train(
     rows: list[list[int]],
     targets: np.ndarray,
     fields: list[np.ndarray],
+    weights: list[torch.Tensor],
     batches: list[np.ndarray],
     pad_id: int,
 ) -> list[float]:
     device, losses = model.device, []
     probe = nn.Linear(model.config.hidden_size, _N_FIELDS).to(device)
-    parameters = [*model.parameters(), *probe.parameters()]
+    contrast = nn.Linear(model.config.hidden_size, targets.shape[1], bias=False).to(device)
+    parameters = [*model.parameters(), *probe.parameters(), *contrast.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=len(batches) + 1)
     model.train()
     for batch in batches:
         inputs = collate([rows[row] for row in batch], pad_id)
-        field = torch.full_like(inputs["input_ids"], _UNREAD)
-        for place, row in enumerate(batch):
-            field[place, : len(fields[row])] = torch.from_numpy(fields[row])
+        field = pad_sequence([torch.from_numpy(fields[row]) for row in batch], True, _UNREAD).to(device)
+        weight = pad_sequence([weights[row] for row in batch], True).to(device)
+        target = torch.from_numpy(targets[batch]).to(device)
         outputs = model(**{name: tensor.to(device) for name, tensor in inputs.items()}, output_hidden_states=True)
-        loss = nn.functional.mse_loss(outputs.logits, torch.from_numpy(targets[batch]).to(device))
+        loss = nn.functional.mse_loss(outputs.logits, target)
         losses.append(loss.item())
+        # Both heads that a classifier may have learn to read, each from the state that it will get.
+        difference = torch.bmm(weight[:, None], outputs.hidden_states[-1]).squeeze(1)
+        loss = loss + nn.functional.mse_loss(contrast(difference), target)
         # Before the last layer, which can then read A and B apart.
         named = probe(outputs.hidden_states[-2])
-        (loss + nn.functional.cross_entropy(named.flatten(0, 1), field.flatten().to(device))).backward()
+        (loss + nn.functional.cross_entropy(named.flatten(0, 1), field.flatten())).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
