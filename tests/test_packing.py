@@ -63,6 +63,7 @@ def make_decoder(cls, config, **settings):
 MODELS = {
     "modernbert": make_encoder,
     "modernbert, mean": lambda: make_encoder(classifier_pooling="mean"),
+    "modernbert, last layer local": lambda: make_encoder(num_hidden_layers=3),
     "qwen3": lambda: make_decoder(Qwen3ForSequenceClassification, Qwen3Config),
     "llama": lambda: make_decoder(LlamaForSequenceClassification, LlamaConfig),
     "mistral": lambda: make_decoder(MistralForSequenceClassification, MistralConfig, sliding_window=10),
@@ -170,6 +171,20 @@ def test_gradient_checkpointing_changes_nothing(name):
     assert_equal_readings(read(model, collate_packed(ROWS)), plain, tolerance=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "n_seen"), [("modernbert", len(ROWS)), ("qwen3", len(ROWS)), ("modernbert, mean", sum(map(len, ROWS)))]
+)
+def test_the_last_layer_takes_only_the_tokens_that_the_head_reads(name, n_seen):
+    model, seen = enable_packing(MODELS[name]()).eval(), []
+    mlp = model.base_model.layers[-1].mlp
+    next(child for child in mlp.children() if isinstance(child, nn.Linear)).register_forward_pre_hook(
+        lambda linear, args: seen.append(args[0].shape[1])
+    )
+    read(model, collate_packed(ROWS))
+    read(model, collate(ROWS, 0))
+    assert seen == [n_seen, 150]
+
+
 # ---- memory --------------------------------------------------------------------
 
 
@@ -187,7 +202,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_memory_of_local_layers_grows_with_the_tokens_alone():
-    model = enable_packing(make_encoder(layer_types=["sliding_attention"] * 2, num_hidden_layers=2)).train()
+    model = enable_packing(make_encoder(layer_types=["sliding_attention"] * 3, num_hidden_layers=3)).train()
 
     def largest(*lengths):
         with Largest() as spy:

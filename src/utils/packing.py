@@ -42,9 +42,12 @@ class Documents:
 
     Args:
         cu_seq_lens: (documents + 1,) int32, tokens before each document, and all of them last.
+        read: (documents,) int64, places of the only tokens whose last states are read, one a
+            document; None where all of them are.
     """
 
     cu_seq_lens: torch.Tensor
+    read: torch.Tensor | None = None
     lengths: list[int] = field(init=False)
     _masks: dict[tuple[int, int, int], torch.Tensor] = field(init=False, default_factory=dict)
     _biases: dict[tuple[int, int, int], torch.Tensor] = field(init=False, default_factory=dict)
@@ -134,7 +137,9 @@ def attend_by_document(
     if dropout == 0 and _has_kernel(query):
         return _attend_with_kernel(module.is_causal, query, key, value, sliding_window, documents, options), None
     options["dropout_p"] = dropout
-    if sliding_window is None or sliding_window > max(documents.lengths):
+    if documents.read is not None and module.layer_idx == module.config.num_hidden_layers - 1:
+        attended = _attend_where_read(module.is_causal, query, key, value, sliding_window, documents, options)
+    elif sliding_window is None or sliding_window > max(documents.lengths):
         attended = _attend_whole(module.is_causal, query, key, value, documents, options)
     else:
         attended = _attend_in_window(module.is_causal, query, key, value, sliding_window - 1, documents, options)
@@ -176,6 +181,18 @@ def _attend_whole(is_causal, query, key, value, documents, options) -> torch.Ten
         for part in parts
     ]
     return torch.cat(attended, dim=2)
+
+
+def _attend_where_read(is_causal, query, key, value, sliding_window, documents, options) -> torch.Tensor:
+    # A causal model is read at the last token of a document, another one at the first.
+    seen = slice(sliding_window) if not is_causal else slice(-sliding_window if sliding_window else None, None)
+    queries = query[:, :, documents.read].split(1, dim=2)
+    keys, values = (states.split(documents.lengths, dim=2) for states in (key, value))
+    attended = [
+        F.scaled_dot_product_attention(one, its_keys[:, :, seen], its_values[:, :, seen], **options)
+        for one, its_keys, its_values in zip(queries, keys, values, strict=True)
+    ]
+    return torch.zeros_like(query).index_copy(2, documents.read, torch.cat(attended, dim=2))
 
 
 def _is_plain_faster(query: torch.Tensor, options: dict[str, object]) -> bool:
@@ -269,6 +286,8 @@ def enable_packing(model: nn.Module) -> nn.Module:
     classifier = _unwrap(model)
     if not isinstance(classifier, _Packable):
         classifier.__class__ = _packable(type(classifier))
+        _last_mlp(classifier).register_forward_pre_hook(_pass_read)
+        _last_mlp(classifier).register_forward_hook(_put_back)
         classifier.config._attn_implementation = ATTENTION
     return model
 
@@ -284,10 +303,12 @@ class _Packable:
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cu_seq_lens=None, **kwargs):
         if cu_seq_lens is None:
+            _last_mlp(self).read = None
             return super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
             )
-        documents = Documents(cu_seq_lens)
+        documents = Documents(cu_seq_lens, _find_read(self, cu_seq_lens))
+        _last_mlp(self).read = documents.read
         options = {} if isinstance(self, ModernBertForSequenceClassification) else {"use_cache": False}
         hidden = self.base_model(
             input_ids=input_ids,
@@ -306,6 +327,35 @@ class _Packable:
 @functools.cache
 def _packable(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (_Packable, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+# What the last layer makes of tokens whose states nobody reads reaches no logit. Its MLP alone is half of its work.
+# Hooks that stay, because a gradient checkpoint runs the layer a second time in the backward pass.
+
+
+def _last_mlp(classifier: nn.Module) -> nn.Module:
+    return classifier.base_model.layers[-1].mlp
+
+
+def _find_read(classifier: nn.Module, cu_seq_lens: torch.Tensor) -> torch.Tensor | None:
+    if isinstance(classifier, Contrasting):
+        return None
+    if not isinstance(classifier, ModernBertForSequenceClassification):
+        return cu_seq_lens[1:].long() - 1
+    return cu_seq_lens[:-1].long() if classifier.config.classifier_pooling == "cls" else None
+
+
+def _pass_read(mlp: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+    if mlp.read is None:
+        return None
+    mlp.n_tok = args[0].shape[1]
+    return (args[0][:, mlp.read],)
+
+
+def _put_back(mlp: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    if mlp.read is None:
+        return output
+    return output.new_zeros(1, mlp.n_tok, output.shape[2]).index_copy(1, mlp.read, output)
 
 
 def _read_head(classifier: nn.Module, hidden: torch.Tensor, documents: Documents) -> torch.Tensor:
