@@ -29,12 +29,12 @@ MODULES = {path.stem: path for path in sorted(LIBRARY.glob("*.py")) if path.stem
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 
 FLOORS = {
-    0: ("schema", "config", "paths"),
+    0: ("schema", "config", "paths", "text"),
     1: (
-        *("data", "demo", "text", "mirror", "style", "bias", "metrics", "plots"),
-        *("artifacts", "submission", "fetch", "hardware"),
+        *("data", "demo", "mirror", "style", "bias", "metrics", "plots"),
+        *("artifacts", "submission", "fetch", "hardware", "batches", "heads"),
     ),
-    2: ("batches", "packing", "models", "embed", "river", "leaderboard", "ranks", "optimizers", "losses"),
+    2: ("packing", "models", "embed", "river", "leaderboard", "ranks", "optimizers", "losses"),
     3: ("predict", "tiny", "baseline", "examples", "callbacks", "splitting"),
     4: ("trainer", "inference", "publish", "suite", "ablation", "sweep", "budgets"),
     5: ("train",),
@@ -44,7 +44,7 @@ FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 LIGHT = (
     *FLOORS[0],
-    *(name for name in FLOORS[1] if name != "hardware"),
+    *(name for name in FLOORS[1] if name not in ("hardware", "batches", "heads")),
     "baseline",
     "river",
     "leaderboard",
