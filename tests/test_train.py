@@ -254,6 +254,18 @@ def begun(_demo_pairs, tiny_base, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_a_run_that_packed_its_batches_does_not_go_on_with_padded_ones(
+    begun, demo_pairs, tiny_base, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=8)
+    shutil.copytree(begun, tmp_path / "checkpoints" / "fold_0")
+    monkeypatch.setattr("src.utils.trainer.can_pack", lambda model: False)  # as under an older transformers
+    with pytest.raises(ValueError, match=r"packed=True, got .* packed=False; go on with the former, or remove"):
+        fit(demo_pairs[:60].reset_index(drop=True), config, tmp_path, tiny_base("modernbert"))
+    assert list(tmp_path.rglob("checkpoint-*"))
+
+
+@pytest.mark.slow
 def test_checkpoints_of_other_settings_are_removed(demo_pairs, tiny_base, tmp_path, monkeypatch):
     pairs = demo_pairs[:40].reset_index(drop=True)
     with monkeypatch.context() as patch, pytest.raises(Killed):

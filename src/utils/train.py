@@ -179,7 +179,6 @@ def _fit_member(
     if done:
         return done
     train_pairs, heldout = _split(pairs, member.fold, config)
-    _begin(folder, member.key, config)
     is_parted = config.sharding == "full"
     model, tokenizer = load_classifier(config, base, torch.device("cpu") if is_parted else None)
     _check_length(model, config)
@@ -197,6 +196,8 @@ def _fit_member(
         log_dir=run_dir / "tensorboard" / member.name,
         stop_share=stop_share,
     )
+    world = {"n_processes": world_size(), "sharding": config.sharding, "packed": trainer.is_packed}
+    _begin(folder, member.key, world)
     with quiet_transformers():
         trainer.go_on(_last_whole_checkpoint(folder))
     done = trainer.describe() | {"n_train_pairs": len(train_pairs)}
@@ -216,8 +217,7 @@ def _read_done(run_dir: Path, name: str) -> dict[str, object] | None:
 
 
 @on_first
-def _begin(folder: Path, key: str, config: FinetuneConfig) -> None:
-    world = {"n_processes": world_size(), "sharding": config.sharding}
+def _begin(folder: Path, key: str, world: dict[str, object]) -> None:
     if any(folder.glob("checkpoint-*")):
         _check_same_world(folder, world)
     write_json(folder / "world.json", world)
@@ -225,13 +225,18 @@ def _begin(folder: Path, key: str, config: FinetuneConfig) -> None:
 
 
 def _check_same_world(folder: Path, world: dict[str, object]) -> None:
-    # Steps are counted in the batches of all processes, and each has dice and weights of its own.
+    # Steps are counted in the batches of all processes, and each has dice and weights of its own. Whether
+    # batches are packed is up to the version of transformers, too.
     begun = read_json(folder / "world.json")
     if begun != world:
         raise ValueError(
-            f"{folder}: begun with n_processes={begun['n_processes']}, sharding={begun['sharding']!r}, got "
-            f"{world['n_processes']}, {world['sharding']!r}; go on with the former, or remove the folder to begin anew"
+            f"{folder}: begun with {_name_values(begun)}, got {_name_values(world)}; go on with the former, "
+            "or remove the folder to begin anew"
         )
+
+
+def _name_values(values: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 @on_first
