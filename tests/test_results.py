@@ -37,6 +37,14 @@ def test_the_floor_and_the_blend_come_within_two_hundredths_of_the_best_on_the_d
         assert 0 <= run["excess_log_loss"] < 0.02, notebook
 
 
+def test_tiny_models_with_a_contrast_come_within_three_hundredths_of_the_best_on_the_demo():
+    results = json.loads((ROOT / "benchmarks" / "results" / "heads.json").read_text())
+    contrasts = {name: run for name, run in results["runs"].items() if "HEAD=contrast" in name}
+    assert len(contrasts) == 3  # the encoder, and the decoder on a 4-bit and on an 8-bit base
+    for name, run in contrasts.items():
+        assert run["n_pairs"] >= 2000 and 0 <= run["excess_log_loss"] < 0.03, name
+
+
 def test_every_figure_of_readme_is_committed():
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / path).exists(), path

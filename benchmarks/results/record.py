@@ -2,11 +2,12 @@
 
     python benchmarks/results/record.py demo artifacts
     python benchmarks/results/record.py real artifacts/real
+    python benchmarks/results/record.py heads artifacts
     python benchmarks/results/record.py eda artifacts/eda
 
-Every number of README's result table comes from the files that this writes; a test
-compares the two. The last line takes figures alone, of a run with few battles a
-chatbot and the real vocabularies:
+Every number of README's result tables comes from the files that this writes; a test
+compares the two. `heads` are the sweeps of `benchmarks/heads_*.yaml`. The last line takes
+figures alone, of a run with few battles a chatbot and the real vocabularies:
 
     make run NB=01 DATA="…" ARTIFACTS=artifacts/eda SET="01.MIN_BATTLES=15 01.TOKENIZERS=[/…/qwen2_5,/…/olmo_bpe]"
 """
@@ -25,9 +26,11 @@ EDA_FIGURES = (
     "winners models_usage models_win_rate winner_length_diff_count winner_length_prompt_and_diff_length "
     "more_punctuation_winner tokens_length_distribution style_effects models_strength length_curves position_by"
 ).split()
+SWEEPS = {"heads_03": "03_modernbert", "heads_04": "04_qwen"}
 FIGURES = {
     "demo": {"05_ensemble/figures/ladder.png": "ladder.png"},
     "real": {},
+    "heads": {},
     "eda": {f"01_eda/figures/{name}.png": f"{name}.png" for name in EDA_FIGURES},
 }
 START, END = "<!-- results: made by benchmarks/results/record.py -->", "<!-- end of results -->"
@@ -45,11 +48,7 @@ FIELDS = (
 
 def collect_results(name: str, artifacts: Path) -> dict:
     """Take what README tells of a run out of its `metrics.json` files and stamps."""
-    runs = {}
-    for notebook in SCORED:
-        metrics = read_json(artifacts / notebook / "metrics.json")
-        runs[notebook] = {field: metrics.get(field) for field in FIELDS}
-        runs[notebook]["parameters"] = read_json(artifacts / notebook / "run.json")["parameters"]
+    runs = {notebook: _read_run(artifacts / notebook) for notebook in SCORED}
     summary = read_json(artifacts / "summary.json")
     data = read_json(artifacts / "01_eda" / "bias.json")
     return {
@@ -58,6 +57,36 @@ def collect_results(name: str, artifacts: Path) -> dict:
         "seconds_of_all_notebooks": round(sum(row["seconds"] for row in summary), 1),
         "runs": runs,
     }
+
+
+def _read_run(folder: Path) -> dict:
+    metrics = read_json(folder / "metrics.json")
+    parameters = read_json(folder / "run.json")["parameters"]
+    return {field: metrics.get(field) for field in FIELDS} | {"parameters": parameters}
+
+
+def collect_sweeps(artifacts: Path) -> dict:
+    """Take the runs of both sweeps over heads out of their folders, the encoder's first."""
+    runs = {}
+    for sweep, notebook in SWEEPS.items():
+        for path in sorted((artifacts / "sweeps" / sweep).glob(f"*/{notebook}/metrics.json")):
+            runs[f"{notebook}, {path.parents[1].name}"] = _read_run(path.parent)
+    commands = [f"make sweep SWEEP=benchmarks/{sweep}.yaml" for sweep in SWEEPS]
+    return {"name": "heads", "commands": commands, "runs": runs}
+
+
+def format_heads(results: dict) -> str:
+    """One line a model and base, one column a head, as Markdown."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for name, run in results["runs"].items():
+        notebook, settings = name.split(", ")
+        chosen = dict(setting.split("=") for setting in settings.split(","))
+        loss = f"{run['log_loss']:.3f} (+{run['excess_log_loss']:.3f})"
+        rows.setdefault((notebook, chosen.get("QUANTIZATION", "32-bit")), {})[chosen["HEAD"]] = loss
+    lines = [["model", "weights", "joint head", "with contrast"], ["---"] * 4]
+    for (notebook, base), losses in rows.items():
+        lines.append([CAPTIONS[notebook], base, losses["joint"], f"**{losses['contrast']}**"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def format_table(results: dict) -> str:
@@ -95,6 +124,10 @@ def format_results() -> str:
             results = json.loads(path.read_text())
             machine = results["runs"]["02_baseline"]["machine"]
             parts += [title.format(n=results["n_pairs"]) + f", {machine}:", format_table(results)]
+    path = RESULTS / "heads.json"
+    if path.exists():
+        title = "**Both heads on the demo arena** (log loss, and how far it is from the best):"
+        parts[2:2] = [title, format_heads(json.loads(path.read_text()))]
     return "\n\n".join(parts)
 
 
@@ -112,7 +145,9 @@ def main() -> None:
     parser.add_argument("name", choices=list(FIGURES))
     parser.add_argument("artifacts", type=Path)
     options = parser.parse_args()
-    if options.name != "eda":
+    if options.name == "heads":
+        write_json(RESULTS / "heads.json", collect_sweeps(options.artifacts))
+    elif options.name != "eda":
         write_json(RESULTS / f"{options.name}.json", collect_results(options.name, options.artifacts))
     for source, target in FIGURES[options.name].items():
         (ROOT / "assets").mkdir(exist_ok=True)
