@@ -33,8 +33,8 @@ $(READY): requirements.txt pyproject.toml
 run: $(READY)  ## raw battles to submission.csv: the notebooks in order, those that are whole are skipped
 	@$(SUITE)
 
-test: $(READY)  ## every test, also those that train and run notebooks
-	@$(BIN)/python -m pytest
+test: $(READY)  ## every test, also those that train and run notebooks, two files at a time (JOBS=1 one)
+	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## style alone: ruff, also in notebooks, and no outputs in them
 	@$(BIN)/ruff check .

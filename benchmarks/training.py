@@ -224,6 +224,12 @@ def measure_peak_flops(hidden_size: int) -> float:
     return 2 * n**3 / best_s
 
 
+def prepare(setup: Setup, tokenizer, folder: Path) -> tuple[Path, float, dict[str, object]]:
+    """Write the model; where it is, the peak of matrix products, and what the device is."""
+    width = setup.shape.hidden_size
+    return write_checkpoint(setup, tokenizer, folder), measure_peak_flops(width), describe_device(width)
+
+
 class Lesson:
     """A model, what it reads, and its optimiser."""
 
@@ -318,10 +324,8 @@ def run(name: str, device: str, n_rows: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, origin = read_tokenizer(setup.shape.model_type, pairs, Path(folder) / "tokenizer")
         rows = encode_pairs(pairs, tokenizer, MAX_TOKENS)
-        base = run_alone(device, write_checkpoint, setup, tokenizer, Path(folder) / "base")
-        peak = run_alone(device, measure_peak_flops, setup.shape.hidden_size)
+        base, peak, described = run_alone(device, prepare, setup, tokenizer, Path(folder) / "base")
         ways = {way: run_alone(device, measure, way, base, setup.config, rows) for way in WAYS}
-        described = run_alone(device, describe_device, setup.shape.hidden_size)
     lengths = np.array([len(row) for row in rows])
     flops = count_training_flops(setup.shape, lengths, is_frozen=setup.config.lora_rank > 0)
     for row in ways.values():

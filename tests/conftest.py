@@ -16,6 +16,9 @@ from src.utils.schema import LABELLED_COLUMNS
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 REAL_TRAIN = [REAL_DATA / "arena_sample.csv", REAL_DATA / "arena_extra.csv"]
 
+# Longest first: with two files at a time, none of these is begun when the others are done.
+LONGEST = "benchmarks notebooks inference launch kaggle_kernel train eda baseline suite tiny".split()
+
 _UGLY = [
     (("hi",), ("hello",), (None,)),
     (("",), ("",), ("",)),
@@ -34,6 +37,11 @@ _UGLY = [
     ),
     (("line\r\nbreaks\u2028\u2029\x00",), ("tab\tand\x0bvertical",), ("  \n \n ",)),
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")

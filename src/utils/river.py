@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 
 from src.utils import paths
@@ -147,7 +146,7 @@ def read_parameters(notebook: Path) -> dict[str, Any]:
     """
     if not notebook.exists():
         raise SuiteError(f"{notebook}: no such notebook")
-    cells = nbformat.read(notebook, as_version=4).cells
+    cells = _read_cells(notebook)
     source = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
     defaults = {}
     for node in ast.parse(source).body:
@@ -318,8 +317,13 @@ def hash_library() -> str:
 
 
 def _hash_code(notebook: Path) -> str:
-    cells = nbformat.read(notebook, as_version=4).cells
-    return hash_json([cell.source for cell in cells if cell.cell_type == "code"])
+    return hash_json([cell.source for cell in _read_cells(notebook) if cell.cell_type == "code"])
+
+
+def _read_cells(notebook: Path) -> list[Any]:
+    import nbformat  # slow to import, and each process of a training would
+
+    return nbformat.read(notebook, as_version=4).cells
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> str:
