@@ -34,6 +34,7 @@ FIGURES = {
     "eda": {f"01_eda/figures/{name}.png": f"{name}.png" for name in EDA_FIGURES},
 }
 START, END = "<!-- results: made by benchmarks/results/record.py -->", "<!-- end of results -->"
+BASES = {"none": "32-bit", "4bit": "NF4, LoRA", "8bit": "8-bit, LoRA"}
 CAPTIONS = {
     "02_baseline": "02 floor, CPU",
     "03_modernbert": "03 ModernBERT",
@@ -82,7 +83,7 @@ def format_heads(results: dict) -> str:
         notebook, settings = name.split(", ")
         chosen = dict(setting.split("=") for setting in settings.split(","))
         loss = f"{run['log_loss']:.3f} (+{run['excess_log_loss']:.3f})"
-        rows.setdefault((notebook, chosen.get("QUANTIZATION", "32-bit")), {})[chosen["HEAD"]] = loss
+        rows.setdefault((notebook, BASES[chosen.get("QUANTIZATION", "none")]), {})[chosen["HEAD"]] = loss
     lines = [["model", "weights", "joint head", "with contrast"], ["---"] * 4]
     for (notebook, base), losses in rows.items():
         lines.append([CAPTIONS[notebook], base, losses["joint"], f"**{losses['contrast']}**"])
