@@ -83,9 +83,12 @@ def test_what_it_adds_for_a_it_takes_from_b(kind, tiny_base, demo_pairs):
 
 def test_exchanged_states_exchange_its_answer(tiny_base):
     model, _ = load("modernbert", tiny_base)
-    weights, hidden = torch.randn(3, 5), torch.randn(3, 5, 64)
-    added, exchanged = model.read_contrast(weights, hidden), model.read_contrast(-weights, hidden)
-    torch.testing.assert_close(added, exchanged[:, [1, 0, 2]])
+    model.pieces = [(1,), (2, 3), (2, 4), (5,)]
+    row, states = torch.tensor([1, 9, 2, 3, 7, 7, 2, 4, 8, 8, 5]), torch.randn(11, 64)
+    exchanged = states[[0, 1, 2, 3, 8, 9, 6, 7, 4, 5, 10]]
+    one, other = model.read_contrast([row, row], [states, exchanged])
+    torch.testing.assert_close(one, other[[1, 0, 2]])
+    assert one.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -150,6 +153,15 @@ def test_what_is_saved_names_a_class_of_transformers(kind, cls, tiny_base, tmp_p
     assert isinstance(model, Contrasting) and isinstance(model, cls)
     assert f'"{cls.__name__}"' in (tmp_path / "model" / "config.json").read_text()
     assert "contrast.weight" in load_file(tmp_path / "model" / "model.safetensors")
+
+
+def test_a_model_in_half_precision_reads_without_autocast(tiny_base, demo_pairs):
+    model, tokenizer = load("modernbert", tiny_base)
+    batch = collate(encode_pairs(demo_pairs[:4], tokenizer, 256), tokenizer.pad_token_id)
+    with torch.no_grad():
+        exact, rounded = model(**batch).logits, model.bfloat16()(**batch).logits
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.2, rtol=0.1)
 
 
 def test_both_orders_are_told_apart(tiny_base, demo_pairs):

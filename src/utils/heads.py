@@ -40,45 +40,30 @@ class Contrasting:
             output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         finally:
             hook.remove()
-        n_real = torch.full((len(input_ids),), input_ids.shape[1]) if attention_mask is None else attention_mask.sum(1)
-        rows = [row[:length] for row, length in zip(input_ids.cpu().numpy(), n_real.tolist(), strict=True)]
-        weights = torch.zeros(input_ids.shape)
-        for place, row in enumerate(rows):
-            weights[place, : len(row)] = weigh_answers(row, self.pieces)
-        output.logits = output.logits + self.read_contrast(weights, kept[0])
+        lengths = [input_ids.shape[1]] * len(input_ids) if attention_mask is None else attention_mask.sum(1).tolist()
+        rows = [row[:length] for row, length in zip(input_ids.cpu(), lengths, strict=True)]
+        states = [row[:length] for row, length in zip(kept[0].unbind(), lengths, strict=True)]
+        output.logits = output.logits + self.read_contrast(rows, states)
         return output
 
-    def contrast_documents(self, input_ids: torch.Tensor, lengths: list[int], hidden: torch.Tensor) -> torch.Tensor:
-        """What the contrast adds for each document of a packed row: (documents, C).
+    def read_contrast(self, rows: Sequence[torch.Tensor], states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What is added to the logits.
 
         Args:
-            input_ids: (T,) of the row.
-            lengths: tokens of each document.
-            hidden: (T, width), last states of the base.
-        """
-        rows = np.split(input_ids.cpu().numpy(), np.cumsum(lengths)[:-1])
-        weights = [weigh_answers(row, self.pieces) for row in rows]
-        return torch.cat(
-            [
-                self.read_contrast(weight[None], states[None])
-                for weight, states in zip(weights, hidden.split(lengths), strict=True)
-            ]
-        )
+            rows: (T,) token ids of each battle, padding aside, on the CPU.
+            states: (T, width) of each, the last ones of the base.
 
-    def read_contrast(self, weights: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """What is added to the logits: (rows, C).
-
-        Args:
-            weights: (rows, T) float32 from `weigh_answers`.
-            hidden: (rows, T, width), last states of the base.
+        Returns:
+            (rows, C) float; A's column is B's with the other sign, a tie's is 0.
         """
+        device = states[0].device
         # Where the two means are alike, 16 bits would lose what sets them apart.
-        with torch.autocast(hidden.device.type, enabled=False):
-            difference = torch.bmm(weights.to(hidden.device)[:, None], hidden.float()).squeeze(1)
-        preference = self.contrast(difference)
-        columns = torch.zeros(len(LABELS), device=hidden.device)
+        with torch.autocast(device.type, enabled=False):
+            weights = [weigh_answers(row.numpy(), self.pieces).to(device) for row in rows]
+            differences = [weight @ state.float() for weight, state in zip(weights, states, strict=True)]
+        columns = torch.zeros(len(LABELS), device=device)
         columns[A_WINS], columns[B_WINS] = 1, -1
-        return preference * columns
+        return self.contrast(torch.stack(differences).to(states[0].dtype)) * columns
 
 
 @functools.cache

@@ -320,7 +320,8 @@ class _Packable:
         ).last_hidden_state[0]
         logits = _read_head(self, hidden, documents)
         if isinstance(self, Contrasting):
-            logits = logits + self.contrast_documents(input_ids[0], documents.lengths, hidden)
+            rows = input_ids[0].cpu().split(documents.lengths)
+            logits = logits + self.read_contrast(rows, hidden.split(documents.lengths))
         return SequenceClassifierOutput(logits=logits)
 
 
