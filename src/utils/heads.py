@@ -61,9 +61,10 @@ class Contrasting:
         with torch.autocast(device.type, enabled=False):
             weights = [weigh_answers(row.numpy(), self.pieces).to(device) for row in rows]
             differences = [weight @ state.float() for weight, state in zip(weights, states, strict=True)]
-        columns = torch.zeros(len(LABELS), device=device)
+        preference = self.contrast(torch.stack(differences).to(states[0].dtype))
+        columns = torch.zeros(len(LABELS), device=device, dtype=preference.dtype)
         columns[A_WINS], columns[B_WINS] = 1, -1
-        return self.contrast(torch.stack(differences).to(states[0].dtype)) * columns
+        return preference * columns
 
 
 @functools.cache
