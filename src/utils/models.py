@@ -201,9 +201,17 @@ def load_classifier(
     if config.lora_rank:
         model = _add_lora(model, config)
     if config.gradient_checkpointing:
-        # A reentrant checkpoint would lose the gradient behind frozen embeddings.
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     return model, tokenizer
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    options = {"use_reentrant": False}  # a reentrant checkpoint would lose the gradient behind frozen embeddings
+    # transformers 5.0, that of Kaggle's image, has the older name alone; the newest warns of it.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _load_base(
