@@ -245,6 +245,7 @@ def _load_base(
             **options,
         )
     _check_loaded(source, head_names(plan), loading)
+    _renew_heads(model, plan)
     _finish_base(model, tokenizer)
     if config.head == "contrast":
         _finish_contrast(model, tokenizer, loading)
@@ -280,6 +281,17 @@ def _check_loaded(source: str, heads: list[str], loading: dict[str, Iterable]) -
             f"checkpoint {source}: expected every weight but those of the head ({', '.join(heads)}), "
             f"{len(lost)} are missing or have another shape: {', '.join(lost[:3])}"
         )
+
+
+def _renew_heads(model: nn.Module, plan: nn.Module) -> None:
+    # Beside quantised weights transformers 5.0, that of Kaggle's image, keeps a head of another shape without a word.
+    for head in head_names(plan):
+        for name, expected in plan.get_submodule(head).named_parameters(prefix=head):
+            parameter = model.get_parameter(name)
+            if parameter.shape != expected.shape:
+                parameter.data = parameter.new_zeros(expected.shape)
+                if expected.dim() > 1:
+                    nn.init.normal_(parameter, std=model.config.get_text_config().initializer_range)
 
 
 def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
