@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src.utils.batches import collate, encode_pairs, make_template
 from src.utils.config import DecoderConfig, FinetuneConfig
@@ -230,3 +230,23 @@ def test_the_head_of_a_reward_model_is_dropped_without_a_word(tmp_path, capfd, c
     model, _ = load_classifier(config)
     assert model.get_base_model().score.weight.shape == (3, 32)
     assert "".join(capfd.readouterr()) == "" and caplog.text == ""
+
+
+@pytest.mark.parametrize("head", ["joint", "contrast"])
+def test_a_head_that_an_older_transformers_keeps_is_dropped(head, demo_pairs, tmp_path, monkeypatch):
+    config = make_config("reward", write_checkpoint("reward", tmp_path / "base"), quantization="4bit", head=head)
+    model, tokenizer = load_classifier(config)
+    folder = save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0")
+    load_weights = PreTrainedModel.from_pretrained.__func__
+
+    def keep_head(cls, *args, **options):
+        loaded, loading = load_weights(cls, *args, **options)
+        loaded.score.weight = nn.Parameter(torch.ones(1, SIZES["hidden_size"]))
+        return loaded, loading | {"mismatched_keys": set()}
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(keep_head))
+    fresh = load_classifier(config)[0].get_base_model().score.weight
+    assert fresh.shape == (3, SIZES["hidden_size"]) and 0 < fresh.std() < 0.1
+    again, _ = load_finetuned(folder, config)
+    rows = encode_pairs(demo_pairs[:4], tokenizer, config.max_tokens)
+    torch.testing.assert_close(read(again, tokenizer, rows), read(model, tokenizer, rows), atol=1e-5, rtol=1e-4)

@@ -325,8 +325,8 @@ def test_the_timing_is_json_and_says_what_the_battles_got(
 
 BUDGET = {"max_tokens": 192, "predict_tokens": 192, "tokens_per_batch": 1024}
 TINY = {
-    NETWORK: DecoderConfig("tiny:modernbert", "", "none", lora_rank=0, **BUDGET),
-    "04_qwen": DecoderConfig("tiny:qwen3", "", "none", lora_rank=4, **BUDGET),
+    NETWORK: DecoderConfig("tiny:modernbert", "", quantization="none", lora_rank=0, **BUDGET),
+    "04_qwen": DecoderConfig("tiny:qwen3", "", quantization="none", lora_rank=4, **BUDGET),
 }
 
 

@@ -334,7 +334,7 @@ def test_the_kernel_of_all_members_passes_its_rehearsal(floor_artifacts, tiny_ba
 @pytest.mark.parametrize("layout", ["old", "new"])
 def test_an_adapter_on_an_attached_base_is_rehearsed_with_it_and_without(floor_artifacts, tiny_base, tmp_path, layout):
     artifacts = shutil.copytree(floor_artifacts, tmp_path / "artifacts")
-    config = DecoderConfig("tiny:qwen3", "", "none", 4, max_tokens=192, tokens_per_batch=4096)
+    config = DecoderConfig("tiny:qwen3", "", quantization="none", lora_rank=4, max_tokens=192, tokens_per_batch=4096)
     models.save_model(*models.load_classifier(config, tiny_base("qwen3")), artifacts / "04_qwen" / "model" / "fold_0")
     settings = config.to_json() | {"checkpoint": "Qwen/Qwen3-Tiny"}
     (artifacts / "04_qwen" / "config.json").write_text(json.dumps(settings))

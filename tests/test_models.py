@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from src.utils import models
 from src.utils.batches import collate, encode_pairs
@@ -158,6 +159,14 @@ def test_gradient_checkpointing_keeps_the_gradients_and_fewer_bytes(tiny_base, d
     (few, again), (many, once) = gradient(True), gradient(False)
     torch.testing.assert_close(again, once)
     assert once.abs().max() > 0 and few < many / 2
+
+
+def test_an_older_transformers_checkpoints_by_another_name(tiny_base, monkeypatch):
+    given = []
+    monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable", raising=False)
+    monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable", lambda self, **options: given.append(options))
+    load_classifier(dataclasses.replace(DECODER, gradient_checkpointing=True), tiny_base("qwen3"))
+    assert given == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}}]
 
 
 def test_a_quantised_head_is_refused():

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -290,6 +292,21 @@ def test_the_kernel_gets_the_packed_layout(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(packing, "_has_kernel", lambda query: True)
             assert_equal_readings(read(enable_packing(model), collate_packed(ROWS)), padded)
+
+
+def test_the_kernel_of_an_older_torch_is_left_alone(monkeypatch):
+    def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        """Without windows and scale."""
+
+    def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        """Without grouped heads."""
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    query = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=None)
+    assert packing._has_kernel(query)
+    for kernel in (of_2_10, of_2_11, None):
+        monkeypatch.setattr(packing, "varlen_attn", kernel)
+        assert not packing._has_kernel(query)
 
 
 def test_documents_stand_one_behind_the_other():

@@ -201,9 +201,17 @@ def load_classifier(
     if config.lora_rank:
         model = _add_lora(model, config)
     if config.gradient_checkpointing:
-        # A reentrant checkpoint would lose the gradient behind frozen embeddings.
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     return model, tokenizer
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    options = {"use_reentrant": False}  # a reentrant checkpoint would lose the gradient behind frozen embeddings
+    # transformers 5.0, that of Kaggle's image, has the older name alone; the newest warns of it.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _load_base(
@@ -237,6 +245,7 @@ def _load_base(
             **options,
         )
     _check_loaded(source, head_names(plan), loading)
+    _renew_heads(model, plan)
     _finish_base(model, tokenizer)
     if config.head == "contrast":
         _finish_contrast(model, tokenizer, loading)
@@ -272,6 +281,17 @@ def _check_loaded(source: str, heads: list[str], loading: dict[str, Iterable]) -
             f"checkpoint {source}: expected every weight but those of the head ({', '.join(heads)}), "
             f"{len(lost)} are missing or have another shape: {', '.join(lost[:3])}"
         )
+
+
+def _renew_heads(model: nn.Module, plan: nn.Module) -> None:
+    # Beside quantised weights transformers 5.0, that of Kaggle's image, keeps a head of another shape without a word.
+    for head in head_names(plan):
+        for name, expected in plan.get_submodule(head).named_parameters(prefix=head):
+            parameter = model.get_parameter(name)
+            if parameter.shape != expected.shape:
+                parameter.data = parameter.new_zeros(expected.shape)
+                if expected.dim() > 1:
+                    nn.init.normal_(parameter, std=model.config.get_text_config().initializer_range)
 
 
 def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:

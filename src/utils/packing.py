@@ -8,7 +8,8 @@ memory grows with the tokens and not with their square, on any hardware.
 """
 
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -148,11 +149,17 @@ def attend_by_document(
 
 def _has_kernel(query: torch.Tensor) -> bool:
     return (
-        varlen_attn is not None
+        _takes_windows(varlen_attn)
         and query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
+
+
+@functools.cache
+def _takes_windows(kernel: Callable | None) -> bool:
+    # That of torch 2.10, of Kaggle's image, knows no window and no scale, that of 2.11 no grouped heads.
+    return kernel is not None and {"window_size", "scale", "enable_gqa"} <= inspect.signature(kernel).parameters.keys()
 
 
 def _attend_with_kernel(is_causal, query, key, value, sliding_window, documents, options) -> torch.Tensor:
