@@ -118,7 +118,7 @@ def format_results() -> str:
     parts = []
     for name, title in {
         "demo": "**Demo arena** (`make run`: {n:,} battles, tiny models, best log loss known)",
-        "real": "**Real battles** ({n} rows of the competition, the same tiny models, which cannot learn from so few)",
+        "real": "**Real battles** ({n} rows of the competition, the same tiny models, which learn little from so few)",
     }.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
