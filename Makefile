@@ -41,7 +41,7 @@ lint: $(READY)  ## style alone: ruff, also in notebooks, and no outputs in them
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 
-check: lint  ## style and the fast tests, under a minute
+check: lint  ## style and the fast tests, under two minutes
 	@$(BIN)/python -m pytest -m "not slow"
 
 data: $(READY)  ## the competition's battles into data/raw
