@@ -172,11 +172,8 @@ def test_both_processes_take_part_and_no_battle_is_lost_or_read_twice(both):
 def test_weights_are_copied_or_parted_as_asked(both):
     config, _, _, _, noted, root = both
     world = json.loads((root / "two" / "checkpoints" / "fold_0" / "world.json").read_text())
-    assert world == {
-        "n_processes": 2,
-        "sharding": config.sharding,
-        "packed": True,
-    }  # nor did this process train it again
+    # Nor did this process train it again.
+    assert world == {"n_processes": 2, "sharding": config.sharding, "packed": True}
     for note in noted:
         if config.sharding == "none":
             assert (note["wrapper"], note["parted"], note["share"]) == ("DistributedDataParallel", [], 1.0)

@@ -314,7 +314,8 @@ class _Packable:
             return super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
             )
-        documents = Documents(cu_seq_lens, _find_read(self, cu_seq_lens))
+        places = _find_read(self, cu_seq_lens)
+        documents = Documents(cu_seq_lens, None if isinstance(self, Contrasting) else places)
         _last_mlp(self).read = documents.read
         options = {} if isinstance(self, ModernBertForSequenceClassification) else {"use_cache": False}
         hidden = self.base_model(
@@ -325,7 +326,7 @@ class _Packable:
             documents=documents,
             **options,
         ).last_hidden_state[0]
-        logits = _read_head(self, hidden, documents)
+        logits = _read_head(self, hidden, documents, places)
         if isinstance(self, Contrasting):
             rows = input_ids[0].cpu().split(documents.lengths)
             logits = logits + self.read_contrast(rows, hidden.split(documents.lengths))
@@ -346,8 +347,7 @@ def _last_mlp(classifier: nn.Module) -> nn.Module:
 
 
 def _find_read(classifier: nn.Module, cu_seq_lens: torch.Tensor) -> torch.Tensor | None:
-    if isinstance(classifier, Contrasting):
-        return None
+    """Places of the one token a document that the classifier's own head reads; None where it reads their mean."""
     if not isinstance(classifier, ModernBertForSequenceClassification):
         return cu_seq_lens[1:].long() - 1
     return cu_seq_lens[:-1].long() if classifier.config.classifier_pooling == "cls" else None
@@ -366,12 +366,13 @@ def _put_back(mlp: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -
     return output.new_zeros(1, mlp.n_tok, output.shape[2]).index_copy(1, mlp.read, output)
 
 
-def _read_head(classifier: nn.Module, hidden: torch.Tensor, documents: Documents) -> torch.Tensor:
-    starts, ends = documents.cu_seq_lens[:-1], documents.cu_seq_lens[1:]
-    if not isinstance(classifier, ModernBertForSequenceClassification):
-        return classifier.score(hidden[ends - 1])
-    if classifier.config.classifier_pooling == "mean":
+def _read_head(
+    classifier: nn.Module, hidden: torch.Tensor, documents: Documents, places: torch.Tensor | None
+) -> torch.Tensor:
+    if places is None:
         pooled = torch.stack([part.mean(dim=0) for part in hidden.split(documents.lengths)])
     else:
-        pooled = hidden[starts]
+        pooled = hidden[places]
+    if not isinstance(classifier, ModernBertForSequenceClassification):
+        return classifier.score(pooled)
     return classifier.classifier(classifier.drop(classifier.head(pooled)))
