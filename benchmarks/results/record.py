@@ -80,13 +80,16 @@ def format_heads(results: dict) -> str:
     """One line a model and base, one column a head, as Markdown."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for name, run in results["runs"].items():
-        notebook, settings = name.split(", ")
-        chosen = dict(setting.split("=") for setting in settings.split(","))
+        model, chosen = CAPTIONS[name.split(", ")[0]], run["parameters"]
         loss = f"{run['log_loss']:.3f} (+{run['excess_log_loss']:.3f})"
-        rows.setdefault((notebook, BASES[chosen.get("QUANTIZATION", "none")]), {})[chosen["HEAD"]] = loss
-    lines = [["model", "weights", "joint head", "with contrast"], ["---"] * 4]
-    for (notebook, base), losses in rows.items():
-        lines.append([CAPTIONS[notebook], base, losses["joint"], f"**{losses['contrast']}**"])
+        rows.setdefault((model, BASES[chosen.get("QUANTIZATION", "none")]), {})[chosen["HEAD"]] = loss
+    head = ["model", "weights", "joint head", "with contrast"]
+    return _join([head, *([*row, losses["joint"], f"**{losses['contrast']}**"] for row, losses in rows.items())])
+
+
+def _join(lines: list[list[str]]) -> str:
+    """A table as Markdown; the first line is its head."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -94,7 +97,7 @@ def format_table(results: dict) -> str:
     """One line a model, as Markdown."""
     known = results["runs"]["05_ensemble"].get("best_log_loss") is not None
     head = ["model", "log loss", "class prior", *(["best reachable"] if known else []), "accuracy", "held-out battles"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for notebook, run in results["runs"].items():
         best = [f"{run['best_log_loss']:.3f}"] if known else []
         score = f"**{run['log_loss']:.3f}**"
@@ -110,25 +113,27 @@ def format_table(results: dict) -> str:
                 f"{run['n_pairs']:,}",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _join(lines)
 
 
 def format_results() -> str:
     """The result section of README, from the committed results."""
     parts = []
     for name, title in {
-        "demo": "**Demo arena** (`make run`: {n:,} battles, tiny models, best log loss known)",
-        "real": "**Real battles** ({n} rows of the competition, the same tiny models, which learn little from so few)",
+        "demo": "**Demo arena** (`make run`: {n:,} battles, tiny models, best log loss known), {machine}:",
+        "heads": "**Both heads on the demo arena** (log loss, and how far it is from the best):",
+        "real": "**Real battles** ({n} rows of the competition, the same tiny models, which learn little from so few), "
+        "{machine}:",
     }.items():
         path = RESULTS / f"{name}.json"
-        if path.exists():
-            results = json.loads(path.read_text())
+        if not path.exists():
+            continue
+        results = json.loads(path.read_text())
+        if name == "heads":
+            parts += [title, format_heads(results)]
+        else:
             machine = results["runs"]["02_baseline"]["machine"]
-            parts += [title.format(n=results["n_pairs"]) + f", {machine}:", format_table(results)]
-    path = RESULTS / "heads.json"
-    if path.exists():
-        title = "**Both heads on the demo arena** (log loss, and how far it is from the best):"
-        parts[2:2] = [title, format_heads(json.loads(path.read_text()))]
+            parts += [title.format(n=results["n_pairs"], machine=machine), format_table(results)]
     return "\n\n".join(parts)
 
 
