@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 # Values from the command line reach the shell through the environment, so spaces in them survive.
 export DATA TEST SET SWEEP
-SUITE = $(BIN)/python -m src.utils.suite $(if $(NB),--only "$(NB)") $(if $(PROFILE),--profile "$(PROFILE)") \
+SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(if $(PROFILE),--profile "$(PROFILE)") \
 	$(if $(DATA),--data "$$DATA") $(if $(TEST),--test "$$TEST") $(if $(SET),--set "$$SET") \
 	$(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") $(if $(filter-out 0,$(FORCE)),--force) \
 	$(if $(filter-out 0,$(LIST)),--list)
@@ -45,14 +45,14 @@ check: lint  ## style and the fast tests, under two minutes
 	@$(BIN)/python -m pytest -m "not slow"
 
 data: $(READY)  ## the competition's battles into data/raw
-	@$(BIN)/python -m src.utils.fetch
+	@$(BIN)/python -m src.utils.battles.download
 
 train: NB := 01-05
 train: PROFILE := full
 train: run  ## the real thing on a GPU, without inference: NB=01-05 PROFILE=full
 
 sweep: $(READY)  ## a notebook over a grid of parameters: SWEEP=file.yaml, JOBS=2 at a time; takes DATA, PROFILE, ARTIFACTS too
-	@$(BIN)/python -m src.utils.sweep "$$SWEEP" --jobs $(or $(JOBS),1) $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
+	@$(BIN)/python -m src.utils.suite.search "$$SWEEP" --jobs $(or $(JOBS),1) $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
 		$(if $(DATA),--data "$$DATA") $(if $(PROFILE),--profile "$(PROFILE)")
 
 kernel: $(READY)  ## build/kaggle: what is uploaded to Kaggle (FLOOR=1 the floor alone, EQUAL="02_baseline 04_qwen" these at equal weight, WHEELS=1 adds what its image lacks)

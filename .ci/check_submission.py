@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from src.utils.delivery.submission import check_submission
 from src.utils.paths import find_table
-from src.utils.submission import check_submission
 
 written, folder = map(Path, sys.argv[1:])
 expected = find_table(folder, "sample_submission") or find_table(folder, "test")

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from src.utils import data, demo, style
-from src.utils.artifacts import Stopwatch, encode_turns, measure_peak_mib, measure_versions, read_json, write_json
+from src.utils.battles import demo, readers, style
+from src.utils.runs import Stopwatch, encode_turns, measure_peak_mib, measure_versions, read_json, write_json
 from src.utils.schema import LABELS, TEXTS, Turns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ def stretch(turns: Turns, n_chars: float) -> Turns:
 def make_battles(n_battles: int, rng: np.random.Generator) -> tuple[pd.DataFrame, str]:
     """Battles of realistic length, and where they come from."""
     if all(path.exists() for path in REAL):
-        source, origin = data.load_pairs(REAL)[0], "real rows, resampled and perturbed"
+        source, origin = readers.load_pairs(REAL)[0], "real rows, resampled and perturbed"
         battles = source.iloc[rng.integers(len(source), size=n_battles)].reset_index(drop=True)
         for name in TEXTS:
             battles[name] = [tuple(perturb(turn, rng) for turn in turns) for turns in battles[name]]
@@ -166,7 +166,7 @@ def measure_row(row: pd.Series) -> pd.Series:
 
 def run_library(path: Path, out: Path) -> None:
     """Time `style.measure_style` alone."""
-    battles = data.load_pairs(path)[0]
+    battles = readers.load_pairs(path)[0]
     watch = Stopwatch()
     table = style.measure_style(battles)
     finish(out, watch.seconds, table)
@@ -174,7 +174,7 @@ def run_library(path: Path, out: Path) -> None:
 
 def run_rows(path: Path, out: Path) -> None:
     """Time the row-wise way alone."""
-    battles = data.load_pairs(path)[0]
+    battles = readers.load_pairs(path)[0]
     watch = Stopwatch()
     table = battles.apply(measure_row, axis=1)
     finish(out, watch.seconds, table)
@@ -207,7 +207,7 @@ def used_cpu_s() -> float:
 def run_notebook(path: Path, artifacts: Path) -> dict:
     """Run the whole of 01 through the runner: kernel, figures and files included."""
     watch, before_s = Stopwatch(), used_cpu_s()
-    command = [sys.executable, "-m", "src.utils.suite", "--only", "01", "--profile", "full", "--force"]
+    command = [sys.executable, "-m", "src.utils.suite.run", "--only", "01", "--profile", "full", "--force"]
     subprocess.run([*command, "--data", path, "--artifacts", artifacts], cwd=ROOT, check=True, capture_output=True)
     left = read_json(artifacts / "01_eda" / "bias.json")
     assert left["n_pairs"] == len(pd.read_csv(path, usecols=["id"])), "01 lost rows"

@@ -23,14 +23,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from src.utils import baseline, metrics
-from src.utils.artifacts import measure_peak_mib, measure_versions, read_json, write_json
+from src.utils.battles.demo import make_battles
+from src.utils.battles.readers import add_groups_and_folds, load_pairs
+from src.utils.battles.style import measure_style, style_differences
 from src.utils.config import BaselineConfig
-from src.utils.data import add_groups_and_folds, load_pairs
-from src.utils.demo import make_battles
 from src.utils.mirror import average_over_swap
+from src.utils.models import baseline
+from src.utils.runs import measure_peak_mib, measure_versions, read_json, write_json
 from src.utils.schema import LABELLED_COLUMNS, TEXTS, Turns
-from src.utils.style import measure_style, style_differences
+from src.utils.stats import scores
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "floor.json"
@@ -68,16 +69,16 @@ def score_real(pairs: pd.DataFrame, config: BaselineConfig) -> dict:
     for seed in SEEDS:
         split = add_groups_and_folds(pairs, seed=seed)
         members = baseline.cross_fit(split, config, features)
-        models = {"class prior": metrics.held_out_prior(labels, split["fold"].to_numpy())}
+        models = {"class prior": scores.held_out_prior(labels, split["fold"].to_numpy())}
         models |= {"13 style features": cross_fit_thirteen(split), **members}
         models["full floor"] = baseline.blend_folds(split, members)
-        losses.append({name: metrics.row_losses(probs, labels) for name, probs in models.items()})
+        losses.append({name: scores.row_losses(probs, labels) for name, probs in models.items()})
     groups = add_groups_and_folds(pairs)["group"].to_numpy()
     mean = {name: np.mean([split[name] for split in losses], axis=0) for name in losses[0]}
     rows = {}
     for name, values in mean.items():
-        low, high = metrics.bootstrap_interval(values, groups)
-        gap = metrics.paired_difference(values, mean["13 style features"], groups)
+        low, high = scores.bootstrap_interval(values, groups)
+        gap = scores.paired_difference(values, mean["13 style features"], groups)
         rows[name] = {"log_loss": float(values.mean()), "low": low, "high": high, "less_13_style_features": gap}
     return {"n_pairs": len(pairs), "n_folds": 5, "seeds": list(SEEDS), "models": rows}
 

@@ -33,13 +33,13 @@ from benchmarks.training import (
     run_alone,
     write_checkpoint,
 )
-from src.utils.artifacts import Stopwatch, measure_peak_mib, write_json
-from src.utils.batches import collate, encode_pairs, make_batches
 from src.utils.config import FinetuneConfig
-from src.utils.hardware import choose_device, choose_dtype
-from src.utils.models import load_classifier, quiet_transformers
-from src.utils.packing import can_pack
-from src.utils.predict import predict_probs
+from src.utils.models.batches import collate, encode_pairs, make_batches
+from src.utils.models.checkpoints import load_classifier, quiet_transformers
+from src.utils.models.hardware import choose_device, choose_dtype
+from src.utils.models.packing import can_pack
+from src.utils.models.predict import predict_probs
+from src.utils.runs import Stopwatch, measure_peak_mib, write_json
 
 RESULT = ROOT / "benchmarks" / "results" / "inference.json"
 N_TEST = 25_000  # battles of the competition's hidden test

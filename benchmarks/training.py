@@ -38,17 +38,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from src.utils.artifacts import Stopwatch, measure_peak_mib, measure_versions, read_json, write_json
-from src.utils.batches import collate, encode_pairs, make_batches, make_packs
+from src.utils.battles.demo import make_battles
+from src.utils.battles.readers import load_pairs
 from src.utils.config import DecoderConfig, FinetuneConfig
-from src.utils.data import load_pairs
-from src.utils.demo import make_battles
-from src.utils.hardware import choose_device, choose_dtype
-from src.utils.models import load_classifier, quiet_transformers
-from src.utils.packing import can_pack, collate_packed, enable_packing
-from src.utils.plots import ACCENT, MUTED, use_style
+from src.utils.models.batches import collate, encode_pairs, make_batches, make_packs
+from src.utils.models.checkpoints import load_classifier, quiet_transformers
+from src.utils.models.hardware import choose_device, choose_dtype
+from src.utils.models.packing import can_pack, collate_packed, enable_packing
+from src.utils.models.tiny import prepare_base
+from src.utils.runs import Stopwatch, measure_peak_mib, measure_versions, read_json, write_json
 from src.utils.schema import LABELS
-from src.utils.tiny import prepare_base
+from src.utils.stats.plots import ACCENT, MUTED, use_style
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "training.json"

@@ -23,9 +23,9 @@ import nbformat
 from huggingface_hub import snapshot_download
 
 from src.utils import paths
-from src.utils.artifacts import read_json, write_json
-from src.utils.baseline import EMBEDDER
-from src.utils.metrics import Blend
+from src.utils.models.baseline import EMBEDDER
+from src.utils.runs import read_json, write_json
+from src.utils.stats.scores import Blend
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOK = paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb"
@@ -167,7 +167,7 @@ def copy_embedder(run: Path, target: Path) -> None:
     checkpoint = read_json(run / "config.json").get("embeddings", "")
     if not checkpoint:
         return
-    from src.utils.embed import split_revision  # torch, which the floor is spared else
+    from src.utils.models.embed import split_revision  # torch, which the floor is spared else
 
     source, revision = split_revision(checkpoint)
     if not Path(source).is_dir():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from src.utils import paths
-from src.utils.artifacts import read_json
+from src.utils.runs import read_json
 
 KAGGLE = str(Path(sys.executable).with_name("kaggle"))
 PLACEHOLDER = "OWNER/"

@@ -24,10 +24,10 @@ import numpy as np
 import pandas as pd
 
 from src.utils import paths
-from src.utils.artifacts import read_json, write_json
-from src.utils.demo import make_battles
+from src.utils.battles.demo import make_battles
+from src.utils.delivery.submission import COLUMNS, check_submission
+from src.utils.runs import read_json, write_json
 from src.utils.schema import TEXTS
-from src.utils.submission import COLUMNS, check_submission
 
 COMPETITION = "llm-classification-finetuning"
 LIMIT_S = 9 * 3600

@@ -9,15 +9,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pandas as pd
 import pytest
 
-from src.utils.data import add_groups_and_folds, load_pairs
-from src.utils.demo import make_battles
+from src.utils.battles.demo import make_battles
+from src.utils.battles.readers import add_groups_and_folds, load_pairs
 from src.utils.schema import LABELLED_COLUMNS
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 REAL_TRAIN = [REAL_DATA / "arena_sample.csv", REAL_DATA / "arena_extra.csv"]
 
 # Longest first: with two files at a time, none of these is begun when the others are done.
-LONGEST = "benchmarks notebooks inference launch kaggle_kernel train eda baseline suite tiny".split()
+LONGEST = "benchmarks notebooks submit launch kaggle_kernel fit eda baseline suite_run tiny".split()
 
 _UGLY = [
     (("hi",), ("hello",), (None,)),
@@ -82,7 +82,7 @@ def real_pairs(_real_pairs: pd.DataFrame) -> pd.DataFrame:
 def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
     """A function: kind ("modernbert", "qwen3") -> folder of a tiny checkpoint, made once a session."""
     from src.utils.config import FinetuneConfig
-    from src.utils.tiny import prepare_base
+    from src.utils.models.tiny import prepare_base
 
     def make(kind: str) -> Path:
         folder = tmp_path_factory.getbasetemp() / f"tiny_{kind}"

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from src.utils import ablation
-from src.utils.ablation import STYLE_FAMILIES, ablate
-from src.utils.baseline import cross_fit, measure_features
+from src.utils.battles.style import STYLE_FEATURES
 from src.utils.config import BaselineConfig
-from src.utils.metrics import row_losses
-from src.utils.style import STYLE_FEATURES
+from src.utils.models import ablation
+from src.utils.models.ablation import STYLE_FAMILIES, ablate
+from src.utils.models.baseline import cross_fit, measure_features
+from src.utils.stats.scores import row_losses
 
 CONFIG = BaselineConfig(n_hashed=4096, n_trees=1, n_bootstrap=50)
 

@@ -2,8 +2,12 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from src.utils import baseline as floor
-from src.utils.baseline import (
+from src.utils.battles.demo import make_battles
+from src.utils.battles.readers import add_groups_and_folds
+from src.utils.config import BaselineConfig
+from src.utils.mirror import swap_labels, swap_pairs, swap_probs
+from src.utils.models import baseline as floor
+from src.utils.models.baseline import (
     LINEAR_MEMBERS,
     Blocks,
     blend_folds,
@@ -15,12 +19,8 @@ from src.utils.baseline import (
     measure_features,
     save_baseline,
 )
-from src.utils.config import BaselineConfig
-from src.utils.data import add_groups_and_folds
-from src.utils.demo import make_battles
-from src.utils.metrics import class_prior, log_loss
-from src.utils.mirror import swap_labels, swap_pairs, swap_probs
 from src.utils.schema import LABELLED_COLUMNS, LABELS, check_probs, probs_of
+from src.utils.stats.scores import class_prior, log_loss
 
 CONFIG = BaselineConfig(n_hashed=4096, n_trees=10)
 TEXT = LINEAR_MEMBERS["text"]

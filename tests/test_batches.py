@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
-from src.utils.batches import (
+from src.utils.mirror import swap_pairs
+from src.utils.models.batches import (
     collate,
     count_tokens,
     encode_both_orders,
@@ -13,7 +14,6 @@ from src.utils.batches import (
     make_packs,
     make_template,
 )
-from src.utils.mirror import swap_pairs
 
 KINDS = ("modernbert", "qwen3")
 

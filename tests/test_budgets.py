@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from src.utils.budgets import BUDGET_COLUMNS, measure_budgets
 from src.utils.config import FinetuneConfig
-from src.utils.metrics import log_loss
-from src.utils.models import load_classifier
-from src.utils.predict import predict_probs
+from src.utils.models.budgets import BUDGET_COLUMNS, measure_budgets
+from src.utils.models.checkpoints import load_classifier
+from src.utils.models.predict import predict_probs
+from src.utils.stats.scores import log_loss
 
 CONFIG = FinetuneConfig(checkpoint="tiny:modernbert", revision="")
 

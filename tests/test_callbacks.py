@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from src.utils import callbacks
-from src.utils.callbacks import LiveCurve, ValidateAt, describe_pace, has_stalled
+from src.utils.training import callbacks
+from src.utils.training.callbacks import LiveCurve, ValidateAt, describe_pace, has_stalled
 
 
 def row(step, loss):

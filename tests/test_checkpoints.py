@@ -1,252 +1,297 @@
-"""Any checkpoint: other encoders and decoders are trained, saved and loaded by their name alone."""
-
 import dataclasses
+import os
 
+import bitsandbytes as bnb
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
-from tokenizers.models import BPE
+from peft import PeftModel
+from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from src.utils.batches import collate, encode_pairs, make_template
 from src.utils.config import DecoderConfig, FinetuneConfig
-from src.utils.models import choose_pad_token, head_names, load_classifier, load_finetuned, merge, save_model
-from src.utils.train import fit
-
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
-BERT_MARKS = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
-ROBERTA_MARKS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
-GEMMA_MARKS = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
-LLAMA_MARKS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-
-GEMMA_CHAT = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+from src.utils.models import checkpoints
+from src.utils.models.batches import collate, encode_pairs
+from src.utils.models.checkpoints import (
+    atomic_folder,
+    head_names,
+    in_float32,
+    load_classifier,
+    load_finetuned,
+    make_tiny_checkpoint,
+    merge,
+    save_model,
 )
-LLAMA_CHAT = (
-    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y %H:%M:%S.%f') %}{% endif %}"
-    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ date_string }}<|eot_id|>"
-    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-DEBERTA = {
-    "relative_attention": True,
-    "position_biased_input": False,
-    "pos_att_type": ["p2c", "c2p"],
-    "max_relative_positions": -1,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pooler_hidden_size": 32,
-}
 
-# name: (class of the checkpoint, settings, special tokens, chat template)
-CHECKPOINTS = {
-    "deberta-v2": ("DebertaV2ForMaskedLM", {**SIZES, **DEBERTA}, BERT_MARKS, ""),
-    "deberta-v3": ("DebertaV2ForMaskedLM", {**SIZES, **DEBERTA, "position_buckets": 16}, BERT_MARKS, ""),
-    "bert": ("BertForMaskedLM", SIZES, BERT_MARKS, ""),
-    "roberta": ("RobertaForMaskedLM", {**SIZES, "max_position_embeddings": 514}, ROBERTA_MARKS, ""),
-    "ettin": ("ModernBertForMaskedLM", {**SIZES, "classifier_pooling": "mean"}, BERT_MARKS, ""),
-    "mmbert": ("ModernBertForMaskedLM", SIZES, GEMMA_MARKS, ""),
-    "qwen3": (
-        "Qwen3ForCausalLM",
-        {**SIZES, **GROUPED},
-        {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
-        CHATML,
-    ),
-    "qwen3-base": ("Qwen3ForCausalLM", {**SIZES, **GROUPED}, {"pad_token": "<|end|>", "eos_token": "<|end|>"}, ""),
-    "llama": ("LlamaForCausalLM", {**SIZES, **GROUPED}, LLAMA_MARKS, LLAMA_CHAT),
-    "gemma2": ("Gemma2ForCausalLM", {**SIZES, **GROUPED}, GEMMA_MARKS, GEMMA_CHAT),
-    "gemma3": ("Gemma3ForCausalLM", {**SIZES, **GROUPED}, GEMMA_MARKS, GEMMA_CHAT),
-    "reward": (
-        "Qwen3ForSequenceClassification",
-        {**SIZES, **GROUPED, "num_labels": 1},
-        {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
-        CHATML,
-    ),
-}
-ENCODERS = ("deberta-v2", "deberta-v3", "bert", "roberta", "ettin", "mmbert")
-MORE_TOKENS = ["<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>"]
+ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="", max_tokens=128)
+DECODER = DecoderConfig(checkpoint="tiny:qwen3", revision="", quantization="none", lora_rank=4, max_tokens=192)
 
 
-def make_tokenizer(marks, chat):
-    special = [*dict.fromkeys(marks.values()), *(["<|reserved_special_token_0|>"] if chat == LLAMA_CHAT else [])]
-    backend = Tokenizer(BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special + MORE_TOKENS, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(["which answer does the user prefer"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **marks)
-    tokenizer.chat_template = chat or None
-    return tokenizer
+VARIANTS = [(q, v) for q in ("none", "8bit", "4bit") for v in ("plain", "rslora", "dora") if (q, v) != ("8bit", "dora")]
 
 
-def write_checkpoint(name, folder):
-    kind, settings, marks, chat = CHECKPOINTS[name]
-    tokenizer = make_tokenizer(marks, chat)
-    model_class = getattr(transformers, kind)
-    ids = {f"{word}_token_id": getattr(tokenizer, f"{word}_token_id") for word in ("pad", "bos", "eos")}
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(vocab_size=len(tokenizer), **ids, **settings))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def make_config(name, folder, **changes):
-    kind = FinetuneConfig if name in ENCODERS else DecoderConfig
-    budget = {"max_tokens": 320, "predict_tokens": 320, "tokens_per_batch": 1280}
-    if kind is DecoderConfig:
-        budget |= {"quantization": "none", "lora_rank": 4}
-    return kind(checkpoint=str(folder), revision="", **budget | changes)
-
-
-def read(model, tokenizer, rows):
+def logits_of(model, tokenizer, pairs):
+    batch = collate(encode_pairs(pairs, tokenizer, 192), tokenizer.pad_token_id)
     with torch.no_grad():
-        return model.eval()(**collate(rows, tokenizer.pad_token_id)).logits.double()
+        return model.eval()(**batch).logits.double()
 
 
-def take_a_step(model, tokenizer, rows, labels):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(2):  # the first moves LoRA's B alone, since A's gradient passes through B
+def train_a_little(model, tokenizer, pairs, n_steps=3):
+    batch = collate(encode_pairs(pairs, tokenizer, 192), tokenizer.pad_token_id)
+    labels = torch.tensor(pairs["label"].to_numpy())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(n_steps):
         optimizer.zero_grad()
-        logits = model.train()(**collate(rows, tokenizer.pad_token_id)).logits
-        nn.functional.cross_entropy(logits, labels).backward()
+        nn.functional.cross_entropy(model.train()(**batch).logits.float(), labels).backward()
         optimizer.step()
 
 
-CASES = [(name, {"head": head}) for name in CHECKPOINTS for head in ("joint", "contrast")]
-CASES += [(name, {"lora_rank": 4}) for name in ENCODERS]
-CASES += [(name, {"quantization": kind}) for name in ("reward", "llama", "gemma3") for kind in ("4bit", "8bit")]
-CASES += [("bert", {"quantization": "4bit", "lora_rank": 4}), ("deberta-v3", {"quantization": "8bit", "lora_rank": 4})]
+def test_a_tiny_checkpoint_has_the_architecture_of_the_real_one(tiny_base):
+    encoder, _ = load_classifier(ENCODER, tiny_base("modernbert"))
+    decoder, _ = load_classifier(dataclasses.replace(DECODER, lora_rank=0), tiny_base("qwen3"))
+    assert type(encoder).__name__ == "ModernBertForSequenceClassification"
+    assert {"full_attention", "sliding_attention"} == set(encoder.config.layer_types)
+    assert type(decoder).__name__ == "Qwen3ForSequenceClassification"
+    assert decoder.config.num_key_value_heads < decoder.config.num_attention_heads
+    for model in (encoder, decoder):
+        assert 0.15e6 < sum(p.numel() for p in model.parameters()) < 2e6
+        assert model.config.num_labels == 3
 
 
-@pytest.mark.parametrize(("name", "changes"), CASES, ids=lambda value: value if isinstance(value, str) else str(value))
-def test_any_checkpoint_is_trained_saved_and_loaded_by_its_name(name, changes, demo_pairs, tmp_path):
-    config = make_config(name, write_checkpoint(name, tmp_path / "base"), **changes)
-    model, tokenizer = load_classifier(config)
-    rows = encode_pairs(demo_pairs[:4], tokenizer, config.max_tokens)
+def test_the_same_seed_makes_the_same_checkpoint(tmp_path):
+    one, two = (make_tiny_checkpoint("qwen3", ["some words", None], tmp_path / name, 1) for name in "ab")
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    assert (one / "tokenizer.json").read_bytes() == (two / "tokenizer.json").read_bytes()
+
+
+def test_an_unknown_tiny_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match="got tiny:bert"):
+        make_tiny_checkpoint("bert", ["x"], tmp_path / "x", 0)
+
+
+def test_a_missing_tiny_checkpoint_says_how_to_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"call prepare_base\(\) first"):
+        load_classifier(ENCODER, tmp_path)
+
+
+def test_an_unreachable_checkpoint_says_what_to_do(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("We couldn't connect to 'https://huggingface.co'\nmore lines")
+
+    monkeypatch.setattr(checkpoints.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(OSError, match=r"answerdotai/ModernBERT-base.*HF_HOME.*CHECKPOINT.*PROFILE=demo"):
+        load_classifier(FinetuneConfig())
+
+
+def test_revision_and_safety_are_passed_on(monkeypatch, tiny_base):
+    seen = []
+    real = checkpoints.AutoModelForSequenceClassification.from_pretrained
+
+    def record(source, **options):
+        seen.append(options)
+        return real(source, **options)
+
+    monkeypatch.setattr(checkpoints.AutoModelForSequenceClassification, "from_pretrained", record)
+    monkeypatch.setattr(checkpoints, "_locate", lambda config, base: (str(base), config.revision))
+    load_classifier(dataclasses.replace(ENCODER, revision="8949b909"), tiny_base("modernbert"))
+    assert seen[0]["revision"] == "8949b909"
+    assert seen[0]["use_safetensors"] is True and seen[0]["trust_remote_code"] is False
+
+
+def test_a_bf16_checkpoint_is_trained_in_32_bit(tiny_base, tmp_path):
+    model, tokenizer = load_classifier(ENCODER, tiny_base("modernbert"))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_classifier(ENCODER, tmp_path)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+
+
+def test_lora_sits_on_every_linear_layer_of_attention_and_mlp_and_the_head_is_trained(tiny_base):
+    encoder, _ = load_classifier(dataclasses.replace(ENCODER, lora_rank=4), tiny_base("modernbert"))
+    decoder, _ = load_classifier(DECODER, tiny_base("qwen3"))
+    names = {
+        kind: {n for n, p in m.named_parameters() if p.requires_grad}
+        for kind, m in (("encoder", encoder), ("decoder", decoder))
+    }
+    for layer in ("Wqkv", "Wo", "Wi"):
+        assert any(f".{layer}.lora_A" in name for name in names["encoder"])
+    for layer in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert any(f".{layer}.lora_A" in name for name in names["decoder"])
+    assert any("classifier.modules_to_save" in name for name in names["encoder"])
+    assert any("head.modules_to_save" in name for name in names["encoder"])
+    assert any("score.modules_to_save" in name for name in names["decoder"])
+    for model in (encoder, decoder):
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        assert all("lora_" in n or "modules_to_save" in n for n, _ in trained)
+        assert {p.dtype for _, p in trained} == {torch.float32}
+
+
+@pytest.mark.parametrize(("quantization", "layer"), [("8bit", bnb.nn.Linear8bitLt), ("4bit", bnb.nn.Linear4bit)])
+def test_the_base_is_quantised_and_the_head_is_not(tiny_base, quantization, layer):
+    model, _ = load_classifier(dataclasses.replace(DECODER, quantization=quantization), tiny_base("qwen3"))
+    plain = model.get_base_model()
+    assert sum(isinstance(m, layer) for m in plain.model.modules()) == 14
+    assert not any(isinstance(m, layer) for m in plain.score.modules())
+    assert head_names(plain) == ["score"]
+    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
+
+
+@pytest.mark.parametrize(("config", "kind"), [(ENCODER, "modernbert"), (DECODER, "qwen3")])
+def test_gradient_checkpointing_keeps_the_gradients_and_fewer_bytes(tiny_base, demo_pairs, config, kind):
+    def gradient(is_on):
+        model, tokenizer = load_classifier(
+            dataclasses.replace(config, gradient_checkpointing=is_on, lora_dropout=0.0), tiny_base(kind)
+        )
+        batch = collate(encode_pairs(demo_pairs[:4], tokenizer, 192), tokenizer.pad_token_id)
+        kept = {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model.train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = nn.functional.cross_entropy(model(**batch).logits, torch.tensor([0, 1, 2, 0]))
+        n_bytes = sum(kept.values())
+        loss.backward()
+        return n_bytes, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    (few, again), (many, once) = gradient(True), gradient(False)
+    torch.testing.assert_close(again, once)
+    assert once.abs().max() > 0 and few < many / 2
+
+
+def test_an_older_transformers_checkpoints_by_another_name(tiny_base, monkeypatch):
+    given = []
+    monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable", raising=False)
+    monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable", lambda self, **options: given.append(options))
+    load_classifier(dataclasses.replace(DECODER, gradient_checkpointing=True), tiny_base("qwen3"))
+    assert given == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}}]
+
+
+def test_a_quantised_head_is_refused():
+    class Classifier(nn.Module):
+        base_model_prefix = "model"
+
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Linear(4, 4)
+            self.score = bnb.nn.Linear8bitLt(4, 3)
+
+    with pytest.raises(TypeError, match="head score: expected 16- or 32-bit weights, got Linear8bitLt"):
+        checkpoints._check_heads(Classifier())
+
+
+def test_gradients_of_a_4bit_base_are_right_after_an_evaluation(tiny_base, demo_pairs):
+    model, tokenizer = load_classifier(dataclasses.replace(DECODER, quantization="4bit"), tiny_base("qwen3"))
+    batch = collate(encode_pairs(demo_pairs[:4], tokenizer, 192), tokenizer.pad_token_id)
     labels = torch.tensor(demo_pairs["label"][:4].to_numpy())
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    take_a_step(model, tokenizer, rows, labels)
-    moved = {n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])}
-    heads = head_names(model.get_base_model() if config.lora_rank else model)
-    for head in heads:
-        assert any(f"{head}." in n for n in moved), f"{head} did not move"
-    assert any(("lora_" in n) if config.lora_rank else not n.startswith(tuple(heads)) for n in moved)
 
-    logits = read(model, tokenizer, rows)
-    assert logits.shape == (4, 3) and logits.std() > 1e-4
-    alone = torch.cat([read(model, tokenizer, [row]) for row in rows])
-    torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-3)
-    again, tokenizer = load_finetuned(save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0"), config)
-    torch.testing.assert_close(read(again, tokenizer, rows), logits, atol=1e-5, rtol=1e-4)
+    def gradient():
+        model.zero_grad()
+        nn.functional.cross_entropy(model.eval()(**batch).logits, labels).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    before = gradient()
+    logits_of(model, tokenizer, demo_pairs[:4])
+    assert torch.equal(before, gradient())
+    assert before.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["deberta-v3", "bert", "gemma3", "reward"])
-def test_any_checkpoint_can_be_merged(name, demo_pairs, tmp_path):
-    config = make_config(name, write_checkpoint(name, tmp_path / "base"), lora_rank=4)
-    model, tokenizer = load_classifier(config)
-    rows = encode_pairs(demo_pairs[:4], tokenizer, config.max_tokens)
-    take_a_step(model, tokenizer, rows, torch.tensor(demo_pairs["label"][:4].to_numpy()))
-    folder = save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0")
-    merged, _ = merge(folder, config)
-    torch.testing.assert_close(read(merged, tokenizer, rows), read(model, tokenizer, rows), atol=1e-4, rtol=1e-3)
+@pytest.mark.parametrize(("quantization", "variant"), VARIANTS)
+def test_saved_adapters_load_to_the_same_probabilities(tiny_base, demo_pairs, tmp_path, quantization, variant):
+    config = dataclasses.replace(DECODER, quantization=quantization, lora_variant=variant)
+    model, tokenizer = load_classifier(config, tiny_base("qwen3"))
+    train_a_little(model, tokenizer, demo_pairs[:4])
+    folder = save_model(model, tokenizer, tmp_path / "fold_0")
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        assert any("score" in name for name in file.keys())  # noqa: SIM118
+        assert not any("embed_tokens" in name for name in file.keys())  # noqa: SIM118
+    again, _ = load_finetuned(folder, config, tiny_base("qwen3"))
+    assert not again.training
+    torch.testing.assert_close(
+        logits_of(again, tokenizer, demo_pairs[:8]), logits_of(model, tokenizer, demo_pairs[:8]), atol=1e-6, rtol=0
+    )
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-base"])
-def test_padding_is_a_token_of_the_tokenizer_that_no_battle_ends_with(name, demo_pairs, tmp_path):
-    model, tokenizer = load_classifier(make_config(name, write_checkpoint(name, tmp_path / "base")))
-    n_tokens = model.get_base_model().config.vocab_size
-    assert 0 <= tokenizer.pad_token_id < n_tokens == len(tokenizer)
-    assert make_template(tokenizer).pieces[-1][-1] != tokenizer.pad_token_id
-    assert model.get_base_model().config.pad_token_id == tokenizer.pad_token_id
-    assert {"llama": "<|reserved_special_token_0|>"}.get(name, tokenizer.pad_token) == tokenizer.pad_token
+def test_a_saved_encoder_is_complete_and_safe(tiny_base, demo_pairs, tmp_path):
+    model, tokenizer = load_classifier(ENCODER, tiny_base("modernbert"))
+    train_a_little(model, tokenizer, demo_pairs[:4])
+    folder = save_model(model, tokenizer, tmp_path / "fold_0")
+    assert not [file for file in os.listdir(folder) if file.endswith((".bin", ".pt", ".pkl"))]
+    again, _ = load_finetuned(folder, ENCODER)
+    torch.testing.assert_close(
+        logits_of(again, tokenizer, demo_pairs[:8]), logits_of(model, tokenizer, demo_pairs[:8]), atol=1e-6, rtol=0
+    )
 
 
-def test_padding_that_a_battle_ends_with_is_refused_by_the_template(demo_pairs):
-    tokenizer = make_tokenizer({"pad_token": "<|end|>", "eos_token": "<|end|>"}, "")
-    with pytest.raises(ValueError, match=r"expected padding that no battle ends with, got <\|end\|>"):
-        encode_pairs(demo_pairs[:1], tokenizer, 320)
-    tokenizer.pad_token = choose_pad_token(tokenizer)
-    assert len(encode_pairs(demo_pairs[:1], tokenizer, 320)) == 1
+def test_a_model_of_another_template_is_refused(tiny_base, tmp_path, monkeypatch):
+    folder = save_model(*load_classifier(ENCODER, tiny_base("modernbert")), tmp_path / "fold_0")
+    monkeypatch.setattr(checkpoints, "TEMPLATE_VERSION", checkpoints.TEMPLATE_VERSION + 1)
+    with pytest.raises(ValueError, match="train it again"):
+        load_finetuned(folder, ENCODER)
 
 
-def test_a_battle_begins_with_the_token_of_the_beginning_exactly_once():
-    for chat in (LLAMA_CHAT, LLAMA_CHAT.replace("{{ bos_token }}", "")):
-        tokenizer = make_tokenizer(LLAMA_MARKS, chat)
-        bos = ("<|begin_of_text|>", tokenizer.bos_token_id)
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
-        first = make_template(tokenizer).pieces[0]
-        assert first[0] == tokenizer.bos_token_id and first.count(tokenizer.bos_token_id) == 1
+def test_the_variants_of_lora_are_what_they_are_called(tiny_base, demo_pairs):
+    config = dataclasses.replace(DECODER, lora_alpha=8.0)
+    layers = {}
+    for variant in ("plain", "rslora", "dora"):
+        model, tokenizer = load_classifier(dataclasses.replace(config, lora_variant=variant), tiny_base("qwen3"))
+        layers[variant] = model.base_model.model.model.layers[0].self_attn.q_proj
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if "magnitude" in n}
+        train_a_little(model, tokenizer, demo_pairs[:4], 1)
+        assert bool(before) == (variant == "dora")
+        assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    assert layers["plain"].scaling["default"] == layers["dora"].scaling["default"] == 8 / 4
+    assert layers["rslora"].scaling["default"] == 8 / 4**0.5
 
 
-def test_a_template_that_would_write_the_date_reads_the_same_every_day():
-    tokenizer = make_tokenizer(LLAMA_MARKS, LLAMA_CHAT)
-    assert make_template(tokenizer) == make_template(tokenizer)
-    assert "01 Jan 2024" in tokenizer.decode(make_template(tokenizer).pieces[0])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps the scales")
+def test_dora_on_an_8bit_base_on_a_cpu_is_refused(tiny_base):
+    with pytest.raises(ValueError, match="lora_variant: expected plain or rslora for an 8-bit base on a CPU"):
+        load_classifier(dataclasses.replace(DECODER, quantization="8bit", lora_variant="dora"), tiny_base("qwen3"))
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_a_budget_beyond_the_positions_of_a_checkpoint_says_what_fits(name, demo_pairs, tmp_path):
-    config = make_config(name, write_checkpoint(name, tmp_path / "base"), max_tokens=513)
-    with pytest.raises(ValueError, match=r"max_tokens: expected at most 512.*set MAX_TOKENS to 512 or less"):
-        fit(demo_pairs[:60], config, tmp_path / "run")
+def test_dora_starts_as_its_4bit_base(tiny_base, demo_pairs):
+    config = dataclasses.replace(DECODER, quantization="4bit", lora_variant="dora")
+    model, tokenizer = load_classifier(config, tiny_base("qwen3"))
+    started = logits_of(model, tokenizer, demo_pairs[:4])
+    with model.disable_adapter():
+        model.base_model.model.score.enable_adapters(True)  # the head alone
+        torch.testing.assert_close(started, logits_of(model, tokenizer, demo_pairs[:4]), atol=2e-3, rtol=0)
 
 
-def test_relative_positions_read_beyond_their_training_length(demo_pairs, tmp_path):
-    config = make_config("deberta-v3", write_checkpoint("deberta-v3", tmp_path / "base"), lora_rank=4)
-    model, tokenizer = load_classifier(config)
-    assert read(model, tokenizer, [[5] * 700]).isfinite().all()
+@pytest.mark.parametrize(("quantization", "variant"), VARIANTS)
+def test_merging_gives_a_plain_model_with_the_same_probabilities(
+    tiny_base, demo_pairs, tmp_path, quantization, variant
+):
+    config = dataclasses.replace(DECODER, quantization=quantization, lora_variant=variant)
+    model, tokenizer = load_classifier(config, tiny_base("qwen3"))
+    train_a_little(model, tokenizer, demo_pairs[:4])
+    folder = save_model(model, tokenizer, tmp_path / "fold_0")
+    merged, _ = merge(folder, config, tiny_base("qwen3"))
+    unmerged, _ = checkpoints.load_unquantized(folder, config, tiny_base("qwen3"))
+    assert not isinstance(merged, PeftModel)
+    assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    torch.testing.assert_close(
+        logits_of(merged, tokenizer, demo_pairs[:8]), logits_of(unmerged, tokenizer, demo_pairs[:8]), atol=1e-5, rtol=0
+    )
 
 
-def test_a_checkpoint_that_lacks_a_weight_of_its_base_is_named(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    file = write_checkpoint("llama", tmp_path / "base") / "model.safetensors"
-    weights = load_file(file)
-    weights.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 are missing or have another shape: model\.layers\.1\.mlp\.up_proj"):
-        load_classifier(make_config("llama", tmp_path / "base"))
-
-
-def test_the_head_of_a_reward_model_is_dropped_without_a_word(tmp_path, capfd, caplog):
-    folder = write_checkpoint("reward", tmp_path / "base")
-    capfd.readouterr()
-    config = dataclasses.replace(make_config("reward", folder), quantization="4bit")
-    model, _ = load_classifier(config)
-    assert model.get_base_model().score.weight.shape == (3, 32)
-    assert "".join(capfd.readouterr()) == "" and caplog.text == ""
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    with atomic_folder(target) as tmp:
+        (tmp / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as tmp:
+        (tmp / "a").write_text("new")
+        raise KeyboardInterrupt
+    assert (target / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize("head", ["joint", "contrast"])
-def test_a_head_that_an_older_transformers_keeps_is_dropped(head, demo_pairs, tmp_path, monkeypatch):
-    config = make_config("reward", write_checkpoint("reward", tmp_path / "base"), quantization="4bit", head=head)
-    model, tokenizer = load_classifier(config)
-    folder = save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0")
-    load_weights = PreTrainedModel.from_pretrained.__func__
-
-    def keep_head(cls, *args, **options):
-        loaded, loading = load_weights(cls, *args, **options)
-        loaded.score.weight = nn.Parameter(torch.ones(1, SIZES["hidden_size"]))
-        return loaded, loading | {"mismatched_keys": set()}
-
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(keep_head))
-    fresh = load_classifier(config)[0].get_base_model().score.weight
-    assert fresh.shape == (3, SIZES["hidden_size"]) and 0 < fresh.std() < 0.1
-    again, _ = load_finetuned(folder, config)
-    rows = encode_pairs(demo_pairs[:4], tokenizer, config.max_tokens)
-    torch.testing.assert_close(read(again, tokenizer, rows), read(model, tokenizer, rows), atol=1e-5, rtol=1e-4)
+def test_half_precision_is_left_and_entered_again_exactly():
+    model = nn.Linear(3, 3).half()
+    weight = model.weight.detach().clone()
+    with in_float32(model):
+        assert model.weight.dtype == torch.float32
+    assert torch.equal(model.weight, weight) and model.weight.dtype == torch.float16

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import statsmodels.api as sm
 
-from src.utils.data import load_pairs
-from src.utils.demo import EFFECTS, MEASURES, make_arena, make_battles, measure_answer, true_probs
+from src.utils.battles.demo import EFFECTS, MEASURES, make_arena, make_battles, measure_answer, true_probs
+from src.utils.battles.readers import load_pairs
 from src.utils.mirror import swap_probs
 from src.utils.schema import LABELS, TIE, check_probs
 

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from benchmarks.eda import SAME, make_battles, measure_row
-from src.utils.demo import make_battles as make_demo_battles
+from src.utils.battles.demo import make_battles as make_demo_battles
+from src.utils.battles.style import PAIR_FEATURES, STYLE_FEATURES, measure_style
 from src.utils.paths import ROOT
 from src.utils.schema import LABELS, TEXTS
-from src.utils.style import PAIR_FEATURES, STYLE_FEATURES, measure_style
 
 RESULTS = ROOT / "benchmarks" / "results" / "eda.json"
 
@@ -24,7 +24,7 @@ def test_01_runs_without_names_on_few_rows_and_says_what_it_cannot_tell(tmp_path
     rows = battles[["id"]].assign(**{name: battles[name].map(json.dumps) for name in TEXTS})
     rows = rows.assign(**{name: (battles["label"] == place).astype(int) for place, name in enumerate(LABELS)})
     rows.to_csv(tmp_path / "rows.csv", index=False)
-    command = [sys.executable, "-m", "src.utils.suite", "--only", "01", "--profile", "full"]
+    command = [sys.executable, "-m", "src.utils.suite.run", "--only", "01", "--profile", "full"]
     command += ["--data", tmp_path / "rows.csv", "--artifacts", tmp_path]
     ran = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]

@@ -2,11 +2,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils import embed as module
-from src.utils.baseline import cross_fit, embed_battles, fit_baseline, load_baseline, measure_features, save_baseline
 from src.utils.config import BaselineConfig
-from src.utils.embed import embed_pairs, is_decoder, load_embedder
 from src.utils.mirror import swap_pairs, swap_probs
+from src.utils.models import embed as module
+from src.utils.models.baseline import (
+    cross_fit,
+    embed_battles,
+    fit_baseline,
+    load_baseline,
+    measure_features,
+    save_baseline,
+)
+from src.utils.models.embed import embed_pairs, is_decoder, load_embedder
 
 KINDS = ("modernbert", "qwen3")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src.utils.hardware import MIN_BF16_HIDDEN_SIZE, choose_device, choose_dtype, choose_precision, cpu_has_bf16
+from src.utils.models.hardware import MIN_BF16_HIDDEN_SIZE, choose_device, choose_dtype, choose_precision, cpu_has_bf16
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_bf16_is_used_only_where_it_is_real(monkeypatch, capability, dtype):
     ],
 )
 def test_a_cpu_computes_in_bf16_only_where_that_is_faster(monkeypatch, has_bf16, hidden_size, dtype):
-    monkeypatch.setattr("src.utils.hardware.cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr("src.utils.models.hardware.cpu_has_bf16", lambda: has_bf16)
     assert choose_dtype(torch.device("cpu"), hidden_size) == dtype
     assert ("no bf16" in choose_precision(torch.device("cpu"), hidden_size)[1]) == (not has_bf16)
 

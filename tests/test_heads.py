@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import ModernBertForSequenceClassification, Qwen3ForSequenceClassification
 
-from src.utils.batches import collate, encode_both_orders, encode_pairs, make_template
 from src.utils.config import DecoderConfig, FinetuneConfig
-from src.utils.heads import Contrasting, find_answers, weigh_answers
-from src.utils.models import head_names, load_classifier, load_finetuned, merge, save_model
-from src.utils.packing import collate_packed, enable_packing
-from src.utils.predict import predict_probs
+from src.utils.models.batches import collate, encode_both_orders, encode_pairs, make_template
+from src.utils.models.checkpoints import head_names, load_classifier, load_finetuned, merge, save_model
+from src.utils.models.heads import Contrasting, find_answers, weigh_answers
+from src.utils.models.packing import collate_packed, enable_packing
+from src.utils.models.predict import predict_probs
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="", head="contrast")
 DECODER = DecoderConfig(

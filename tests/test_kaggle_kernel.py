@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils import models
-from src.utils.baseline import embed_battles, fit_baseline, load_baseline, measure_features, save_baseline
+from src.utils.battles.readers import load_pairs
 from src.utils.config import BaselineConfig, DecoderConfig
-from src.utils.data import load_pairs
-from src.utils.metrics import Blend
+from src.utils.models import checkpoints
+from src.utils.models.baseline import embed_battles, fit_baseline, load_baseline, measure_features, save_baseline
 from src.utils.paths import ROOT
 from src.utils.schema import TEXTS
+from src.utils.stats.scores import Blend
 
 
 def load_script(name):
@@ -317,7 +317,7 @@ def test_the_kernel_of_all_members_passes_its_rehearsal(floor_artifacts, tiny_ba
     }
     for name, config in networks.items():
         base = shutil.copytree(tiny_base(config.checkpoint.removeprefix("tiny:")), artifacts / name / "base")
-        models.save_model(*models.load_classifier(config, base), artifacts / name / "model" / "fold_0")
+        checkpoints.save_model(*checkpoints.load_classifier(config, base), artifacts / name / "model" / "fold_0")
         (artifacts / name / "config.json").write_text(json.dumps(config.to_json()))
         (artifacts / name / "metrics.json").write_text("{}")
     blend = Blend(("02_baseline", *networks), (0.4, 0.3, 0.3))
@@ -335,7 +335,9 @@ def test_the_kernel_of_all_members_passes_its_rehearsal(floor_artifacts, tiny_ba
 def test_an_adapter_on_an_attached_base_is_rehearsed_with_it_and_without(floor_artifacts, tiny_base, tmp_path, layout):
     artifacts = shutil.copytree(floor_artifacts, tmp_path / "artifacts")
     config = DecoderConfig("tiny:qwen3", "", quantization="none", lora_rank=4, max_tokens=192, tokens_per_batch=4096)
-    models.save_model(*models.load_classifier(config, tiny_base("qwen3")), artifacts / "04_qwen" / "model" / "fold_0")
+    checkpoints.save_model(
+        *checkpoints.load_classifier(config, tiny_base("qwen3")), artifacts / "04_qwen" / "model" / "fold_0"
+    )
     settings = config.to_json() | {"checkpoint": "Qwen/Qwen3-Tiny"}
     (artifacts / "04_qwen" / "config.json").write_text(json.dumps(settings))
     (artifacts / "04_qwen" / "metrics.json").write_text("{}")

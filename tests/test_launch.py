@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.utils import launch, ranks
 from src.utils.config import DecoderConfig, FinetuneConfig
-from src.utils.launch import count_processes, fit_launched
-from src.utils.models import load_finetuned
-from src.utils.predict import predict_probs
+from src.utils.models.checkpoints import load_finetuned
+from src.utils.models.predict import predict_probs
 from src.utils.schema import probs_of
+from src.utils.training import launch, processes
+from src.utils.training.launch import count_processes, fit_launched
 
 ENCODER = FinetuneConfig(
     checkpoint="tiny:modernbert",
@@ -53,7 +53,7 @@ RECORDER = """
 import json, os, signal, sys
 from pathlib import Path
 from torch.distributed.fsdp import FSDPModule
-from src.utils import launch, ranks, trainer
+from src.utils.training import launch, processes, trainer
 
 folder, kill_at = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
 noted = {"batches": [], "first_step": None}
@@ -66,18 +66,18 @@ def noting_collate(self, items):
 def noting_step(self, model, *args, **kwargs):
     if noted["first_step"] is None:
         noted["first_step"], noted["wrapper"] = self.state.global_step, type(model).__name__
-        noted["world"], noted["n_each"] = ranks.world_size(), self.args.gradient_accumulation_steps
+        noted["world"], noted["n_each"] = processes.world_size(), self.args.gradient_accumulation_steps
         noted["parted"] = sorted({type(m).__name__ for m in model.modules() if isinstance(m, FSDPModule)})
         local = [getattr(p, "_local_tensor", p).numel() for p in model.parameters()]
         noted["share"] = sum(local) / sum(p.numel() for p in model.parameters())
-    if self.state.global_step == kill_at and ranks.rank() == 1:
+    if self.state.global_step == kill_at and processes.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, model, *args, **kwargs)
 
 trainer.FoldTrainer._collate, trainer.FoldTrainer.training_step = noting_collate, noting_step
 launch.main()
 (folder / f"noted_{os.environ['RANK']}.json").write_text(json.dumps(noted))
-ranks.leave_world()
+processes.leave_world()
 """
 
 
@@ -240,4 +240,4 @@ def test_another_number_of_processes_than_asked_for_is_an_error():
     with pytest.raises(RuntimeError, match="expected 2 processes, got 1"):
         launch._check_world_size(FinetuneConfig(n_processes=2))
     launch._check_world_size(FinetuneConfig(n_processes=0))
-    assert ranks.world_size() == 1
+    assert processes.world_size() == 1

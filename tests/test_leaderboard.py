@@ -1,7 +1,7 @@
 import pandas as pd
 
-from src.utils.artifacts import write_json
-from src.utils.leaderboard import COLUMNS, read_leaderboard, write_leaderboard
+from src.utils.runs import write_json
+from src.utils.suite.leaderboard import COLUMNS, read_leaderboard, write_leaderboard
 
 
 def make_run(folder, loss, data="d", **more):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from src.utils.losses import order_divergence
+from src.utils.training.losses import order_divergence
 
 
 def mirrored(logits):

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from src.utils.delivery.submission import check_submission
 from src.utils.paths import ROOT
-from src.utils.river import STAGES, files_under
 from src.utils.schema import LABELS
-from src.utils.submission import check_submission
+from src.utils.suite.pipeline import STAGES, files_under
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ SUBMISSION = Path("06_kaggle_inference") / "submission.csv"
 
 
 def run_suite(artifacts, *arguments, settings=()):
-    command = [sys.executable, "-m", "src.utils.suite", "--artifacts", artifacts, *arguments]
+    command = [sys.executable, "-m", "src.utils.suite.run", "--artifacts", artifacts, *arguments]
     command += ["--set", *settings] if settings else []
     ran = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-5000:]

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from src.utils.config import DecoderConfig, FinetuneConfig
-from src.utils.models import load_classifier
-from src.utils.optimizers import group_by_depth, measure_depths
+from src.utils.models.checkpoints import load_classifier
+from src.utils.training.optimizers import group_by_depth, measure_depths
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="")
 DECODER = DecoderConfig(checkpoint="tiny:qwen3", revision="", quantization="none", lora_rank=0)

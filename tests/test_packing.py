@@ -19,11 +19,11 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from src.utils import packing
-from src.utils.batches import collate
 from src.utils.config import DecoderConfig
-from src.utils.models import load_classifier, load_finetuned, save_model
-from src.utils.packing import can_pack, collate_packed, enable_packing
+from src.utils.models import packing
+from src.utils.models.batches import collate
+from src.utils.models.checkpoints import load_classifier, load_finetuned, save_model
+from src.utils.models.packing import can_pack, collate_packed, enable_packing
 
 N_WORDS = 500
 WINDOW = 16  # local_attention: 8 tokens to each side

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils import bias, plots
-from src.utils.style import density_differences, measure_style, style_differences
+from src.utils.battles.style import density_differences, measure_style, style_differences
+from src.utils.stats import effects, plots
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def votes() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_shares_are_drawn_as_given_in_the_fixed_colours(ax):
-    plots.plot_winner_shares(ax, bias.winner_shares(np.repeat([0, 1, 2], [50, 30, 20])))
+    plots.plot_winner_shares(ax, effects.winner_shares(np.repeat([0, 1, 2], [50, 30, 20])))
     assert [bar.get_height() for bar in ax.patches] == pytest.approx([0.5, 0.3, 0.2])
     assert [matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in ax.patches] == list(plots.LABEL_COLORS)
     assert "A wins 50.0\u00a0%" in ax.get_title(loc="left")
@@ -41,27 +41,29 @@ def test_the_title_claims_what_the_lengths_show(ax):
 
 
 def test_chatbots_with_few_battles_are_not_ranked(ax):
-    records = bias.model_records(["x"] * 60 + ["rare"] * 3, ["y"] * 63, np.arange(63) % 3)
+    records = effects.model_records(["x"] * 60 + ["rare"] * 3, ["y"] * 63, np.arange(63) % 3)
     plots.plot_win_rates(ax, records, min_battles=30)
     names = [text.get_text() for text in ax.get_yticklabels()]
     assert len(names) == 2 and not any("rare" in name for name in names)
 
 
 def test_usage_shows_the_busiest(ax):
-    plots.plot_models_usage(ax, bias.model_records(["x"] * 9, ["y"] * 4 + ["z"] * 5, np.zeros(9, dtype=int)), n_shown=2)
+    plots.plot_models_usage(
+        ax, effects.model_records(["x"] * 9, ["y"] * 4 + ["z"] * 5, np.zeros(9, dtype=int)), n_shown=2
+    )
     assert [bar.get_width() for bar in ax.patches] == [5, 9]
 
 
 def test_a_smooth_curve_lies_over_its_bins_with_ratios_on_the_axis(ax, votes):
     values, labels = votes
-    curve, _ = bias.length_curves(values, labels, n_boot=20)
-    plots.plot_smooth_curve(ax, curve, bias.larger_wins_by(np.abs(values), values, labels, 4), null=0.5)
+    curve, _ = effects.length_curves(values, labels, n_boot=20)
+    plots.plot_smooth_curve(ax, curve, effects.larger_wins_by(np.abs(values), values, labels, 4), null=0.5)
     assert [label.get_text() for label in ax.get_xticklabels()][:2] == ["1×", "1.5×"]
 
 
 def test_bins_are_drawn_where_no_curve_can_be_fitted(ax):
-    nothing = bias.smooth_rate(np.arange(3.0), np.ones(3))
-    bins = bias.larger_wins_by(np.ones(3), np.ones(3), np.zeros(3, dtype=int))
+    nothing = effects.smooth_rate(np.arange(3.0), np.ones(3))
+    bins = effects.larger_wins_by(np.ones(3), np.ones(3), np.zeros(3, dtype=int))
     plots.plot_smooth_curve(ax, nothing, bins)
     assert len(ax.containers[0][0].get_xdata()) == 1
     plots.plot_smooth_curve(ax, nothing, bins[:0])
@@ -70,7 +72,7 @@ def test_bins_are_drawn_where_no_curve_can_be_fitted(ax):
 
 def test_position_names_every_part_and_counts_what_matters(ax):
     labels = np.r_[np.zeros(90), np.ones(10), np.zeros(10), np.ones(90)].astype(int)
-    shares = bias.position_by({"half": np.repeat(["first", "second"], 100), "parity": np.arange(200) % 2}, labels)
+    shares = effects.position_by({"half": np.repeat(["first", "second"], 100), "parity": np.arange(200) % 2}, labels)
     plots.plot_position_by(ax, shares)
     assert ax.get_title(loc="left") == "Seat A's share depends on 1 of 2 properties"
     assert len(ax.get_yticklabels()) == 4
@@ -84,14 +86,14 @@ def test_what_a_budget_truncates_is_told_for_each_tokenizer(ax):
 
 def test_length_by_prompt_names_every_bin(ax, votes):
     values, labels = votes
-    bins = bias.larger_wins_by(np.arange(400.0), values, labels, n_bins=4)
+    bins = effects.larger_wins_by(np.arange(400.0), values, labels, n_bins=4)
     plots.plot_prompt_and_length_difference(ax, bins)
     assert len(ax.get_xticklabels()) == 4
 
 
 def test_effects_are_sorted_and_counted(ax, votes):
     values, labels = votes
-    table = bias.effect_sizes(np.column_stack([-values, values, np.zeros(400)]), ["less", "more", "none"], labels)
+    table = effects.effect_sizes(np.column_stack([-values, values, np.zeros(400)]), ["less", "more", "none"], labels)
     plots.plot_effects(ax, {"alone": table, "again": table})
     assert [text.get_text() for text in ax.get_yticklabels()] == ["less", "more"]
     assert ax.get_title(loc="left").startswith("2 of 2")
@@ -101,8 +103,8 @@ def test_punctuation_is_shown_by_count_and_per_character(ax, demo_pairs):
     styles, labels = measure_style(demo_pairs), demo_pairs["label"].to_numpy()
     differences, names = style_differences(styles)
     marks = ["n_punctuation", "n_commas", "n_question_marks"]
-    count = bias.larger_wins_table(differences[:, [names.index(name) for name in marks]], marks, labels)
-    density = bias.larger_wins_table(density_differences(styles, marks), marks, labels)
+    count = effects.larger_wins_table(differences[:, [names.index(name) for name in marks]], marks, labels)
+    density = effects.larger_wins_table(density_differences(styles, marks), marks, labels)
     table = pd.concat([count.assign(measure="count"), density.assign(measure="per character")])
     plots.plot_punctuation_winner(ax, table.assign(caption=table["effect"]))
     assert "by count" in ax.get_title(loc="left") and "per character" in ax.get_title(loc="left")
@@ -110,7 +112,7 @@ def test_punctuation_is_shown_by_count_and_per_character(ax, demo_pairs):
 
 def test_strengths_of_both_fits_share_their_rows(ax, demo_pairs):
     seats, labels = (demo_pairs["model_a"], demo_pairs["model_b"]), demo_pairs["label"].to_numpy()
-    fitted = bias.fit_bradley_terry(*seats, labels)
+    fitted = effects.fit_bradley_terry(*seats, labels)
     plots.plot_strengths(ax, {"as voted": fitted.strengths, "at equal style": fitted.strengths})
     assert len(ax.get_yticklabels()) == fitted.strengths["strength"].notna().sum()
 
@@ -123,15 +125,15 @@ def test_an_interval_around_a_negative_effect_covers_it(ax):
 
 
 def test_nothing_to_show_is_said(ax):
-    nobody = bias.model_records(["unknown"], ["unknown"], np.array([0]))
-    nothing = bias.fit_bradley_terry(["unknown"], ["unknown"], np.array([0])).strengths
-    effects = bias.effect_sizes(np.ones((1, 1)), ["x"], np.array([0]))
+    nobody = effects.model_records(["unknown"], ["unknown"], np.array([0]))
+    nothing = effects.fit_bradley_terry(["unknown"], ["unknown"], np.array([0])).strengths
+    found = effects.effect_sizes(np.ones((1, 1)), ["x"], np.array([0]))
     plots.plot_models_usage(ax, nobody)
     plots.plot_win_rates(ax, nobody)
     plots.plot_strengths(ax, {"as voted": nothing, "at equal style": nothing})
-    plots.plot_effects(ax, {"alone": effects, "held": effects})
+    plots.plot_effects(ax, {"alone": found, "held": found})
     plots.plot_length_difference(ax, np.ones(1), np.ones(1), np.array([2]))
-    plots.plot_prompt_and_length_difference(ax, bias.larger_wins_by(np.ones(1), np.ones(1), np.array([2])))
+    plots.plot_prompt_and_length_difference(ax, effects.larger_wins_by(np.ones(1), np.ones(1), np.array([2])))
     assert len(ax.texts) == 6 and not ax.axison
 
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from src.utils import predict
 from src.utils.config import FinetuneConfig
 from src.utils.mirror import average_over_swap, swap_pairs, swap_probs
-from src.utils.models import load_classifier
-from src.utils.predict import (
+from src.utils.models import predict
+from src.utils.models.checkpoints import load_classifier
+from src.utils.models.predict import (
     LocalReader,
     ReaderLost,
     SteadyReader,

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from src.utils.config import DecoderConfig
-from src.utils.metrics import log_loss
-from src.utils.models import load_classifier, save_model
-from src.utils.predict import predict_probs
-from src.utils.publish import make_card, publish_model, push_model
+from src.utils.delivery.publish import make_card, publish_model, push_model
+from src.utils.models.checkpoints import load_classifier, save_model
+from src.utils.models.predict import predict_probs
 from src.utils.schema import LABELS, probs_table
+from src.utils.stats.scores import log_loss
 
 CONFIG = DecoderConfig(
     checkpoint="tiny:qwen3",
@@ -67,7 +67,7 @@ def test_a_difference_beyond_the_tolerance_fails(tiny_base, demo_pairs, tmp_path
         merged.score.weight.data *= 50
         return merged, tokenizer
 
-    monkeypatch.setattr("src.utils.publish.merge", merge_badly)
+    monkeypatch.setattr("src.utils.delivery.publish.merge", merge_badly)
     assert not publish_model(source, CONFIG, pairs, oof, tmp_path / "model", tiny_base("qwen3"))["passed"]
 
 
@@ -103,7 +103,7 @@ def test_a_card_tells_how_to_load_a_contrast(tiny_base, demo_pairs, tmp_path):
 def test_a_dry_run_pushes_nothing(published, monkeypatch):
     _, run_dir = published
     (run_dir / "README.md").write_text("card")
-    monkeypatch.setattr("src.utils.publish.HfApi", None)
+    monkeypatch.setattr("src.utils.delivery.publish.HfApi", None)
     assert push_model(run_dir, "", True).startswith("dry run: would push")
 
 

@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from src.utils import splitting
 from src.utils.config import FinetuneConfig
-from src.utils.models import load_classifier
-from src.utils.trainer import FoldTrainer
+from src.utils.models.checkpoints import load_classifier
+from src.utils.training import splitting
+from src.utils.training.trainer import FoldTrainer
 
 CONFIG = FinetuneConfig(
     checkpoint="tiny:modernbert",

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils import style as style_module
-from src.utils.mirror import swap_pairs
-from src.utils.style import (
+from src.utils.battles import style as style_module
+from src.utils.battles.style import (
     PAIR_FEATURES,
     SCRIPTS,
     STYLE_FEATURES,
@@ -21,6 +20,7 @@ from src.utils.style import (
     style_differences,
     style_shared,
 )
+from src.utils.mirror import swap_pairs
 
 
 def make_pairs(*battles: tuple) -> pd.DataFrame:

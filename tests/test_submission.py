@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from src.utils.delivery.submission import check_submission, make_submission
 from src.utils.schema import LABELS
-from src.utils.submission import check_submission, make_submission
 
 PROBS = np.array([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]])
 

@@ -6,11 +6,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.utils.config import FinetuneConfig
-from src.utils.metrics import swap_consistency
 from src.utils.mirror import swap_pairs
-from src.utils.models import load_classifier
-from src.utils.predict import predict_probs
-from src.utils.trainer import FoldTrainer, _validation_steps
+from src.utils.models.checkpoints import load_classifier
+from src.utils.models.predict import predict_probs
+from src.utils.stats.scores import swap_consistency
+from src.utils.training.trainer import FoldTrainer, _validation_steps
 
 ENCODER = FinetuneConfig(
     checkpoint="tiny:modernbert",
@@ -172,8 +172,8 @@ def test_batches_are_packed_where_the_settings_ask_for_it(packing, demo_pairs, t
 def test_a_wide_model_computes_in_bf16_on_a_cpu_that_has_it_and_says_so(
     demo_pairs, tiny_base, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("src.utils.hardware.cpu_has_bf16", lambda: True)
-    monkeypatch.setattr("src.utils.hardware.MIN_BF16_HIDDEN_SIZE", 64)
+    monkeypatch.setattr("src.utils.models.hardware.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("src.utils.models.hardware.MIN_BF16_HIDDEN_SIZE", 64)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=1)
     pairs = demo_pairs[:8].assign(fold=[0, 0] + [1] * 6).reset_index(drop=True)

@@ -17,7 +17,7 @@ import json
 import shutil
 from pathlib import Path
 
-from src.utils.artifacts import read_json, write_json, write_text
+from src.utils.runs import read_json, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

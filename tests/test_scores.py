@@ -1,0 +1,275 @@
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from src.utils.mirror import swap_labels, swap_probs
+from src.utils.stats.scores import (
+    Blend,
+    accuracy,
+    apply_blend,
+    bootstrap_interval,
+    brier,
+    choose_blend,
+    class_prior,
+    compare_models,
+    compare_slices,
+    confident_errors,
+    cross_fit_blend,
+    expected_calibration_error,
+    fit_blend,
+    held_out_prior,
+    log_loss,
+    paired_difference,
+    preference_share,
+    reliability_curve,
+    row_losses,
+    score,
+    swap_consistency,
+)
+
+
+def make_votes(n_pairs, seed=0):
+    """True probabilities, and votes drawn by them."""
+    rng = np.random.default_rng(seed)
+    truth = rng.dirichlet([1.5, 1.5, 1.5], n_pairs)
+    return truth, (rng.random((n_pairs, 1)) > truth.cumsum(axis=1)[:, :-1]).sum(axis=1)
+
+
+def blur(probs, noise, power=1.0, seed=1):
+    logits = power * np.log(probs) + noise * np.random.default_rng(seed).normal(size=probs.shape)
+    weights = np.exp(logits)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def test_log_loss_equals_that_of_scikit_learn():
+    truth, labels = make_votes(500)
+    assert log_loss(truth, labels) == pytest.approx(
+        sklearn.metrics.log_loss(labels, truth, labels=[0, 1, 2]), abs=1e-12
+    )
+
+
+def test_log_loss_of_a_hand_worked_example():
+    assert log_loss(np.array([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]), np.array([0, 2])) == pytest.approx(
+        -(np.log(0.5) + np.log(0.6)) / 2
+    )
+
+
+def test_a_vote_held_impossible_costs_what_the_competition_charges():
+    assert row_losses(np.array([[1.0, 0.0, 0.0]]), np.array([1]))[0] == pytest.approx(-np.log(1e-15), abs=1e-9)
+
+
+def test_rows_that_sum_to_another_value_are_renormalised():
+    assert log_loss(np.array([[2.0, 1.0, 1.0]]) / 8, np.array([0])) == pytest.approx(np.log(2))
+
+
+def test_log_loss_refuses_labels_of_another_length():
+    with pytest.raises(ValueError, match="labels"):
+        row_losses(np.full((2, 3), 1 / 3), np.array([0]))
+
+
+def test_scores_of_hand_worked_examples():
+    probs, labels = np.array([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]]), np.array([0, 1])
+    assert accuracy(probs, labels) == 0.5
+    assert brier(probs, labels) == pytest.approx(((0.16 + 0.09 + 0.01) + (0.01 + 0.64 + 0.49)) / 2)
+    # One battle a bin: |1 - .6| and |0 - .7|, weighted alike.
+    assert expected_calibration_error(probs, labels) == pytest.approx((0.4 + 0.7) / 2)
+    assert set(score(probs, labels)) == {"log_loss", "accuracy", "brier", "ece"}
+    assert all(type(value) is float for value in score(probs, labels).values())
+
+
+def test_swap_consistency_is_zero_for_a_mirror_and_counts_what_is_not():
+    probs = np.array([[0.7, 0.2, 0.1]])
+    assert swap_consistency(probs, swap_probs(probs)) == 0
+    assert swap_consistency(probs, np.array([[0.3, 0.6, 0.1]])) == pytest.approx(0.2 / 3)
+
+
+def test_the_prior_is_finite_for_a_class_that_nobody_chose():
+    assert class_prior(np.array([0, 0, 1])) == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+
+
+def test_the_prior_of_a_fold_comes_from_the_other_folds():
+    prior = held_out_prior(np.array([0, 0, 1, 2]), np.array([0, 0, 1, 1]))
+    assert prior[0] == pytest.approx(class_prior(np.array([1, 2])))
+    assert prior[3] == pytest.approx(class_prior(np.array([0, 0])))
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error():
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = bootstrap_interval(values, np.arange(400), n_boot=2000)
+    assert [low, high] == pytest.approx(values.mean() + 1.96 * np.array([-1, 1]) * values.std() / 20, abs=0.02)
+
+
+def test_repeating_every_row_in_its_group_adds_no_certainty():
+    values = np.random.default_rng(0).normal(size=100)
+    once = bootstrap_interval(values, np.arange(100), seed=3)
+    assert bootstrap_interval(np.repeat(values, 5), np.repeat(np.arange(100), 5), seed=3) == pytest.approx(once)
+
+
+def test_a_paired_difference_sees_what_single_intervals_cannot():
+    losses = np.random.default_rng(0).normal(1, 0.5, size=300)
+    gap = paired_difference(losses - 0.01, losses, np.arange(300))
+    assert gap == pytest.approx({"mean": -0.01, "low": -0.01, "high": -0.01})
+
+
+def test_models_are_compared_with_the_reference():
+    truth, labels = make_votes(400)
+    table = compare_models({"truth": truth, "blurred": blur(truth, 1.0)}, labels, np.arange(400), "truth", n_boot=200)
+    table = table.set_index("model")
+    assert table.loc["truth", "difference"] == 0
+    assert table.loc["blurred", "difference_low"] > 0
+    assert (table["low"] < table["log_loss"]).all() and (table["log_loss"] < table["high"]).all()
+
+
+def test_a_calibrated_model_lies_on_the_diagonal():
+    truth, labels = make_votes(5000)
+    curve = reliability_curve(truth, labels)
+    assert len(curve) == 30 and curve.groupby("label")["n_rows"].sum().eq(5000).all()
+    inside = (curve["low"] <= curve["predicted"]) & (curve["predicted"] <= curve["high"])
+    assert inside.mean() > 0.85
+
+
+def test_a_constant_model_has_one_bin_a_class():
+    assert reliability_curve(np.full((200, 3), 1 / 3), np.arange(200) % 3)["n_rows"].tolist() == [200, 200, 200]
+
+
+def test_preference_share_of_hand_worked_examples():
+    probs, groups = np.array([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0], [0.1, 0.8, 0.1]]), np.arange(3)
+    assert preference_share(probs, np.array([1, 0, 0]), groups)["share"] == pytest.approx(0.75)
+    both = preference_share(probs, np.array([2.5, 0, -1]), groups)
+    assert both["share"] == pytest.approx((0.6 + 0.8) / (0.8 + 0.9)) and both["n"] == 2
+    assert both["low"] <= both["share"] <= both["high"]
+    assert np.isnan(preference_share(probs, np.zeros(3), groups)["share"])
+
+
+def test_a_blend_survives_json():
+    blend = Blend(("a", "b"), (0.25, 0.75), 1.2, -0.1, "linear")
+    assert Blend.from_json(blend.to_json()) == blend
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"weights": (0.5, 0.6)}, "weights"),
+        ({"weights": (-0.5, 1.5)}, "weights"),
+        ({"weights": (1.0,)}, "weights"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"pool": "cubic"}, "pool"),
+    ],
+)
+def test_an_impossible_blend_is_refused(change, named):
+    with pytest.raises(ValueError, match=named):
+        Blend(**{"members": ("a", "b"), "weights": (0.5, 0.5)} | change)
+
+
+def test_a_blend_undoes_overconfidence():
+    truth, labels = make_votes(4000)
+    bold = blur(truth, 0.0, power=2.0)
+    blend = fit_blend({"bold": bold}, labels)
+    assert blend.temperature == pytest.approx(2.0, rel=0.1)
+    assert log_loss(apply_blend(blend, {"bold": bold}), labels) < log_loss(bold, labels) - 0.05
+
+
+def test_a_blend_trusts_the_better_member_more():
+    truth, labels = make_votes(3000)
+    members = {"good": blur(truth, 0.3), "poor": blur(truth, 1.5, seed=2), "prior": np.full((3000, 3), 1 / 3)}
+    weights = dict(zip(members, fit_blend(members, labels).weights, strict=True))
+    assert weights["good"] > 0.6 and weights["good"] > weights["poor"]
+
+
+def test_two_members_of_independent_errors_beat_each_alone():
+    truth, labels = make_votes(4000)
+    members = {"one": blur(truth, 0.8, seed=1), "two": blur(truth, 0.8, seed=2)}
+    blended = cross_fit_blend(members, labels, np.arange(4000))
+    assert log_loss(blended, labels) < min(log_loss(probs, labels) for probs in members.values()) - 0.02
+
+
+def test_a_blend_is_symmetric_whatever_it_was_fitted_to():
+    truth, labels = make_votes(300)
+    members = {"one": blur(truth, 0.5), "two": blur(truth, 1.0, seed=2)}
+    blend = fit_blend(members, labels)
+    swapped = apply_blend(blend, {name: swap_probs(probs) for name, probs in members.items()})
+    np.testing.assert_allclose(swap_probs(swapped), apply_blend(blend, members), atol=1e-14)
+    mirrored = fit_blend({name: swap_probs(probs) for name, probs in members.items()}, swap_labels(labels))
+    assert mirrored.weights == pytest.approx(blend.weights, abs=1e-3)
+
+
+def test_a_missing_member_hands_its_weight_to_the_others():
+    blend = Blend(("a", "b", "c"), (0.5, 0.25, 0.25), pool="linear")
+    a, b = np.array([[0.8, 0.1, 0.1], [0.6, 0.2, 0.2]]), np.array([[0.2, 0.6, 0.2], [np.nan] * 3])
+    blended = apply_blend(blend, {"a": a, "b": b})
+    assert blended[0] == pytest.approx((2 * a[0] + b[0]) / 3)
+    assert blended[1] == pytest.approx(a[1])
+
+
+def test_a_member_of_no_weight_speaks_where_it_is_alone():
+    blend, probs = Blend(("a", "b"), (1.0, 0.0)), np.array([[0.5, 0.3, 0.2]])
+    assert apply_blend(blend, {"b": probs}) == pytest.approx(probs)
+
+
+def test_a_row_without_any_prediction_is_named():
+    probs = np.array([[0.5, 0.3, 0.2], [np.nan] * 3])
+    with pytest.raises(ValueError, match="row 1"):
+        apply_blend(Blend(("a",), (1.0,)), {"a": probs})
+
+
+def test_an_unknown_member_is_named():
+    with pytest.raises(ValueError, match="stranger"):
+        apply_blend(Blend(("a",), (1.0,)), {"stranger": np.full((1, 3), 1 / 3)})
+
+
+def test_a_bad_member_is_named_when_fitting():
+    with pytest.raises(ValueError, match=r"'bad'.*row 0"):
+        fit_blend({"bad": np.array([[np.nan] * 3])}, np.array([0]))
+
+
+def test_cross_fitting_never_sees_the_votes_that_it_predicts():
+    truth, labels = make_votes(60)
+    groups = np.arange(60) // 2
+    members = {"one": blur(truth, 0.5), "two": blur(truth, 1.0, seed=2)}
+    before = cross_fit_blend(members, labels, groups, n_folds=5)
+    changed = labels.copy()
+    changed[:2] = (labels[:2] + 1) % 3  # all of one group
+    after = cross_fit_blend(members, changed, groups, n_folds=5)
+    np.testing.assert_array_equal(before[:2], after[:2])
+    assert not np.array_equal(before, after)
+
+
+def test_a_useless_blend_falls_back_to_the_best_member():
+    truth, labels = make_votes(200)
+    members = {"truth": truth, "noise": blur(np.full((200, 3), 1 / 3), 1.5)}
+    blend, probs, verdict = choose_blend(members, labels, np.arange(200))
+    assert "no better" in verdict and "truth" in verdict
+    assert blend.weights == (1.0, 0.0)
+    np.testing.assert_array_equal(probs, truth)
+
+
+def test_a_blend_that_helps_is_published():
+    truth, labels = make_votes(2000)
+    members = {"one": blur(truth, 0.8, seed=1), "two": blur(truth, 0.8, seed=2)}
+    blend, probs, verdict = choose_blend(members, labels, np.arange(2000))
+    assert "is published" in verdict and min(blend.weights) > 0.2
+    np.testing.assert_array_equal(probs, cross_fit_blend(members, labels, np.arange(2000)))
+
+
+def test_the_worst_battles_come_first_and_read_safely(ugly_pairs):
+    probs = np.full((len(ugly_pairs), 3), 1 / 3)
+    probs[3] = [0.49, 0.49, 0.02] if ugly_pairs["label"].iloc[3] == 2 else [0.01, 0.01, 0.98]
+    errors = confident_errors(ugly_pairs, probs, n_shown=20, n_chars=40)
+    assert errors["id"].iloc[0] == ugly_pairs["id"].iloc[3]
+    html = errors.to_html()
+    html.encode("utf-8")  # lone surrogates would fail here
+    assert "<script>" not in html and errors["response_b"].str.len().max() <= 42
+
+
+def test_slices_name_where_the_model_is_worse():
+    rng = np.random.default_rng(0)
+    losses, groups = rng.normal(1, 0.1, 400), np.arange(400)
+    first = groups < 200
+    reference = losses + np.where(first, -0.2, 0.2) + rng.normal(0, 0.1, 400)
+    table = compare_slices(losses, reference, {"first": first, "last": ~first, "one": groups == 0}, groups, 200)
+    assert table["slice"].tolist() == ["first", "last"] and table["n_pairs"].tolist() == [200, 200]
+    assert table["verdict"].tolist() == ["worse", "better"]
+    assert table["difference"].to_numpy() == pytest.approx([0.2, -0.2], abs=0.03)
+    assert (table["log_loss"] - table["reference"]).to_numpy() == pytest.approx(table["difference"].to_numpy())
+    same = compare_slices(losses, losses, {"all": first | ~first}, groups, 50)
+    assert same["verdict"].tolist() == ["no different"]

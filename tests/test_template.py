@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from src.utils.models.template import cut_fields, cut_middle, cut_turns, share_budget, text_of
+
+
+def test_null_is_empty_text_and_lone_surrogates_become_replacement_characters():
+    assert text_of(None) == ""
+    assert text_of("a \ud83d b \udc00") == "a \ufffd b \ufffd"
+    assert text_of("whole \U0001f600") == "whole \U0001f600"
+    text_of("x\ud83d").encode("utf-8")
+
+
+def test_short_fields_stay_whole_and_long_ones_share_equally():
+    assert share_budget([10, 100, 300], 110) == [10, 50, 50]
+    assert share_budget([10, 20, 30], 60) == [10, 20, 30]
+    assert share_budget([10, 20, 30], 1000) == [10, 20, 30]
+    assert share_budget([], 5) == []
+    assert share_budget([5, 5], 0) == [0, 0]
+
+
+def test_reordering_fields_reorders_their_parts():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        lengths, budget = rng.integers(0, 50, 4).tolist(), int(rng.integers(0, 150))
+        order = rng.permutation(4)
+        shares = share_budget(lengths, budget)
+        assert share_budget([lengths[i] for i in order], budget) == [shares[i] for i in order]
+        assert sum(shares) <= budget
+        assert all(share <= length for share, length in zip(shares, lengths, strict=True))
+        # What equal parts leave over is less than one token for each field.
+        assert sum(shares) > min(budget, sum(lengths)) - 4
+
+
+def test_the_middle_is_cut_and_head_and_tail_stay():
+    assert cut_middle("abcdefgh", 5, ".") == ["a", "b", ".", "g", "h"]
+    assert cut_middle("abcdefgh", 8, ".") == list("abcdefgh")
+    assert cut_middle("abcdefgh", 2, ".") == ["a", "b"]
+    assert cut_middle("abcdefgh", 3, ".") == ["a", ".", "h"]
+    assert cut_middle("abc", 0, ".") == []
+
+
+def test_last_turns_are_kept_first():
+    turns = [list("aaaaaaaaaa"), list("bbbbbbbbbb"), list("cc")]
+    assert cut_turns(turns, 12) == turns[1:]
+    assert cut_turns(turns, 22) == turns
+    assert cut_turns(turns, 2) == [list("cc")]
+    assert cut_turns(turns, 13, n_between=1) == turns[1:]
+    assert cut_turns(turns, 11, n_between=1) == [list("bbbbbbbb"), list("cc")]
+
+
+def test_a_field_with_tokens_never_loses_them_all():
+    assert cut_turns([list("words"), [], []], 3, n_between=2) == [list("wos")]
+    for budget in range(1, 40):
+        assert any(cut_turns([list("one" * 20), list("two" * 30), []], budget, "...", 5))
+
+
+def test_cut_fields_stay_within_the_budget_and_every_answer_keeps_a_part():
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        fields = [[list("x" * int(n)) for n in rng.integers(0, 60, rng.integers(1, 4))] for _ in range(3)]
+        budget = int(rng.integers(9, 200))
+        cut = cut_fields(fields, budget, "~", 2)
+        n_tok = sum(sum(map(len, turns)) + 2 * (len(turns) - 1) for turns in cut if turns)
+        assert n_tok <= budget
+        for before, after in zip(fields, cut, strict=True):
+            assert any(before) == any(after)
+
+
+def test_the_same_words_are_cut_when_the_answers_are_exchanged():
+    prompt, a, b = [range(50)], [range(100, 170)], [range(200, 290), range(300, 304)]
+    straight = cut_fields([prompt, a, b], 100, (-1,), 2)
+    mirrored = cut_fields([prompt, b, a], 100, (-1,), 2)
+    assert straight == [mirrored[0], mirrored[2], mirrored[1]]
+    assert sum(len(turn) for turns in straight for turn in turns) > 90
+
+
+def test_a_budget_without_room_is_refused_by_name():
+    with pytest.raises(ValueError, match="budget: expected at least one token for each of 3 fields, got 2"):
+        cut_fields([[[1]], [[2]], [[3]]], 2)

@@ -1,0 +1,159 @@
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from src.utils.config import FinetuneConfig
+from src.utils.schema import LABELS, TEXTS, probs_table
+from src.utils.training.data import NO_VOTE, add_extra_battles, make_targets, plan_batches
+
+BY_TURNS = FinetuneConfig(max_tokens=96, predict_tokens=96, tokens_per_batch=512, n_epochs=2.0, both_orders=False)
+
+
+def test_every_epoch_has_every_battle_once_and_the_next_has_it_mirrored():
+    lengths = np.random.default_rng(0).integers(5, 90, 101)
+    plan = plan_batches(lengths, BY_TURNS)
+    items = np.concatenate(plan)
+    assert len(items) == 202
+    first, second = items[:101], items[101:]
+    assert sorted(first // 2) == sorted(second // 2) == list(range(101))
+    order = {item // 2: item % 2 for item in first}
+    assert all(item % 2 == 1 - order[item // 2] for item in second)
+    assert 30 < sum(order.values()) < 70
+
+
+def test_both_orders_of_a_battle_stand_side_by_side_within_the_budget():
+    lengths = np.random.default_rng(0).integers(5, 97, 101)
+    plan = plan_batches(lengths, dataclasses.replace(BY_TURNS, both_orders=True, n_epochs=1.0))
+    assert sorted(np.concatenate(plan)) == list(range(202))
+    for batch in plan:
+        items = np.array(batch)
+        assert (items[0::2] ^ 1 == items[1::2]).all()
+        assert len(items) * lengths[items // 2].max() <= 512
+
+
+def test_a_packed_plan_spends_its_budget_on_real_tokens():
+    lengths = np.random.default_rng(0).integers(5, 97, 101)
+    config = dataclasses.replace(BY_TURNS, both_orders=True, n_epochs=1.0)
+    packed, padded = plan_batches(lengths, config, is_packed=True), plan_batches(lengths, config)
+    assert sorted(np.concatenate(packed)) == list(range(202))
+    for batch in packed:
+        items = np.array(batch)
+        assert (items[0::2] ^ 1 == items[1::2]).all()
+        assert lengths[items // 2].sum() <= 512
+    assert len(packed) < len(padded)
+
+
+def test_a_fraction_of_an_epoch_takes_that_share_of_its_batches():
+    lengths = np.random.default_rng(0).integers(5, 90, 400)
+    whole = plan_batches(lengths, dataclasses.replace(BY_TURNS, n_epochs=1.0))
+    half = plan_batches(lengths, dataclasses.replace(BY_TURNS, n_epochs=0.5))
+    assert half == whole[: len(half)]
+    assert abs(len(half) - len(whole) / 2) <= 1
+
+
+def soft_file(folder, pairs, probs):
+    path = folder / "soft_labels.parquet"
+    probs_table(pairs["id"], probs).to_parquet(path, index=False)
+    return path
+
+
+def test_targets_are_the_votes_mixed_with_soft_labels_where_there_are_some(demo_pairs, tmp_path):
+    pairs, soft = demo_pairs.head(6), np.tile([0.2, 0.3, 0.5], (4, 1))
+    votes = np.eye(3)[pairs["label"]]
+    config = FinetuneConfig(soft_labels=str(soft_file(tmp_path, pairs.iloc[[3, 2, 1, 0]], soft)), soft_weight=0.25)
+    targets = make_targets(pairs, config)
+    np.testing.assert_allclose(targets[:4], 0.75 * votes[:4] + 0.25 * soft, atol=1e-6)
+    np.testing.assert_array_equal(targets[4:], votes[4:])
+    np.testing.assert_array_equal(make_targets(pairs, FinetuneConfig()), votes)
+
+
+def test_soft_labels_of_other_battles_or_of_no_file_are_refused(demo_pairs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="WRITE_SOFT_LABELS"):
+        make_targets(demo_pairs, FinetuneConfig(soft_labels=str(tmp_path / "none.parquet")))
+    path = soft_file(tmp_path, demo_pairs.head(2), np.full((2, 3), 1 / 3))
+    with pytest.raises(ValueError, match="found none"):
+        make_targets(demo_pairs.tail(5), FinetuneConfig(soft_labels=str(path)))
+
+
+# ---- extra battles -----------------------------------------------------------
+
+
+def battle_file(path, pairs, labelled=True):
+    """Battles as the competition writes them."""
+    table = pd.DataFrame({"id": pairs["id"]})
+    for name in TEXTS:
+        table[name] = [json.dumps(list(turns)) for turns in pairs[name]]
+    if labelled:
+        table[list(LABELS)] = np.eye(3, dtype=int)[pairs["label"]]
+    table.to_csv(path, index=False)
+    return str(path)
+
+
+@pytest.fixture
+def arena_and_extra(demo_pairs):
+    """Arena of 200 battles; 40 more with ids and prompts of their own."""
+    arena = demo_pairs[:200].reset_index(drop=True)
+    extra = demo_pairs[200:240].reset_index(drop=True)
+    prompts = [(f"a question of its own, number {row}",) for row in range(len(extra))]
+    return arena, extra.assign(id=range(10_000, 10_040), prompt=pd.Series(prompts, dtype=object))
+
+
+def test_extra_battles_join_the_training_side_alone_and_none_whose_prompt_is_held_out(
+    arena_and_extra, tmp_path, capsys
+):
+    arena, extra = arena_and_extra
+    is_heldout = (arena["fold"] == 0).to_numpy()
+    question = arena["prompt"][is_heldout].iloc[0][0]
+    extra["prompt"] = pd.Series([(f"  {question.upper()} \n", "more"), *extra["prompt"][1:]], dtype=object)
+    config = FinetuneConfig(extra_battles=(battle_file(tmp_path / "extra.csv", extra),))
+    train_pairs = add_extra_battles(arena, is_heldout, config)
+    assert train_pairs["id"].tolist() == [*arena["id"][~is_heldout], *extra["id"][1:]]
+    assert not set(train_pairs["group"]) & set(arena["group"][is_heldout])
+    assert train_pairs["label"].tolist()[-39:] == extra["label"].tolist()[1:]
+    assert (
+        "40 read, 39 added (39 with a vote); 0 stand in the arena, 1 have a held-out prompt" in capsys.readouterr().out
+    )
+    # A model that holds nothing out takes all.
+    assert len(add_extra_battles(arena, np.zeros(200, dtype=bool), config)) == 240
+
+
+def test_battles_without_votes_learn_from_a_submission(arena_and_extra, tmp_path):
+    arena, extra = arena_and_extra
+    soft = np.random.default_rng(0).dirichlet(np.ones(3), len(extra))
+    probs_table(extra["id"], soft).to_csv(tmp_path / "submission.csv", index=False)
+    files = (battle_file(tmp_path / "extra.csv", extra, labelled=False),)
+    config = FinetuneConfig(extra_battles=files, soft_labels=str(tmp_path / "submission.csv"), soft_weight=0.25)
+    train_pairs = add_extra_battles(arena, np.zeros(200, dtype=bool), config)
+    assert (train_pairs["label"][200:] == NO_VOTE).all()
+    targets = make_targets(train_pairs, config)
+    np.testing.assert_array_equal(targets[:200], np.eye(3)[arena["label"]])
+    np.testing.assert_allclose(targets[200:], soft, atol=1e-6)
+
+
+def test_a_battle_that_has_nothing_to_teach_is_named(arena_and_extra, tmp_path):
+    arena, extra = arena_and_extra
+    files = (battle_file(tmp_path / "extra.csv", extra, labelled=False),)
+    with pytest.raises(ValueError, match=r"extra\.csv, row 1, id 10000: expected a vote or a soft label.*40 battles"):
+        add_extra_battles(arena, np.zeros(200, dtype=bool), FinetuneConfig(extra_battles=files))
+    soft = soft_file(tmp_path, extra.drop(index=[7]), np.full((39, 3), 1 / 3))
+    with pytest.raises(ValueError, match=r"extra\.csv, row 8, id 10007"):
+        add_extra_battles(arena, np.zeros(200, dtype=bool), FinetuneConfig(extra_battles=files, soft_labels=str(soft)))
+
+
+def test_an_id_of_another_battle_is_refused_and_a_battle_of_the_arena_is_not_taken_twice(arena_and_extra, tmp_path):
+    arena, extra = arena_and_extra
+    is_heldout = np.zeros(200, dtype=bool)
+    again = battle_file(tmp_path / "again.csv", pd.concat([extra[:3], arena[5:9]]))
+    assert len(add_extra_battles(arena, is_heldout, FinetuneConfig(extra_battles=(again, again)))) == 203
+    extra.loc[4, "id"] = arena["id"][0]
+    clash = battle_file(tmp_path / "clash.csv", extra)
+    with pytest.raises(ValueError, match=rf"clash\.csv, row 5, id {arena['id'][0]}: expected an id of its own"):
+        add_extra_battles(arena, is_heldout, FinetuneConfig(extra_battles=(clash,)))
+
+
+def test_a_missing_file_of_extra_battles_is_named(demo_pairs):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):
+        add_extra_battles(demo_pairs, np.zeros(300, dtype=bool), FinetuneConfig(extra_battles=("nowhere.csv",)))
