@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from src.utils.delivery.submission import check_submission
+from src.utils.delivery.submit import check_submission
 from src.utils.paths import find_table
 
 written, folder = map(Path, sys.argv[1:])

@@ -27,10 +27,9 @@ from src.utils.battles.demo import make_battles
 from src.utils.battles.readers import add_groups_and_folds, load_pairs
 from src.utils.battles.style import measure_style, style_differences
 from src.utils.config import BaselineConfig
-from src.utils.mirror import average_over_swap
 from src.utils.models import baseline
 from src.utils.runs import measure_peak_mib, measure_versions, read_json, write_json
-from src.utils.schema import LABELLED_COLUMNS, TEXTS, Turns
+from src.utils.schema import LABELLED_COLUMNS, TEXTS, Turns, average_over_swap
 from src.utils.stats import scores
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,11 +34,12 @@ from benchmarks.training import (
     write_checkpoint,
 )
 from src.utils.config import FinetuneConfig
-from src.utils.models.batches import collate, encode_pairs, make_batches
+from src.utils.models.batches import collate, make_batches
 from src.utils.models.checkpoints import load_classifier, quiet_transformers
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack
 from src.utils.models.predict import predict_probs
+from src.utils.models.template import encode_pairs
 from src.utils.runs import Stopwatch, measure_peak_mib, write_json
 
 RESULT = ROOT / "benchmarks" / "results" / "inference.json"

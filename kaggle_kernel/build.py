@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 from src.utils import paths
 from src.utils.models.baseline import EMBEDDER
 from src.utils.runs import read_json, write_json
-from src.utils.stats.scores import Blend
+from src.utils.stats.blend import Blend
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOK = paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb"

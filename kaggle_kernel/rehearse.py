@@ -25,7 +25,7 @@ import pandas as pd
 
 from src.utils import paths
 from src.utils.battles.demo import make_battles
-from src.utils.delivery.submission import COLUMNS, check_submission
+from src.utils.delivery.submit import SUBMISSION_COLUMNS, check_submission
 from src.utils.runs import read_json, write_json
 from src.utils.schema import TEXTS
 
@@ -156,7 +156,7 @@ def lay_out(root: Path, build: Path, case: Case, bases: Mapping[str, Path] = NO_
     test = make_hidden_test(case.n_rows)
     test.to_csv(competition / "test.csv", index=False, quoting=csv.QUOTE_NONNUMERIC)
     ids = np.random.default_rng(1).permutation(test["id"].unique().tolist())
-    sample = pd.DataFrame({"id": ids.astype(int)} | dict.fromkeys(COLUMNS[1:], 1 / 3))
+    sample = pd.DataFrame({"id": ids.astype(int)} | dict.fromkeys(SUBMISSION_COLUMNS[1:], 1 / 3))
     sample.to_csv(competition / "sample_submission.csv", index=False)
     return ids
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src.utils.config import DecoderConfig, FinetuneConfig
-from src.utils.models.batches import collate, encode_pairs, make_template
+from src.utils.models.batches import collate
 from src.utils.models.checkpoints import (
     choose_pad_token,
     head_names,
@@ -20,6 +20,7 @@ from src.utils.models.checkpoints import (
     merge,
     save_model,
 )
+from src.utils.models.template import encode_pairs, make_template
 from src.utils.training.fit import fit
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

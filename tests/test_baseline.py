@@ -5,7 +5,6 @@ from scipy import sparse
 from src.utils.battles.demo import make_battles
 from src.utils.battles.readers import add_groups_and_folds
 from src.utils.config import BaselineConfig
-from src.utils.mirror import swap_labels, swap_pairs, swap_probs
 from src.utils.models import baseline as floor
 from src.utils.models.baseline import (
     LINEAR_MEMBERS,
@@ -19,7 +18,7 @@ from src.utils.models.baseline import (
     measure_features,
     save_baseline,
 )
-from src.utils.schema import LABELLED_COLUMNS, LABELS, check_probs, probs_of
+from src.utils.schema import LABELLED_COLUMNS, LABELS, check_probs, probs_of, swap_labels, swap_pairs, swap_probs
 from src.utils.stats.scores import class_prior, log_loss
 
 CONFIG = BaselineConfig(n_hashed=4096, n_trees=10)

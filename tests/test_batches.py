@@ -3,17 +3,9 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
-from src.utils.mirror import swap_pairs
-from src.utils.models.batches import (
-    collate,
-    count_tokens,
-    encode_both_orders,
-    encode_pairs,
-    is_canonical,
-    make_batches,
-    make_packs,
-    make_template,
-)
+from src.utils.models.batches import collate, is_canonical, make_batches, make_packs
+from src.utils.models.template import count_tokens, encode_both_orders, encode_pairs, make_template
+from src.utils.schema import swap_pairs
 
 KINDS = ("modernbert", "qwen3")
 

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.budgets import BUDGET_COLUMNS, measure_budgets
 from src.utils.models.checkpoints import load_classifier
-from src.utils.models.predict import predict_probs
+from src.utils.models.predict import BUDGET_COLUMNS, measure_budgets, predict_probs
 from src.utils.stats.scores import log_loss
 
 CONFIG = FinetuneConfig(checkpoint="tiny:modernbert", revision="")

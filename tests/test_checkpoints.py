@@ -11,17 +11,11 @@ from transformers import PreTrainedModel
 
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.models import checkpoints
-from src.utils.models.batches import collate, encode_pairs
-from src.utils.models.checkpoints import (
-    atomic_folder,
-    head_names,
-    in_float32,
-    load_classifier,
-    load_finetuned,
-    make_tiny_checkpoint,
-    merge,
-    save_model,
-)
+from src.utils.models.batches import collate
+from src.utils.models.checkpoints import head_names, in_float32, load_classifier, load_finetuned, merge, save_model
+from src.utils.models.template import encode_pairs
+from src.utils.models.tiny import make_tiny_checkpoint
+from src.utils.runs import atomic_folder
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="", max_tokens=128)
 DECODER = DecoderConfig(checkpoint="tiny:qwen3", revision="", quantization="none", lora_rank=4, max_tokens=192)

@@ -8,8 +8,7 @@ import statsmodels.api as sm
 
 from src.utils.battles.demo import EFFECTS, MEASURES, make_arena, make_battles, measure_answer, true_probs
 from src.utils.battles.readers import load_pairs
-from src.utils.mirror import swap_probs
-from src.utils.schema import LABELS, TIE, check_probs
+from src.utils.schema import LABELS, TIE, check_probs, swap_probs
 
 NO_SEAT = type(EFFECTS)(seat=0.0)
 

@@ -10,8 +10,8 @@ from scipy.special import expit, softmax
 
 from src.utils.battles import demo
 from src.utils.battles.readers import add_groups_and_folds, load_pairs
-from src.utils.mirror import swap_labels
-from src.utils.stats import effects
+from src.utils.schema import swap_labels
+from src.utils.stats import effects, ranking
 
 # American League 1987, wins of the row's team over the column's (Agresti, Categorical Data Analysis, table 10.10).
 TEAMS = ("Milwaukee", "Detroit", "Toronto", "New York", "Boston", "Cleveland", "Baltimore")
@@ -141,7 +141,7 @@ def test_clusters_widen_the_interval_when_votes_repeat():
 def test_what_cannot_be_estimated_says_why(values, labels, said):
     for table in (
         effects.effect_sizes(values[:, None], ["x"], labels),
-        effects.fit_votes(pd.DataFrame({"x": values}), labels).effects.query("effect == 'x'"),
+        ranking.fit_votes(pd.DataFrame({"x": values}), labels).effects.query("effect == 'x'"),
     ):
         row = table.iloc[0]
         assert np.isnan(row["log_odds"]) and np.isnan(row["low"]) and row["reason"]
@@ -152,7 +152,7 @@ def test_strengths_match_the_published_example():
     wins = [(TEAMS[i], TEAMS[j]) for i in range(7) for j in range(7) for _ in range(WINS[i, j])]
     winner, loser = np.array(wins).T
     # Each game from both sides: seats are then even, as the published model has none.
-    fitted = effects.fit_bradley_terry(np.r_[winner, loser], np.r_[loser, winner], np.repeat([0, 1], len(winner)))
+    fitted = ranking.fit_bradley_terry(np.r_[winner, loser], np.r_[loser, winner], np.repeat([0, 1], len(winner)))
     strengths = fitted.strengths.set_index("model")["strength"]
     np.testing.assert_allclose(strengths[list(TEAMS)] - strengths["Baltimore"], ABILITIES, atol=2e-4)
     assert strengths.sum() == pytest.approx(0, abs=1e-9)
@@ -164,7 +164,7 @@ def test_strengths_and_ties_match_davidsons_own_example():
     votes = [(i, j, label) for i, j, *counts in PUDDING for label, count in enumerate(counts) for _ in range(count)]
     i, j, labels = np.array(votes).T
     # Each tasting from both sides: the published model has no seat.
-    fitted = effects.fit_bradley_terry(
+    fitted = ranking.fit_bradley_terry(
         np.r_[i, j].astype(str), np.r_[j, i].astype(str), np.r_[labels, swap_labels(labels)]
     )
     worths = softmax(fitted.strengths.sort_values("model")["strength"].to_numpy(dtype=float))
@@ -174,7 +174,7 @@ def test_strengths_and_ties_match_davidsons_own_example():
 
 def test_davidson_recovers_what_was_planted():
     x, labels, groups = draw_votes(20_000, seed=4, slope=0.8, seat=0.2, nu=0.9)
-    found = effects.fit_votes(pd.DataFrame({"x": x}), labels, groups).effects.set_index("effect")
+    found = ranking.fit_votes(pd.DataFrame({"x": x}), labels, groups).effects.set_index("effect")
     for name, planted in (("x", 0.8), ("seat A", 0.2), ("tie", np.log(0.9))):
         row = found.loc[name]
         assert row["low"] < planted < row["high"] and row["high"] - row["low"] < 0.15
@@ -188,7 +188,7 @@ def test_intervals_cover_the_planted_effect_at_their_rate_and_nulls_are_rarely_f
         noise = np.random.default_rng(seed + 1000).normal(size=500)
         both = np.column_stack([x, noise])
         if method == "davidson":
-            table = effects.fit_votes(pd.DataFrame(both, columns=["x", "noise"]), labels, groups).effects
+            table = ranking.fit_votes(pd.DataFrame(both, columns=["x", "noise"]), labels, groups).effects
             row, null = table.iloc[2], table.iloc[3]
             low, high = row["low"], row["high"]
         else:
@@ -206,7 +206,7 @@ def test_intervals_cover_the_planted_effect_at_their_rate_and_nulls_are_rarely_f
 
 def test_strengths_and_style_on_the_demo_arena(demo_pairs):
     labels, groups = demo_pairs["label"].to_numpy(), demo_pairs["group"].to_numpy()
-    fitted = effects.fit_bradley_terry(demo_pairs["model_a"], demo_pairs["model_b"], labels, groups=groups)
+    fitted = ranking.fit_bradley_terry(demo_pairs["model_a"], demo_pairs["model_b"], labels, groups=groups)
     shown = fitted.strengths.dropna(subset="strength").set_index("model")["strength"]
     assert shown["demo-owl"] > shown["demo-dodo"]
     assert fitted.reason is None and fitted.n == len(demo_pairs)
@@ -215,8 +215,8 @@ def test_strengths_and_style_on_the_demo_arena(demo_pairs):
 def test_exchanging_the_seats_changes_no_strength_and_negates_the_seat(demo_pairs):
     labels = demo_pairs["label"].to_numpy()
     seats = demo_pairs["model_a"], demo_pairs["model_b"]
-    given = effects.fit_bradley_terry(*seats, labels)
-    mirrored = effects.fit_bradley_terry(*seats[::-1], swap_labels(labels))
+    given = ranking.fit_bradley_terry(*seats, labels)
+    mirrored = ranking.fit_bradley_terry(*seats[::-1], swap_labels(labels))
     columns = ["strength", "low", "high"]
     np.testing.assert_allclose(
         given.strengths.sort_values("model")[columns], mirrored.strengths.sort_values("model")[columns], atol=1e-5
@@ -227,16 +227,16 @@ def test_exchanging_the_seats_changes_no_strength_and_negates_the_seat(demo_pair
 
 def test_unknown_names_are_not_ranked():
     unknown = ["unknown"] * 20
-    fitted = effects.fit_bradley_terry(unknown, unknown, np.arange(20) % 3)
+    fitted = ranking.fit_bradley_terry(unknown, unknown, np.arange(20) % 3)
     assert fitted.strengths.empty and fitted.n == 0 and "unknown" in fitted.reason
-    assert effects.model_records(unknown, unknown, np.arange(20) % 3).empty
+    assert ranking.model_records(unknown, unknown, np.arange(20) % 3).empty
 
 
 def test_a_model_that_never_loses_gets_no_strength():
     rng = np.random.default_rng(0)
     model_a, model_b = ["champion"] * 40 + ["x", "y"] * 50, ["y"] * 40 + ["y", "x"] * 50
     labels = np.r_[np.zeros(40, dtype=int), rng.integers(3, size=100)]
-    fitted = effects.fit_bradley_terry(model_a, model_b, labels)
+    fitted = ranking.fit_bradley_terry(model_a, model_b, labels)
     rows = fitted.strengths.set_index("model")
     assert np.isnan(rows.loc["champion", "strength"]) and "not linked" in rows.loc["champion", "reason"]
     assert np.isfinite(rows.loc[["x", "y"], "strength"]).all() and fitted.n == 100
@@ -244,14 +244,14 @@ def test_a_model_that_never_loses_gets_no_strength():
 
 def test_a_strength_that_cannot_be_told_from_its_seat_is_not_reported():
     labels = np.random.default_rng(0).integers(3, size=100)
-    fitted = effects.fit_bradley_terry(["x"] * 100, ["y"] * 100, labels)
+    fitted = ranking.fit_bradley_terry(["x"] * 100, ["y"] * 100, labels)
     assert fitted.strengths["strength"].isna().all() and "cannot be told apart" in fitted.reason
 
 
 def test_a_model_with_few_battles_is_fitted_but_not_reported():
     rng = np.random.default_rng(0)
     model_a, model_b = ["x"] * 100 + ["rare"] * 6, ["y"] * 103 + ["x"] * 3
-    fitted = effects.fit_bradley_terry(model_a, model_b, np.r_[rng.integers(3, size=100), 0, 1, 2, 0, 1, 2])
+    fitted = ranking.fit_bradley_terry(model_a, model_b, np.r_[rng.integers(3, size=100), 0, 1, 2, 0, 1, 2])
     rows = fitted.strengths.set_index("model")
     assert np.isnan(rows.loc["rare", "strength"]) and rows.loc["rare", "reason"] == "6 battles, fewer than 30"
     assert fitted.n == 106 and rows.loc[["x", "y"], "strength"].sum() == pytest.approx(0)
@@ -263,10 +263,10 @@ def test_a_handful_of_battles_gives_reasons_not_numbers(labels):
     model_a, model_b = ["x"] * len(labels), ["y"] * len(labels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fitted = effects.fit_bradley_terry(model_a, model_b, labels, pd.DataFrame({"z": np.arange(len(labels)) * 1.0}))
+        fitted = ranking.fit_bradley_terry(model_a, model_b, labels, pd.DataFrame({"z": np.arange(len(labels)) * 1.0}))
         effects.position_effect(labels)
         effects.winner_shares(labels)
-        effects.model_records(model_a, model_b, labels)
+        ranking.model_records(model_a, model_b, labels)
     assert fitted.strengths["strength"].isna().all() and fitted.reason
     assert fitted.effects["log_odds_per_unit"].isna().all()
 
@@ -317,7 +317,7 @@ def test_demo_intervals_cover_every_planted_effect_at_their_rate(arena):
     planted |= {"tie": np.log(demo.EFFECTS.nu), "noise": 0.0}
     covered = dict.fromkeys(planted, 0)
     for seed in range(N_ARENAS):
-        found = effects.fit_votes(*vote_again(arena, seed)).effects.set_index("effect")
+        found = ranking.fit_votes(*vote_again(arena, seed)).effects.set_index("effect")
         for name, size in planted.items():
             covered[name] += found.loc[name, "low"] < size < found.loc[name, "high"]
     rates = {name: count / N_ARENAS for name, count in covered.items()}
@@ -417,9 +417,9 @@ def test_bootstrap_and_sandwich_agree_on_the_demo_arena(arena, styled):
     measured, _, pairs = arena
     seats, labels = (pairs["model_a"], pairs["model_b"]), pairs["label"].to_numpy()
     covariates = measured[["log_words", "lists"]] if styled else None
-    fitted = effects.fit_bradley_terry(*seats, labels, covariates, pairs["group"])
-    both = effects.compare_intervals(
-        fitted.strengths, effects.bootstrap_strengths(*seats, labels, covariates, pairs["group"], n_boot=1000)
+    fitted = ranking.fit_bradley_terry(*seats, labels, covariates, pairs["group"])
+    both = ranking.compare_intervals(
+        fitted.strengths, ranking.bootstrap_strengths(*seats, labels, covariates, pairs["group"], n_boot=1000)
     )
     assert len(both) == len(demo.CHATBOTS)
     assert both["width_ratio"].median() == pytest.approx(1, abs=0.1), both["width_ratio"].describe()
@@ -430,23 +430,23 @@ def test_a_resampled_strength_is_what_a_full_fit_would_give(arena):
     measured, _, pairs = arena
     labels = pairs["label"].to_numpy()
     models = sorted({*pairs["model_a"]})
-    design = effects._design_models(pairs["model_a"].to_numpy(object), pairs["model_b"].to_numpy(object), models)
-    full, _, _ = effects._add_covariates(design, measured[["log_words"]])
+    design = ranking._design_models(pairs["model_a"].to_numpy(object), pairs["model_b"].to_numpy(object), models)
+    full, _, _ = ranking._add_covariates(design, measured[["log_words"]])
     codes = np.arange(len(labels))
-    params, cov, _, _ = effects._maximise(full, labels, codes, design.shape[1])
+    params, cov, _, _ = ranking._maximise(full, labels, codes, design.shape[1])
     weights = next(effects._resample_weights(codes, 1, seed=3)).astype(int)
     again = np.repeat(codes, weights)
-    exact, _, _, _ = effects._maximise(full[again], labels[again], again, design.shape[1])
+    exact, _, _, _ = ranking._maximise(full[again], labels[again], again, design.shape[1])
     for n_steps, tolerance in ((1, 0.1), (2, 0.01)):
-        (draw,) = effects._resample_davidson(params, full, labels, codes, 1, seed=3, n_steps=n_steps)
+        (draw,) = ranking._resample_davidson(params, full, labels, codes, 1, seed=3, n_steps=n_steps)
         assert (np.abs(draw - exact) / np.sqrt(np.diag(cov))).max() < tolerance
 
 
 def test_no_strength_gives_no_bootstrap():
     unknown = ["unknown"] * 20
-    assert effects.bootstrap_strengths(unknown, unknown, np.arange(20) % 3).empty
-    nothing = effects.fit_bradley_terry(unknown, unknown, np.arange(20) % 3).strengths
-    assert effects.compare_intervals(nothing, effects.bootstrap_strengths(["x"], ["y"], np.array([0]))).empty
+    assert ranking.bootstrap_strengths(unknown, unknown, np.arange(20) % 3).empty
+    nothing = ranking.fit_bradley_terry(unknown, unknown, np.arange(20) % 3).strengths
+    assert ranking.compare_intervals(nothing, ranking.bootstrap_strengths(["x"], ["y"], np.array([0]))).empty
 
 
 def test_mt_bench_strengths_are_in_the_known_order():
@@ -454,7 +454,7 @@ def test_mt_bench_strengths_are_in_the_known_order():
     if not path.exists():
         pytest.skip(f"MT-bench votes are not at hand: {path} is missing")
     pairs = add_groups_and_folds(load_pairs(path)[0])
-    fitted = effects.fit_bradley_terry(pairs["model_a"], pairs["model_b"], pairs["label"], groups=pairs["group"])
+    fitted = ranking.fit_bradley_terry(pairs["model_a"], pairs["model_b"], pairs["label"], groups=pairs["group"])
     order = fitted.strengths["model"].tolist()
     assert order[0] == "gpt-4" and order[-2:] == ["alpaca-13b", "llama-13b"] and len(order) == 6
 
@@ -464,7 +464,7 @@ def test_mt_bench_strengths_are_in_the_known_order():
 
 def test_families_are_the_letters_that_open_a_name():
     names = ["gpt-4-0613", "GPT35", "claude-2.1", "4x"]
-    assert effects.name_families(names).tolist() == ["gpt", "gpt", "claude", "unknown"]
+    assert ranking.name_families(names).tolist() == ["gpt", "gpt", "claude", "unknown"]
 
 
 def test_kin_that_tie_more_often_are_found_and_one_family_alone_is_not_judged():
@@ -473,10 +473,10 @@ def test_kin_that_tie_more_often_are_found_and_one_family_alone_is_not_judged():
     a, b = np.array([rng.choice(4, 2, replace=False) for _ in range(3000)]).T
     kin = np.char.partition(names[a], "-")[:, 0] == np.char.partition(names[b], "-")[:, 0]
     labels = np.where(rng.random(3000) < np.where(kin, 0.5, 0.2), 2, rng.integers(2, size=3000))
-    strengths = effects.fit_bradley_terry(names[a], names[b], labels).strengths
-    table = effects.family_ties(names[a], names[b], labels, strengths)
+    strengths = ranking.fit_bradley_terry(names[a], names[b], labels).strengths
+    table = ranking.family_ties(names[a], names[b], labels, strengths)
     assert (table["low"] > 0).all() and table["log_odds_per_unit"].iloc[0] == pytest.approx(np.log(4), abs=0.3)
-    alike = effects.family_ties(["red-1"] * 99, ["red-2"] * 99, labels[:99], strengths)
+    alike = ranking.family_ties(["red-1"] * 99, ["red-2"] * 99, labels[:99], strengths)
     assert alike["log_odds"].isna().all() and alike["reason"].notna().all()
 
 

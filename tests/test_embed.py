@@ -3,7 +3,6 @@ import pandas as pd
 import pytest
 
 from src.utils.config import BaselineConfig
-from src.utils.mirror import swap_pairs, swap_probs
 from src.utils.models import embed as module
 from src.utils.models.baseline import (
     cross_fit,
@@ -14,6 +13,7 @@ from src.utils.models.baseline import (
     save_baseline,
 )
 from src.utils.models.embed import embed_pairs, is_decoder, load_embedder
+from src.utils.schema import swap_pairs, swap_probs
 
 KINDS = ("modernbert", "qwen3")
 

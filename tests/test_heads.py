@@ -9,11 +9,12 @@ from torch import nn
 from transformers import ModernBertForSequenceClassification, Qwen3ForSequenceClassification
 
 from src.utils.config import DecoderConfig, FinetuneConfig
-from src.utils.models.batches import collate, encode_both_orders, encode_pairs, make_template
+from src.utils.models.batches import collate
 from src.utils.models.checkpoints import head_names, load_classifier, load_finetuned, merge, save_model
 from src.utils.models.heads import Contrasting, find_answers, weigh_answers
 from src.utils.models.packing import collate_packed, enable_packing
 from src.utils.models.predict import predict_probs
+from src.utils.models.template import encode_both_orders, encode_pairs, make_template
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="", head="contrast")
 DECODER = DecoderConfig(

@@ -19,9 +19,11 @@ from src.utils.config import (
     EdaConfig,
     EnsembleConfig,
     FinetuneConfig,
+    check_parameter,
+    read_parameters,
     read_profile,
 )
-from src.utils.suite.pipeline import STAGES, check_parameter, read_parameters
+from src.utils.suite.pipeline import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "src" / "utils"

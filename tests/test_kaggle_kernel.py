@@ -20,7 +20,7 @@ from src.utils.models import checkpoints
 from src.utils.models.baseline import embed_battles, fit_baseline, load_baseline, measure_features, save_baseline
 from src.utils.paths import ROOT
 from src.utils.schema import TEXTS
-from src.utils.stats.scores import Blend
+from src.utils.stats.blend import Blend
 
 
 def load_script(name):

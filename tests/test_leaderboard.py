@@ -1,7 +1,6 @@
 import pandas as pd
 
-from src.utils.runs import write_json
-from src.utils.suite.leaderboard import COLUMNS, read_leaderboard, write_leaderboard
+from src.utils.runs import LEADERBOARD_COLUMNS, read_leaderboard, write_json, write_leaderboard
 
 
 def make_run(folder, loss, data="d", **more):
@@ -17,7 +16,7 @@ def test_every_finished_run_is_a_row_the_best_of_its_data_first(tmp_path):
     (tmp_path / "04_qwen").mkdir()
     table = write_leaderboard(tmp_path)
     assert table["run"].tolist() == ["sweeps/ridge/0/02_baseline", "02_baseline", "03_modernbert"]
-    assert tuple(table.columns) == COLUMNS and table["seed"].tolist() == [7] * 3
+    assert tuple(table.columns) == LEADERBOARD_COLUMNS and table["seed"].tolist() == [7] * 3
     written = pd.read_csv(tmp_path / "leaderboard.csv")
     assert written["log_loss"].tolist() == [1.02, 1.05, 0.9]
     assert written["log_loss_low"].isna().tolist() == [True, False, True]

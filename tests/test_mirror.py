@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.mirror import average_over_swap, swap_labels, swap_pairs, swap_probs
+from src.utils.schema import average_over_swap, swap_labels, swap_pairs, swap_probs
 
 
 def test_swapping_twice_is_the_identity(demo_pairs: pd.DataFrame, ugly_pairs: pd.DataFrame) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.delivery.submission import check_submission
+from src.utils.delivery.submit import check_submission
 from src.utils.paths import ROOT
 from src.utils.schema import LABELS
 from src.utils.suite.pipeline import STAGES, files_under

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from src.utils.battles.style import density_differences, measure_style, style_differences
-from src.utils.stats import effects, plots
+from src.utils.stats import effects, plots, ranking
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_title_claims_what_the_lengths_show(ax):
 
 
 def test_chatbots_with_few_battles_are_not_ranked(ax):
-    records = effects.model_records(["x"] * 60 + ["rare"] * 3, ["y"] * 63, np.arange(63) % 3)
+    records = ranking.model_records(["x"] * 60 + ["rare"] * 3, ["y"] * 63, np.arange(63) % 3)
     plots.plot_win_rates(ax, records, min_battles=30)
     names = [text.get_text() for text in ax.get_yticklabels()]
     assert len(names) == 2 and not any("rare" in name for name in names)
@@ -49,7 +49,7 @@ def test_chatbots_with_few_battles_are_not_ranked(ax):
 
 def test_usage_shows_the_busiest(ax):
     plots.plot_models_usage(
-        ax, effects.model_records(["x"] * 9, ["y"] * 4 + ["z"] * 5, np.zeros(9, dtype=int)), n_shown=2
+        ax, ranking.model_records(["x"] * 9, ["y"] * 4 + ["z"] * 5, np.zeros(9, dtype=int)), n_shown=2
     )
     assert [bar.get_width() for bar in ax.patches] == [5, 9]
 
@@ -112,7 +112,7 @@ def test_punctuation_is_shown_by_count_and_per_character(ax, demo_pairs):
 
 def test_strengths_of_both_fits_share_their_rows(ax, demo_pairs):
     seats, labels = (demo_pairs["model_a"], demo_pairs["model_b"]), demo_pairs["label"].to_numpy()
-    fitted = effects.fit_bradley_terry(*seats, labels)
+    fitted = ranking.fit_bradley_terry(*seats, labels)
     plots.plot_strengths(ax, {"as voted": fitted.strengths, "at equal style": fitted.strengths})
     assert len(ax.get_yticklabels()) == fitted.strengths["strength"].notna().sum()
 
@@ -125,8 +125,8 @@ def test_an_interval_around_a_negative_effect_covers_it(ax):
 
 
 def test_nothing_to_show_is_said(ax):
-    nobody = effects.model_records(["unknown"], ["unknown"], np.array([0]))
-    nothing = effects.fit_bradley_terry(["unknown"], ["unknown"], np.array([0])).strengths
+    nobody = ranking.model_records(["unknown"], ["unknown"], np.array([0]))
+    nothing = ranking.fit_bradley_terry(["unknown"], ["unknown"], np.array([0])).strengths
     found = effects.effect_sizes(np.ones((1, 1)), ["x"], np.array([0]))
     plots.plot_models_usage(ax, nobody)
     plots.plot_win_rates(ax, nobody)

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from src.utils.config import FinetuneConfig
-from src.utils.mirror import average_over_swap, swap_pairs, swap_probs
 from src.utils.models import predict
 from src.utils.models.checkpoints import load_classifier
 from src.utils.models.predict import (
@@ -18,7 +17,7 @@ from src.utils.models.predict import (
     predict_pairs,
     predict_probs,
 )
-from src.utils.schema import check_probs
+from src.utils.schema import average_over_swap, check_probs, swap_pairs, swap_probs
 
 OPTIONS = {"max_tokens": 256, "tokens_per_batch": 2048}
 

@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 
 from src.utils.battles.readers import add_groups_and_folds, decode_turns, describe_health, load_pairs
-from src.utils.mirror import swap_pairs
-from src.utils.schema import LABELS, TEXTS
+from src.utils.schema import LABELS, TEXTS, swap_pairs
 from tests.conftest import REAL_DATA
 
 WINNERS = list(LABELS)

@@ -2,21 +2,17 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from src.utils.mirror import swap_labels, swap_probs
+from src.utils.schema import swap_labels, swap_probs
+from src.utils.stats.blend import Blend, apply_blend, choose_blend, cross_fit_blend, fit_blend
 from src.utils.stats.scores import (
-    Blend,
     accuracy,
-    apply_blend,
     bootstrap_interval,
     brier,
-    choose_blend,
     class_prior,
     compare_models,
     compare_slices,
     confident_errors,
-    cross_fit_blend,
     expected_calibration_error,
-    fit_blend,
     held_out_prior,
     log_loss,
     paired_difference,

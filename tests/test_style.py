@@ -20,7 +20,7 @@ from src.utils.battles.style import (
     style_differences,
     style_shared,
 )
-from src.utils.mirror import swap_pairs
+from src.utils.schema import swap_pairs
 
 
 def make_pairs(*battles: tuple) -> pd.DataFrame:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.delivery.submission import check_submission, make_submission
+from src.utils.delivery.submit import check_submission, make_submission
 from src.utils.schema import LABELS
 
 PROBS = np.array([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]])

@@ -17,23 +17,22 @@ import pytest
 import torch
 
 from src.utils import paths
-from src.utils.config import DecoderConfig
+from src.utils.config import DecoderConfig, read_parameters
 from src.utils.delivery import submit
-from src.utils.delivery.submission import check_submission
 from src.utils.delivery.submit import (
     Ask,
     Means,
     Submission,
+    check_submission,
     describe_timing,
     open_reader,
     order_networks,
     predict_submission,
 )
-from src.utils.models import checkpoints
+from src.utils.models import checkpoints, tiny
 from src.utils.models.predict import LocalReader, Prediction, predict_pairs
 from src.utils.schema import LABELS
-from src.utils.stats.scores import Blend
-from src.utils.suite.pipeline import read_parameters
+from src.utils.stats.blend import Blend
 
 FLOOR, NETWORK = "02_baseline", "03_modernbert"
 BLEND = Blend((FLOOR, NETWORK), (0.5, 0.5))
@@ -447,7 +446,7 @@ def test_an_attached_base_is_found_in_both_layouts_and_checked(
     place = tmp_path / "input" / layout / "qwen3-4b-instruct-2507" / "transformers" / "default" / "1"
     shutil.copytree(trained["04_qwen"] / "base", place)
     assert submit.find_base(folder, config, paths.find_checkpoints) == place
-    checkpoints.make_tiny_checkpoint("qwen3", ["some words"], place, 7)
+    tiny.make_tiny_checkpoint("qwen3", ["some words"], place, 7)
     with pytest.raises(ValueError, match=r"expected the weights of base .* got others"):
         submit.find_base(folder, config, paths.find_checkpoints)
     with pytest.raises(ValueError, match="got others"):
@@ -510,7 +509,7 @@ import pandas as pd
 from pathlib import Path
 from src.utils.delivery import submit
 from src.utils.delivery.submit import Submission, predict_submission
-from src.utils.stats.scores import Blend
+from src.utils.stats.blend import Blend
 from src.utils.models.predict import Prediction
 
 folder = Path(sys.argv[1])

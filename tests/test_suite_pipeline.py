@@ -1,19 +1,8 @@
 import nbformat
 import pytest
 
-from src.utils.suite.pipeline import (
-    STAGES,
-    HashCache,
-    River,
-    Stage,
-    SuiteError,
-    absolute_data,
-    check_parameter,
-    choose_notebooks,
-    make_parameters,
-    read_parameters,
-    split_settings,
-)
+from src.utils.config import SuiteError, check_parameter, make_parameters, read_parameters, split_settings
+from src.utils.suite.pipeline import STAGES, HashCache, River, Stage, absolute_data, choose_notebooks
 
 NAMES = ("01_eda", "02_baseline", "03_modernbert", "04_qwen", "05_ensemble")
 DEFAULTS = {

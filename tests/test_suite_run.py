@@ -14,8 +14,9 @@ import nbformat
 import psutil
 import pytest
 
+from src.utils.config import SuiteError
 from src.utils.suite import run as runner
-from src.utils.suite.pipeline import River, Stage, SuiteError
+from src.utils.suite.pipeline import River, Stage
 from src.utils.suite.run import run_suite
 
 STAGES = (

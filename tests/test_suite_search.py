@@ -2,9 +2,9 @@ import subprocess
 
 import pytest
 
+from src.utils.config import SuiteError
 from src.utils.runs import write_json
 from src.utils.suite import search as module
-from src.utils.suite.pipeline import SuiteError
 from src.utils.suite.search import Sweep, format_scores, main, name_point, read_sweep, run_sweep
 
 

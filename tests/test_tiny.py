@@ -4,9 +4,16 @@ import pytest
 from safetensors.torch import load_file
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.batches import encode_pairs, make_template
-from src.utils.models.checkpoints import load_classifier, make_tiny_checkpoint
-from src.utils.models.tiny import SURFACE, compare_answers, find_fields, prepare_base, teach_comparing
+from src.utils.models.checkpoints import load_classifier
+from src.utils.models.template import encode_pairs, make_template
+from src.utils.models.tiny import (
+    SURFACE,
+    compare_answers,
+    find_fields,
+    make_tiny_checkpoint,
+    prepare_base,
+    teach_comparing,
+)
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="")
 

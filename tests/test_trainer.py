@@ -6,9 +6,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.utils.config import FinetuneConfig
-from src.utils.mirror import swap_pairs
 from src.utils.models.checkpoints import load_classifier
 from src.utils.models.predict import predict_probs
+from src.utils.schema import swap_pairs
 from src.utils.stats.scores import swap_consistency
 from src.utils.training.trainer import FoldTrainer, _validation_steps
 

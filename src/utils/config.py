@@ -5,9 +5,11 @@ defaults (a test compares them), which are those of the real run. `from_paramete
 reads them back and, where a profile is chosen, fills in what was left untouched.
 """
 
+import ast
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -267,3 +269,137 @@ class DecoderConfig(FinetuneConfig):
     gradient_checkpointing: bool = True
     n_epochs: float = 1.0
     learning_rate: float = 2e-4
+
+
+class SuiteError(Exception):
+    """The suite cannot start or go on; the text says why and what to do."""
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> SuiteError:
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    return SuiteError(f"unknown {kind} {name!r}: {hint}")
+
+
+def find_name(text: str, names: Sequence[str]) -> str:
+    """Find a notebook by its name or its number; an unknown one is an error with the nearest name."""
+    if text in names:
+        return text
+    matches = [name for name in names if text.isdigit() and int(name.split("_")[0]) == int(text)]
+    if not matches:
+        raise _unknown("notebook", text, names)
+    return matches[0]
+
+
+def read_parameters(notebook: Path) -> dict[str, Any]:
+    """Read the defaults of a notebook's `parameters` cell.
+
+    Returns:
+        Parameter name -> default value.
+
+    Raises:
+        SuiteError: the notebook is missing, or a line is not `NAME: type = literal`.
+    """
+    if not notebook.exists():
+        raise SuiteError(f"{notebook}: no such notebook")
+    cells = _read_cells(notebook)
+    source = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
+    defaults = {}
+    for node in ast.parse(source).body:
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        try:
+            defaults[target.id] = ast.literal_eval(node.value)
+        except ValueError as error:
+            line = ast.unparse(node)
+            raise SuiteError(f"{notebook}: parameters: expected NAME: type = literal, got {line}") from error
+    return defaults
+
+
+def check_parameter(notebook: str, name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
+    """Assert that a notebook has a parameter and that a value has its type, and hand the value back.
+
+    Raises:
+        SuiteError: the name is unknown (the nearest is suggested) or the type is another.
+    """
+    if name not in defaults:
+        raise _unknown("parameter", name, list(defaults)) if defaults else SuiteError(f"{notebook} has no parameters")
+    kind = type(defaults[name])
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in (tuple, list) and isinstance(value, list):
+        return value
+    if type(value) is not kind:
+        raise SuiteError(f"{notebook}.{name}: expected {kind.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def split_settings(text: str) -> list[str]:
+    """Split several settings in one text at the spaces before a name.
+
+    Example:
+        "03.FOLDS=[0, 1] SEED=2" -> ["03.FOLDS=[0, 1]", "SEED=2"]
+    """
+    return re.split(r"\s+(?=[\w.]+=)", text.strip())
+
+
+def _parse_setting(text: str) -> tuple[str, str, str]:
+    name, separator, value = text.partition("=")
+    notebook, _, parameter = name.strip().rpartition(".")
+    if not separator or not parameter:
+        raise SuiteError(f"setting {text!r}: expected NOTEBOOK.NAME=value or NAME=value")
+    return notebook, parameter, value
+
+
+def _parse_value(text: str, default: Any) -> Any:
+    value = yaml.safe_load(text)
+    # A text needs no quotes, also where YAML would see a number, a truth value or nothing.
+    return text.strip() if isinstance(default, str) and not isinstance(value, str) else value
+
+
+def make_parameters(
+    defaults: Mapping[str, Mapping[str, Any]],
+    *,
+    profile: Mapping[str, Mapping[str, Any]],
+    data: str = "",
+    test: str = "",
+    settings: Sequence[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """Put together what papermill injects into each notebook; later sources win.
+
+    Args:
+        defaults: notebook -> its parameters' defaults, of every notebook in the river.
+        profile: notebook -> parameter -> value.
+        data: `DATA` for the notebooks that have it.
+        test: `TEST` for the notebooks that have it.
+        settings: `NOTEBOOK.NAME=value`, or `NAME=value` for every notebook that has it.
+
+    Returns:
+        Notebook -> parameter -> value. `PROFILE` is "none", so that a kernel sees only
+        what its executed notebook shows.
+
+    Raises:
+        SuiteError: an unknown notebook or parameter, or a value of another type.
+    """
+    given = {"PROFILE": "none"} | ({"DATA": data} if data else {}) | ({"TEST": test} if test else {})
+    chosen = {
+        notebook: {name: value for name, value in given.items() if name in known}
+        for notebook, known in defaults.items()
+    }
+    for section, values in profile.items():
+        notebook = find_name(section, list(defaults))
+        for name, value in values.items():
+            chosen[notebook][name] = check_parameter(notebook, name, value, defaults[notebook])
+    for notebook, name, text in map(_parse_setting, settings):
+        targets = [find_name(notebook, list(defaults))] if notebook else [n for n in defaults if name in defaults[n]]
+        if not targets:
+            raise _unknown("parameter", name, sorted({known for names in defaults.values() for known in names}))
+        for target in targets:
+            value = _parse_value(text, defaults[target].get(name))
+            chosen[target][name] = check_parameter(target, name, value, defaults[target])
+    return chosen
+
+
+def _read_cells(notebook: Path) -> list[Any]:
+    import nbformat  # slow to import, and each process of a training would
+
+    return nbformat.read(notebook, as_version=4).cells

@@ -5,12 +5,14 @@ the operating system does in one step. `metrics.json` is written last: its
 existence means that the run completed.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -258,3 +260,64 @@ def write_run(run_dir: Path, *, config: dict[str, Any], oof: pd.DataFrame, metri
     write_json(run_dir / "config.json", config)
     write_table(run_dir / "oof.parquet", oof)
     write_json(run_dir / "metrics.json", metrics)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside `folder`, which replaces it when the block ends well."""
+    folder = Path(folder)
+    tmp, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
+    for left_behind in (tmp, old):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+LEADERBOARD_COLUMNS = (
+    *("run", "data_hash", "config_hash", "n_pairs", "seed", "log_loss", "log_loss_low", "log_loss_high"),
+    *("accuracy", "seconds", "peak_mib"),
+)
+_SKIPPED = ("checkpoints", "model")  # folders inside a run
+
+
+def read_leaderboard(artifacts: Path) -> pd.DataFrame:
+    """Collect the scores of all finished runs, the best of each data set first.
+
+    Args:
+        artifacts: the folder of all run folders; sweeps lie in it too.
+
+    Returns:
+        One row a run, `LEADERBOARD_COLUMNS`: `run` is its folder from `artifacts`, `n_pairs` the
+        held-out battles, losses in nats per battle with a 95 % interval, memory in MiB.
+        What a run did not record is missing. Sorted by data, then by loss: losses on
+        different battles cannot be compared.
+    """
+    artifacts = Path(artifacts)
+    rows = [_read_run(path, artifacts) for path in sorted(artifacts.rglob("metrics.json")) if _is_run(path, artifacts)]
+    table = pd.DataFrame(rows, columns=list(LEADERBOARD_COLUMNS)).astype({"seed": "Int64", "n_pairs": "Int64"})
+    return table.sort_values(["data_hash", "log_loss", "run"], ignore_index=True)
+
+
+def write_leaderboard(artifacts: Path) -> pd.DataFrame:
+    """Write `leaderboard.csv` into `artifacts`, whole or not at all; returns the table."""
+    table = read_leaderboard(artifacts)
+    write_table(Path(artifacts) / "leaderboard.csv", table)
+    return table
+
+
+def _is_run(path: Path, artifacts: Path) -> bool:
+    return not set(path.relative_to(artifacts).parts) & set(_SKIPPED) and "log_loss" in read_json(path)
+
+
+def _read_run(path: Path, artifacts: Path) -> dict[str, object]:
+    metrics, config = read_json(path), path.with_name("config.json")
+    settings = read_json(config) if config.exists() else {}
+    known = metrics | {"run": path.parent.relative_to(artifacts).as_posix(), "seed": settings.get("seed")}
+    return {name: known.get(name) for name in LEADERBOARD_COLUMNS}

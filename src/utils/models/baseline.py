@@ -37,10 +37,20 @@ from tqdm.auto import tqdm
 
 from src.utils.battles.style import STYLE_FEATURES, measure_style, style_differences, style_shared
 from src.utils.config import BaselineConfig
-from src.utils.mirror import average_over_swap, swap_labels
 from src.utils.runs import atomic_path, read_json, write_json
-from src.utils.schema import A_WINS, B_WINS, FROZEN_COLUMNS, LABELS, TIE, Turns, check_pairs, probs_table
-from src.utils.stats.scores import Blend, apply_blend, fit_blend
+from src.utils.schema import (
+    A_WINS,
+    B_WINS,
+    FROZEN_COLUMNS,
+    LABELS,
+    TIE,
+    Turns,
+    average_over_swap,
+    check_pairs,
+    probs_table,
+    swap_labels,
+)
+from src.utils.stats.blend import Blend, apply_blend, fit_blend
 
 Matrix = np.ndarray | sparse.csr_matrix
 

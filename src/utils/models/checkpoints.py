@@ -9,11 +9,8 @@ at. Only safetensors, never remote code.
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import logging
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,155 +21,31 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import torch  # noqa: E402
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model  # noqa: E402
 from safetensors import safe_open  # noqa: E402
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers  # noqa: E402
-from tokenizers.models import BPE  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    ModernBertConfig,
-    ModernBertForMaskedLM,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 from transformers.utils import cached_file  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from src.utils.config import FinetuneConfig  # noqa: E402
-from src.utils.models.batches import make_template  # noqa: E402
+from src.utils.models.template import make_template  # noqa: E402
 from src.utils.models.hardware import choose_device, choose_dtype  # noqa: E402
 from src.utils.models.heads import contrasting  # noqa: E402
-from src.utils.models.template import CUT_TEXT, ENCODER_NAMES, INSTRUCTION, TEMPLATE_VERSION, TURN_TEXT, text_of  # noqa: E402
-from src.utils.runs import read_json, write_json  # noqa: E402
+from src.utils.models.template import TEMPLATE_VERSION  # noqa: E402
+from src.utils.runs import atomic_folder, read_json, write_json  # noqa: E402
 from src.utils.schema import LABELS  # noqa: E402
 
 TINY = "tiny:"
 # peft asks transformers by the old name of a property, once a model.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_TINY_TOKENS = {
-    "modernbert": {
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "pad_token": "[PAD]",
-        "mask_token": "[MASK]",
-    },
-    "qwen3": {
-        "pad_token": "<|endoftext|>",
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-    },
-}
-_TINY_VOCABULARY = 3072
 
 
 # ---- tiny checkpoints --------------------------------------------------------
-
-
-def make_tiny_checkpoint(kind: str, texts: Iterable[str], folder: Path, seed: int) -> Path:
-    """Make a small checkpoint of a real architecture, with a tokenizer trained on the texts.
-
-    Weights are random; nothing about votes is in it.
-
-    Args:
-        kind: "modernbert" (local and global layers in turn) or "qwen3" (grouped-query
-            attention, chat template).
-        texts: what the tokenizer learns its vocabulary from.
-        folder: gets config, weights (safetensors) and tokenizer; replaced when there.
-        seed: of the weights.
-
-    Returns:
-        The folder.
-    """
-    if kind not in _TINY_TOKENS:
-        raise ValueError(f"checkpoint: expected tiny:modernbert or tiny:qwen3, got {TINY}{kind}")
-    tokenizer = _make_tiny_tokenizer(kind, texts)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _make_tiny_model(kind, tokenizer)
-    with atomic_folder(folder) as tmp, quiet_transformers():
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
-    return folder
-
-
-def _make_tiny_tokenizer(kind: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    special = _TINY_TOKENS[kind]
-    backend = Tokenizer(BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_TINY_VOCABULARY,
-        special_tokens=list(special.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so every script
-        show_progress=False,
-    )
-    # Often enough for the words of the templates to become tokens of their own.
-    template_texts = [INSTRUCTION, CUT_TEXT, TURN_TEXT, *ENCODER_NAMES] * 100
-    backend.train_from_iterator(itertools.chain(map(text_of, texts), template_texts), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    if kind == "qwen3":
-        tokenizer.chat_template = _CHATML
-    return tokenizer
-
-
-def _make_tiny_model(kind: str, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-    model = _make_tiny_encoder(tokenizer) if kind == "modernbert" else _make_tiny_decoder(tokenizer)
-    # Attention that starts sharp can tell positions apart from the first step; the usual
-    # start is nearly uniform and takes thousands of steps to leave that.
-    for name, parameter in model.named_parameters():
-        if name.endswith("Wqkv.weight"):
-            parameter.data[: 2 * parameter.shape[1]] *= 2  # queries and keys, not values
-        elif name.endswith("q_norm.weight"):
-            parameter.data *= 2
-    return model
-
-
-def _make_tiny_encoder(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-    rope = {"rope_type": "default", "rope_theta": 1000.0}  # for texts of hundreds of tokens, not thousands
-    config = ModernBertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        global_attn_every_n_layers=2,
-        local_attention=128,
-        rope_parameters={"full_attention": dict(rope), "sliding_attention": dict(rope)},
-        initializer_range=0.1,  # about 1 / sqrt(hidden_size)
-        classifier_pooling="cls",
-        pad_token_id=tokenizer.pad_token_id,
-        cls_token_id=tokenizer.cls_token_id,
-        sep_token_id=tokenizer.sep_token_id,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-    )
-    return ModernBertForMaskedLM(config)
-
-
-def _make_tiny_decoder(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
 
 
 # ---- load --------------------------------------------------------------------
@@ -459,24 +332,6 @@ def _add_lora(model: nn.Module, config: FinetuneConfig) -> PeftModel:
 
 
 # ---- save, load again, merge --------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside `folder`, which replaces it when the block ends well."""
-    folder = Path(folder)
-    tmp, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
-    for left_behind in (tmp, old):
-        shutil.rmtree(left_behind, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
-        yield tmp
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_model(

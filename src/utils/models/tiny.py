@@ -9,7 +9,7 @@ made of, and of every token whether it is the prompt's, A's or B's. Both heads o
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +17,45 @@ import pandas as pd
 import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from src.utils.battles.style import measure_style, style_differences
 from src.utils.config import FinetuneConfig
-from src.utils.models.batches import collate, encode_both_orders, make_batches, make_template
-from src.utils.models.checkpoints import (
-    TINY,
-    atomic_folder,
-    head_names,
-    load_classifier,
-    make_tiny_checkpoint,
-    quiet_transformers,
+from src.utils.models.batches import (
+    collate,
+    make_batches,
 )
-from src.utils.models.heads import find_answers, weigh_answers
-from src.utils.models.template import TEMPLATE_VERSION, text_of
-from src.utils.runs import hash_json, hash_pairs, read_json, write_json
-from src.utils.schema import TEXTS
+from src.utils.models.checkpoints import TINY, head_names, load_classifier, quiet_transformers
+from src.utils.models.heads import (
+    find_answers,
+    weigh_answers,
+)
+from src.utils.models.template import (
+    CUT_TEXT,
+    ENCODER_NAMES,
+    INSTRUCTION,
+    TEMPLATE_VERSION,
+    TURN_TEXT,
+    encode_both_orders,
+    make_template,
+    text_of,
+)
+from src.utils.runs import atomic_folder, hash_json, hash_pairs, read_json, write_json
+from src.utils.schema import (
+    TEXTS,
+)
 
 N_LESSONS = 1500  # optimiser steps of the task
 _TASK_VERSION = 2  # raise it with every change of the task: a base is kept as long as it is the same
@@ -215,3 +235,123 @@ def _save_without_head(model: nn.Module, folder: Path) -> None:
         language_model = auto.from_pretrained(folder, dtype=torch.float32)
         language_model.load_state_dict(model.state_dict(), strict=False)
         language_model.save_pretrained(folder)
+
+
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_TINY_TOKENS = {
+    "modernbert": {
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "mask_token": "[MASK]",
+    },
+    "qwen3": {
+        "pad_token": "<|endoftext|>",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+    },
+}
+_TINY_VOCABULARY = 3072
+
+
+def make_tiny_checkpoint(kind: str, texts: Iterable[str], folder: Path, seed: int) -> Path:
+    """Make a small checkpoint of a real architecture, with a tokenizer trained on the texts.
+
+    Weights are random; nothing about votes is in it.
+
+    Args:
+        kind: "modernbert" (local and global layers in turn) or "qwen3" (grouped-query
+            attention, chat template).
+        texts: what the tokenizer learns its vocabulary from.
+        folder: gets config, weights (safetensors) and tokenizer; replaced when there.
+        seed: of the weights.
+
+    Returns:
+        The folder.
+    """
+    if kind not in _TINY_TOKENS:
+        raise ValueError(f"checkpoint: expected tiny:modernbert or tiny:qwen3, got {TINY}{kind}")
+    tokenizer = _make_tiny_tokenizer(kind, texts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _make_tiny_model(kind, tokenizer)
+    with atomic_folder(folder) as tmp, quiet_transformers():
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+    return folder
+
+
+def _make_tiny_tokenizer(kind: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    special = _TINY_TOKENS[kind]
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_TINY_VOCABULARY,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so every script
+        show_progress=False,
+    )
+    # Often enough for the words of the templates to become tokens of their own.
+    template_texts = [INSTRUCTION, CUT_TEXT, TURN_TEXT, *ENCODER_NAMES] * 100
+    backend.train_from_iterator(itertools.chain(map(text_of, texts), template_texts), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    if kind == "qwen3":
+        tokenizer.chat_template = _CHATML
+    return tokenizer
+
+
+def _make_tiny_model(kind: str, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+    model = _make_tiny_encoder(tokenizer) if kind == "modernbert" else _make_tiny_decoder(tokenizer)
+    # Attention that starts sharp can tell positions apart from the first step; the usual
+    # start is nearly uniform and takes thousands of steps to leave that.
+    for name, parameter in model.named_parameters():
+        if name.endswith("Wqkv.weight"):
+            parameter.data[: 2 * parameter.shape[1]] *= 2  # queries and keys, not values
+        elif name.endswith("q_norm.weight"):
+            parameter.data *= 2
+    return model
+
+
+def _make_tiny_encoder(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 1000.0}  # for texts of hundreds of tokens, not thousands
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        global_attn_every_n_layers=2,
+        local_attention=128,
+        rope_parameters={"full_attention": dict(rope), "sliding_attention": dict(rope)},
+        initializer_range=0.1,  # about 1 / sqrt(hidden_size)
+        classifier_pooling="cls",
+        pad_token_id=tokenizer.pad_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+    )
+    return ModernBertForMaskedLM(config)
+
+
+def _make_tiny_decoder(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)

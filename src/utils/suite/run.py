@@ -33,7 +33,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from src.utils import paths
-from src.utils.config import read_profile
+from src.utils.config import SuiteError, make_parameters, read_parameters, read_profile, split_settings
 from src.utils.runs import Stopwatch, read_json, write_json, write_text
 from src.utils.suite.pipeline import (
     NOTEBOOKS,
@@ -41,15 +41,11 @@ from src.utils.suite.pipeline import (
     STAMP,
     River,
     Stage,
-    SuiteError,
     absolute_data,
     choose_notebooks,
     files_under,
     hash_leavings,
     hash_library,
-    make_parameters,
-    read_parameters,
-    split_settings,
 )
 
 SAMPLE_S = 0.5  # between two looks at memory, and between two refreshes of the bars

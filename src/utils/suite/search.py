@@ -30,9 +30,9 @@ import yaml
 from tqdm import tqdm
 
 from src.utils import paths
-from src.utils.runs import hash_json, read_json, write_text
-from src.utils.suite.leaderboard import write_leaderboard
-from src.utils.suite.pipeline import NOTEBOOKS, STAGES, SuiteError, check_parameter, read_parameters
+from src.utils.config import SuiteError, check_parameter, read_parameters
+from src.utils.runs import hash_json, read_json, write_leaderboard, write_text
+from src.utils.suite.pipeline import NOTEBOOKS, STAGES
 
 _FIRST = STAGES[0].name
 _UNSAFE = re.compile(r"[^\w.+-]+")

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 
 from src.utils.battles.readers import hash_prompt, load_pairs, read_table
 from src.utils.config import FinetuneConfig
-from src.utils.mirror import swap_probs
-from src.utils.models.batches import encode_both_orders, make_batches, make_packs
-from src.utils.schema import LABELS, MODELS, TEXTS, UNKNOWN_MODEL, check_probs
+from src.utils.models.batches import make_batches, make_packs
+from src.utils.models.template import encode_both_orders
+from src.utils.schema import LABELS, MODELS, TEXTS, UNKNOWN_MODEL, check_probs, swap_probs
 from src.utils.training.processes import rank
 
 NO_VOTE = -1  # label of a battle that soft labels alone teach

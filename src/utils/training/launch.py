@@ -25,11 +25,10 @@ import pandas as pd
 import psutil
 import torch
 
-from src.utils.config import DecoderConfig, FinetuneConfig, read_profile
+from src.utils.config import DecoderConfig, FinetuneConfig, make_parameters, read_parameters, read_profile
 from src.utils.models.hardware import choose_device
 from src.utils.models.tiny import prepare_base
 from src.utils.runs import read_json, read_pairs, write_json, write_pairs, write_text
-from src.utils.suite.pipeline import make_parameters, read_parameters
 from src.utils.training.fit import FitResult, fit
 from src.utils.training.processes import join_world, leave_world, on_first, rank, world_size
 

@@ -18,11 +18,11 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState, Trainin
 
 from src.utils.config import FinetuneConfig
 from src.utils.models.batches import collate
-from src.utils.models.checkpoints import atomic_folder, hidden_size, write_model
+from src.utils.models.checkpoints import hidden_size, write_model
 from src.utils.models.hardware import choose_device, choose_precision
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
 from src.utils.models.predict import LocalReader, Prediction, SteadyReader, predict_pairs
-from src.utils.runs import measure_peak_mib, write_manifest, write_table
+from src.utils.runs import atomic_folder, measure_peak_mib, write_manifest, write_table
 from src.utils.schema import probs_table
 from src.utils.stats.scores import class_prior, log_loss
 from src.utils.training.callbacks import LiveCurve, Progress, TensorBoard, ValidateAt, has_stalled, is_interval
