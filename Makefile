@@ -55,9 +55,9 @@ sweep: $(READY)  ## a notebook over a grid of parameters: SWEEP=file.yaml, JOBS=
 	@$(BIN)/python -m src.utils.suite.search "$$SWEEP" --jobs $(or $(JOBS),1) $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
 		$(if $(DATA),--data "$$DATA") $(if $(PROFILE),--profile "$(PROFILE)")
 
-kernel: $(READY)  ## build/kaggle: what is uploaded to Kaggle (FLOOR=1 the floor alone, EQUAL="02_baseline 04_qwen" these at equal weight, WHEELS=1 adds what its image lacks)
+kernel: $(READY)  ## build/kaggle: what is uploaded to Kaggle (BASELINE=1 the CPU baseline alone, EQUAL="02_baseline 04_qwen" these at equal weight, WHEELS=1 adds what its image lacks)
 	@$(BIN)/python kaggle_kernel/build.py $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
-		$(if $(filter-out 0,$(WHEELS)),--wheels) $(if $(filter-out 0,$(FLOOR)),--floor) $(if $(EQUAL),--equal $(EQUAL))
+		$(if $(filter-out 0,$(WHEELS)),--wheels) $(if $(filter-out 0,$(BASELINE)),--baseline) $(if $(EQUAL),--equal $(EQUAL))
 
 rehearse: kernel  ## the built kernel as Kaggle runs it: inputs read-only, no network, hidden rows (ROWS=25000 BASE=name=folder WRITE=file.json)
 	@$(BIN)/python kaggle_kernel/rehearse.py $(if $(ROWS),--rows $(ROWS)) $(if $(KERNEL_PYTHON),--python "$(KERNEL_PYTHON)") \

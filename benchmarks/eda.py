@@ -66,8 +66,8 @@ def make_battles(n_battles: int, rng: np.random.Generator) -> tuple[pd.DataFrame
             lengths = median * rng.lognormal(0, spread, size=n_battles)
             battles[name] = [stretch(*pair) for pair in zip(battles[name], lengths, strict=True)]
     battles["id"] = np.arange(1, n_battles + 1)
-    for seat in ("model_a", "model_b"):
-        battles[seat] = [f"chatbot-{model}" for model in rng.integers(N_MODELS, size=n_battles)]
+    for position in ("model_a", "model_b"):
+        battles[position] = [f"chatbot-{model}" for model in rng.integers(N_MODELS, size=n_battles)]
     return battles, origin
 
 

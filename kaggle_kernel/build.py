@@ -29,7 +29,7 @@ from src.utils.stats.blend import Blend
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOK = paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb"
-FLOOR = "02_baseline"
+BASELINE = "02_baseline"
 # What inference reads of a run; `base` is there for adapters on a tiny checkpoint.
 RUN_PARTS = ("config.json", "metrics.json", "model", "base")
 # A checkpoint that is loaded from a folder: weights, settings, tokenizer.
@@ -95,7 +95,7 @@ def make_kernel(notebook: Path = NOTEBOOK) -> nbformat.NotebookNode:
 
 
 def make_metadata(owner: str, members: list[str], model_sources: Sequence[str] = ()) -> dict[str, dict]:
-    """Fill in the owner and the attached models; a kernel of the floor alone asks for no GPU.
+    """Fill in the owner and the attached models; a kernel of the CPU baseline alone asks for no GPU.
 
     Args:
         owner: Kaggle user name.
@@ -111,7 +111,7 @@ def make_metadata(owner: str, members: list[str], model_sources: Sequence[str] =
         if len(source.split("/")) != 5:
             raise ValueError(f"model source: expected owner/model/framework/variation/version, got {source!r}")
     made["kernel-metadata.json"]["model_sources"] = list(model_sources)
-    if set(members) <= {FLOOR}:
+    if set(members) <= {BASELINE}:
         made["kernel-metadata.json"]["enable_gpu"] = False
         del made["kernel-metadata.json"]["machine_shape"]
     return made
@@ -134,8 +134,8 @@ def copy_runs(artifacts: Path, dataset: Path) -> list[str]:
         if not (artifacts / name / "metrics.json").exists():
             raise FileNotFoundError(f"{artifacts / name}: the blend names it, but it is not finished.")
         _copy_parts(artifacts / name, dataset / name, RUN_PARTS)
-    if FLOOR in members:
-        copy_embedder(artifacts / FLOOR, dataset / FLOOR)
+    if BASELINE in members:
+        copy_embedder(artifacts / BASELINE, dataset / BASELINE)
     _copy_parts(artifacts / "05_ensemble", dataset / "05_ensemble", BLEND_PARTS)
     return members
 
@@ -150,8 +150,8 @@ def copy_equal(artifacts: Path, dataset: Path, members: Sequence[str]) -> list[s
         if not (artifacts / name / "metrics.json").exists():
             raise FileNotFoundError(f"{artifacts / name}: not finished. Run `make run NB=01,{name[:2]}` first.")
         _copy_parts(artifacts / name, dataset / name, RUN_PARTS)
-    if FLOOR in members:
-        copy_embedder(artifacts / FLOOR, dataset / FLOOR)
+    if BASELINE in members:
+        copy_embedder(artifacts / BASELINE, dataset / BASELINE)
     blend = Blend(tuple(members), (1 / len(members),) * len(members))
     write_json(dataset / "05_ensemble" / "blend.json", blend.to_json())
     shutil.copy2(artifacts / members[0] / "metrics.json", dataset / "05_ensemble" / "metrics.json")
@@ -159,7 +159,7 @@ def copy_equal(artifacts: Path, dataset: Path, members: Sequence[str]) -> list[s
 
 
 def copy_embedder(run: Path, target: Path) -> None:
-    """Copy the frozen checkpoint that the floor reads embeddings from, if it reads any, beside its model.
+    """Copy the frozen checkpoint that the CPU baseline reads embeddings from, if it reads any, beside its model.
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder nor in the cache of the hub.
@@ -167,7 +167,7 @@ def copy_embedder(run: Path, target: Path) -> None:
     checkpoint = read_json(run / "config.json").get("embeddings", "")
     if not checkpoint:
         return
-    from src.utils.models.embed import split_revision  # torch, which the floor is spared else
+    from src.utils.models.embed import split_revision  # torch, which the CPU baseline is spared else
 
     source, revision = split_revision(checkpoint)
     if not Path(source).is_dir():
@@ -245,7 +245,7 @@ def main() -> int:
     parser.add_argument("--artifacts", type=Path, default=paths.artifacts_dir())
     parser.add_argument("--owner", default=os.environ.get("KAGGLE_USERNAME", "OWNER"), help="Kaggle user name")
     parser.add_argument("--wheels", action="store_true", help="add the wheels that Kaggle's image lacks")
-    parser.add_argument("--floor", action="store_true", help="the floor alone: no GPU, no network, no blend needed")
+    parser.add_argument("--baseline", action="store_true", help="the CPU baseline alone: no GPU, no network, no blend needed")
     parser.add_argument(
         "--equal", nargs="+", default=(), help="members at equal weight, e.g. 02_baseline 04_qwen, whatever 05 chose"
     )
@@ -258,7 +258,7 @@ def main() -> int:
     options = parser.parse_args()
     target = paths.ROOT / "build" / "kaggle"
     try:
-        equal = (FLOOR,) if options.floor else options.equal
+        equal = (BASELINE,) if options.baseline else options.equal
         members = build(options.artifacts, target, options.owner, options.wheels, options.model_sources, equal)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)

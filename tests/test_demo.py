@@ -10,7 +10,7 @@ from src.utils.battles.demo import EFFECTS, MEASURES, make_arena, make_battles, 
 from src.utils.battles.readers import load_pairs
 from src.utils.schema import LABELS, TIE, check_probs, swap_probs
 
-NO_SEAT = type(EFFECTS)(seat=0.0)
+NO_POSITION = type(EFFECTS)(position=0.0)
 
 
 def measure_differences(pairs: pd.DataFrame) -> np.ndarray:
@@ -37,15 +37,15 @@ def test_the_truth_is_a_function_of_the_files_text_alone(tmp_path: Path) -> None
     assert problems.empty
 
 
-def test_without_the_seat_bonus_the_truth_is_symmetric(ugly_pairs: pd.DataFrame, demo_pairs: pd.DataFrame) -> None:
+def test_without_the_position_bonus_the_truth_is_symmetric(ugly_pairs: pd.DataFrame, demo_pairs: pd.DataFrame) -> None:
     for pairs in (ugly_pairs, demo_pairs.head(50)):
         for prompt, a, b in zip(pairs["prompt"], pairs["response_a"], pairs["response_b"], strict=True):
-            probs, mirrored = true_probs(prompt, a, b, NO_SEAT), true_probs(prompt, b, a, NO_SEAT)
+            probs, mirrored = true_probs(prompt, a, b, NO_POSITION), true_probs(prompt, b, a, NO_POSITION)
             np.testing.assert_allclose(swap_probs(mirrored[None])[0], probs)
 
 
 def test_equal_answers_meet_at_davidsons_tie_share() -> None:
-    probs = true_probs(("hi",), ("hello there",), ("hello there",), NO_SEAT)
+    probs = true_probs(("hi",), ("hello there",), ("hello there",), NO_POSITION)
     np.testing.assert_allclose(probs[TIE], EFFECTS.nu / (2 + EFFECTS.nu))
 
 
@@ -54,12 +54,12 @@ def test_the_planted_effects_are_recovered_from_the_votes() -> None:
     decided = (pairs["label"] != TIE).to_numpy()
     design = sm.add_constant(measure_differences(pairs)[decided])
     fit = sm.Logit((pairs["label"].to_numpy()[decided] == 0).astype(float), design).fit(disp=0)
-    planted = np.array([EFFECTS.seat, *(getattr(EFFECTS, name) for name in MEASURES)])
+    planted = np.array([EFFECTS.position, *(getattr(EFFECTS, name) for name in MEASURES)])
     assert np.abs((fit.params - planted) / fit.bse).max() < 3.5
     assert (np.abs(fit.params / fit.bse)[1:] > 3).all(), "every effect is large enough to be found"
 
 
-def test_the_best_log_loss_is_that_of_the_true_probabilities() -> None:
+def test_the_oracle_log_loss_is_that_of_the_true_probabilities() -> None:
     pairs, probs = make_battles(6000, seed=11)
     realised = -np.log(probs[np.arange(len(pairs)), pairs["label"]]).mean()
     expected = -(probs * np.log(probs)).sum(axis=1).mean()

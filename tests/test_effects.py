@@ -44,11 +44,11 @@ PUDDING_WORTHS, PUDDING_NU = (0.1388005, 0.1729985, 0.1617420, 0.1653930, 0.1586
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def draw_votes(n: int, seed: int, slope: float = 0.8, seat: float = 0.2, nu: float = 0.9) -> tuple:
+def draw_votes(n: int, seed: int, slope: float = 0.8, position: float = 0.2, nu: float = 0.9) -> tuple:
     """Votes of a Davidson model on one covariate, in pairs of battles with a shared prompt."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=n)
-    eta = slope * x + seat
+    eta = slope * x + position
     weights = np.column_stack([np.exp(eta / 2), np.exp(-eta / 2), np.full(n, nu)])
     cumulated = (weights / weights.sum(axis=1, keepdims=True)).cumsum(axis=1)
     return x, (rng.random((n, 1)) > cumulated).sum(axis=1), np.arange(n) // 2
@@ -69,7 +69,7 @@ def test_no_trials_give_no_interval():
     assert np.isnan(effects.proportion_interval(np.array([0]), np.array([0]))).all()
 
 
-def test_exchanging_the_seats_mirrors_the_position_effect():
+def test_exchanging_the_positions_mirrors_the_position_effect():
     labels = np.repeat([0, 1, 2], [60, 40, 30])
     effect, mirrored = effects.position_effect(labels), effects.position_effect(swap_labels(labels))
     assert effect["share"] == 0.6 and effect["n"] == 100
@@ -151,19 +151,19 @@ def test_what_cannot_be_estimated_says_why(values, labels, said):
 def test_strengths_match_the_published_example():
     wins = [(TEAMS[i], TEAMS[j]) for i in range(7) for j in range(7) for _ in range(WINS[i, j])]
     winner, loser = np.array(wins).T
-    # Each game from both sides: seats are then even, as the published model has none.
+    # Each game from both sides: positions are then even, as the published model has none.
     fitted = ranking.fit_bradley_terry(np.r_[winner, loser], np.r_[loser, winner], np.repeat([0, 1], len(winner)))
     strengths = fitted.strengths.set_index("model")["strength"]
     np.testing.assert_allclose(strengths[list(TEAMS)] - strengths["Baltimore"], ABILITIES, atol=2e-4)
     assert strengths.sum() == pytest.approx(0, abs=1e-9)
-    assert fitted.effects["log_odds_per_unit"].iloc[0] == pytest.approx(0, abs=1e-6)  # the seat
+    assert fitted.effects["log_odds_per_unit"].iloc[0] == pytest.approx(0, abs=1e-6)  # the position
     assert fitted.effects["reason"].iloc[1] == "no ties"
 
 
 def test_strengths_and_ties_match_davidsons_own_example():
     votes = [(i, j, label) for i, j, *counts in PUDDING for label, count in enumerate(counts) for _ in range(count)]
     i, j, labels = np.array(votes).T
-    # Each tasting from both sides: the published model has no seat.
+    # Each tasting from both sides: the published model has no position.
     fitted = ranking.fit_bradley_terry(
         np.r_[i, j].astype(str), np.r_[j, i].astype(str), np.r_[labels, swap_labels(labels)]
     )
@@ -173,9 +173,9 @@ def test_strengths_and_ties_match_davidsons_own_example():
 
 
 def test_davidson_recovers_what_was_planted():
-    x, labels, groups = draw_votes(20_000, seed=4, slope=0.8, seat=0.2, nu=0.9)
+    x, labels, groups = draw_votes(20_000, seed=4, slope=0.8, position=0.2, nu=0.9)
     found = ranking.fit_votes(pd.DataFrame({"x": x}), labels, groups).effects.set_index("effect")
-    for name, planted in (("x", 0.8), ("seat A", 0.2), ("tie", np.log(0.9))):
+    for name, planted in (("x", 0.8), ("position A", 0.2), ("tie", np.log(0.9))):
         row = found.loc[name]
         assert row["low"] < planted < row["high"] and row["high"] - row["low"] < 0.15
 
@@ -212,17 +212,17 @@ def test_strengths_and_style_on_the_demo_arena(demo_pairs):
     assert fitted.reason is None and fitted.n == len(demo_pairs)
 
 
-def test_exchanging_the_seats_changes_no_strength_and_negates_the_seat(demo_pairs):
+def test_exchanging_the_positions_changes_no_strength_and_negates_the_position(demo_pairs):
     labels = demo_pairs["label"].to_numpy()
-    seats = demo_pairs["model_a"], demo_pairs["model_b"]
-    given = ranking.fit_bradley_terry(*seats, labels)
-    mirrored = ranking.fit_bradley_terry(*seats[::-1], swap_labels(labels))
+    positions = demo_pairs["model_a"], demo_pairs["model_b"]
+    given = ranking.fit_bradley_terry(*positions, labels)
+    mirrored = ranking.fit_bradley_terry(*positions[::-1], swap_labels(labels))
     columns = ["strength", "low", "high"]
     np.testing.assert_allclose(
         given.strengths.sort_values("model")[columns], mirrored.strengths.sort_values("model")[columns], atol=1e-5
     )
-    seat, seat_mirrored = (fitted.effects["log_odds_per_unit"].iloc[0] for fitted in (given, mirrored))
-    assert seat == pytest.approx(-seat_mirrored, abs=1e-5)
+    position, position_mirrored = (fitted.effects["log_odds_per_unit"].iloc[0] for fitted in (given, mirrored))
+    assert position == pytest.approx(-position_mirrored, abs=1e-5)
 
 
 def test_unknown_names_are_not_ranked():
@@ -242,7 +242,7 @@ def test_a_model_that_never_loses_gets_no_strength():
     assert np.isfinite(rows.loc[["x", "y"], "strength"]).all() and fitted.n == 100
 
 
-def test_a_strength_that_cannot_be_told_from_its_seat_is_not_reported():
+def test_a_strength_that_cannot_be_told_from_its_position_is_not_reported():
     labels = np.random.default_rng(0).integers(3, size=100)
     fitted = ranking.fit_bradley_terry(["x"] * 100, ["y"] * 100, labels)
     assert fitted.strengths["strength"].isna().all() and "cannot be told apart" in fitted.reason
@@ -277,9 +277,9 @@ def test_the_verdict_says_found_only_where_the_interval_excludes_nothing():
     found = effects.effect_sizes(
         np.column_stack([x, noise, np.zeros(2000)]), ["n_words", "noise", "n_urls"], labels, groups
     )
-    verdict = effects.make_verdict({"seat A": effects.position_effect(labels)}, found).set_index("effect")
+    verdict = effects.make_verdict({"position A": effects.position_effect(labels)}, found).set_index("effect")
     assert verdict.loc[["n_words", "noise", "n_urls"], "found"].tolist() == ["yes", "no", "cannot be estimated"]
-    assert verdict.loc["seat A", "advice"] == effects.ADVICE["seat A"]
+    assert verdict.loc["position A", "advice"] == effects.ADVICE["position A"]
 
 
 def test_records_hold_nothing_that_json_refuses():
@@ -313,7 +313,7 @@ def vote_again(arena, seed):
 
 
 def test_demo_intervals_cover_every_planted_effect_at_their_rate(arena):
-    planted = {**{name: getattr(demo.EFFECTS, name) for name in demo.MEASURES}, "seat A": demo.EFFECTS.seat}
+    planted = {**{name: getattr(demo.EFFECTS, name) for name in demo.MEASURES}, "position A": demo.EFFECTS.position}
     planted |= {"tie": np.log(demo.EFFECTS.nu), "noise": 0.0}
     covered = dict.fromkeys(planted, 0)
     for seed in range(N_ARENAS):
@@ -329,14 +329,14 @@ def test_demo_intervals_cover_every_planted_effect_at_their_rate(arena):
 
 
 def test_position_and_length_are_not_found_where_there_is_none():
-    found_seat = found_length = 0
+    found_position = found_length = 0
     for seed in range(400):
-        x, labels, _ = draw_votes(300, seed=seed, slope=0, seat=0)
-        seat, longer = effects.position_effect(labels), effects.larger_wins(x, labels)
-        found_seat += seat["p_value"] < 0.05
+        x, labels, _ = draw_votes(300, seed=seed, slope=0, position=0)
+        position, longer = effects.position_effect(labels), effects.larger_wins(x, labels)
+        found_position += position["p_value"] < 0.05
         found_length += not longer["low"] < 0.5 < longer["high"]
-    said = f"found where nothing is: seat {found_seat / 400:.1%}, length {found_length / 400:.1%} (5 % promised)"
-    assert max(found_seat, found_length) <= 0.05 * 400 + 4 * np.sqrt(400 * 0.05 * 0.95), said
+    said = f"found where nothing is: position {found_position / 400:.1%}, length {found_length / 400:.1%} (5 % promised)"
+    assert max(found_position, found_length) <= 0.05 * 400 + 4 * np.sqrt(400 * 0.05 * 0.95), said
 
 
 def test_the_band_of_a_smooth_curve_covers_the_true_curve_at_about_its_rate():
@@ -353,7 +353,7 @@ def test_the_band_of_a_smooth_curve_covers_the_true_curve_at_about_its_rate():
 # ── smooth curves ─────────────────────────────────────────────────────────────────────
 
 
-def test_exchanging_the_seats_changes_no_length_curve():
+def test_exchanging_the_positions_changes_no_length_curve():
     x, labels, groups = draw_votes(1000, seed=8)
     for given, mirrored in zip(
         effects.length_curves(x, labels, groups, 20),
@@ -415,11 +415,11 @@ def test_position_is_found_to_depend_only_on_what_moves_it():
 @pytest.mark.parametrize("styled", [False, True])
 def test_bootstrap_and_sandwich_agree_on_the_demo_arena(arena, styled):
     measured, _, pairs = arena
-    seats, labels = (pairs["model_a"], pairs["model_b"]), pairs["label"].to_numpy()
+    positions, labels = (pairs["model_a"], pairs["model_b"]), pairs["label"].to_numpy()
     covariates = measured[["log_words", "lists"]] if styled else None
-    fitted = ranking.fit_bradley_terry(*seats, labels, covariates, pairs["group"])
+    fitted = ranking.fit_bradley_terry(*positions, labels, covariates, pairs["group"])
     both = ranking.compare_intervals(
-        fitted.strengths, ranking.bootstrap_strengths(*seats, labels, covariates, pairs["group"], n_boot=1000)
+        fitted.strengths, ranking.bootstrap_strengths(*positions, labels, covariates, pairs["group"], n_boot=1000)
     )
     assert len(both) == len(demo.CHATBOTS)
     assert both["width_ratio"].median() == pytest.approx(1, abs=0.1), both["width_ratio"].describe()

@@ -60,7 +60,7 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_left_alone(tiny_base, monkeypatc
     assert load_embedder(str(tiny_base("modernbert")), max_tokens=64).model.device.type == "cpu"
 
 
-def test_the_floor_with_embeddings_is_symmetric_and_the_same_from_disk(tiny_base, demo_pairs, ugly_pairs, tmp_path):
+def test_the_baseline_with_embeddings_is_symmetric_and_the_same_from_disk(tiny_base, demo_pairs, ugly_pairs, tmp_path):
     base = str(tiny_base("modernbert"))
     config = BaselineConfig(n_hashed=4096, n_trees=3, embeddings=base, embeddings_tokens=48)
     features = measure_features(demo_pairs, config, embed_battles(demo_pairs, config, tmp_path / "cache"))

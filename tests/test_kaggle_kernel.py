@@ -120,13 +120,13 @@ def test_the_kernel_reads_the_dataset_that_is_built():
     assert made["kernel-metadata.json"]["id"].startswith("ada/")
 
 
-def test_the_floor_alone_asks_for_no_gpu():
+def test_the_baseline_alone_asks_for_no_gpu():
     kernel = build.make_metadata("ada", ["02_baseline"])["kernel-metadata.json"]
     assert kernel["enable_gpu"] is False
     assert "machine_shape" not in kernel
 
 
-def test_the_floor_makes_a_kernel_where_nothing_else_is_finished(artifacts, tmp_path):
+def test_the_baseline_makes_a_kernel_where_nothing_else_is_finished(artifacts, tmp_path):
     for name in ("04_qwen", "05_ensemble"):
         shutil.rmtree(artifacts / name)
     assert build.build(artifacts, tmp_path / "kaggle", "ada", equal=["02_baseline"]) == ["02_baseline"]
@@ -138,7 +138,7 @@ def test_the_floor_makes_a_kernel_where_nothing_else_is_finished(artifacts, tmp_
     }
 
 
-def test_the_checkpoint_of_the_embeddings_travels_with_the_floor(tiny_base, demo_pairs, tmp_path):
+def test_the_checkpoint_of_the_embeddings_travels_with_the_baseline(tiny_base, demo_pairs, tmp_path):
     pairs, run = demo_pairs[:120], tmp_path / "artifacts" / "02_baseline"
     checkpoint = shutil.copytree(tiny_base("modernbert"), tmp_path / "checkpoint")
     config = BaselineConfig(n_hashed=256, n_trees=5, embeddings=str(checkpoint), embeddings_tokens=32)
@@ -282,7 +282,7 @@ def test_a_tighter_deadline_comes_right_after_the_parameters(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def floor_artifacts(tmp_path_factory, _demo_pairs):
+def baseline_artifacts(tmp_path_factory, _demo_pairs):
     """A finished floor, small."""
     run = tmp_path_factory.mktemp("floor") / "02_baseline"
     config = BaselineConfig(n_hashed=256, n_trees=5)
@@ -294,16 +294,16 @@ def floor_artifacts(tmp_path_factory, _demo_pairs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["old", "new"])
-def test_the_kernel_of_the_floor_passes_its_rehearsal(floor_artifacts, tmp_path, layout):
-    build.build(floor_artifacts, tmp_path / "kaggle", "ada", equal=["02_baseline"])
+def test_the_kernel_of_the_baseline_passes_its_rehearsal(baseline_artifacts, tmp_path, layout):
+    build.build(baseline_artifacts, tmp_path / "kaggle", "ada", equal=["02_baseline"])
     timing = rehearse.rehearse(tmp_path / "kaggle", rehearse.Case(200, layout), tmp_path / "root")
     assert timing["n_pairs_by_members"] == {"02_baseline": 202}
     assert not (tmp_path / "root" / "input" / "x").exists()
 
 
 @pytest.mark.slow
-def test_the_kernel_of_all_members_passes_its_rehearsal(floor_artifacts, tiny_base, tmp_path):
-    artifacts = shutil.copytree(floor_artifacts, tmp_path / "artifacts")
+def test_the_kernel_of_all_members_passes_its_rehearsal(baseline_artifacts, tiny_base, tmp_path):
+    artifacts = shutil.copytree(baseline_artifacts, tmp_path / "artifacts")
     options = {
         "revision": "",
         "quantization": "none",
@@ -332,8 +332,8 @@ def test_the_kernel_of_all_members_passes_its_rehearsal(floor_artifacts, tiny_ba
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["old", "new"])
-def test_an_adapter_on_an_attached_base_is_rehearsed_with_it_and_without(floor_artifacts, tiny_base, tmp_path, layout):
-    artifacts = shutil.copytree(floor_artifacts, tmp_path / "artifacts")
+def test_an_adapter_on_an_attached_base_is_rehearsed_with_it_and_without(baseline_artifacts, tiny_base, tmp_path, layout):
+    artifacts = shutil.copytree(baseline_artifacts, tmp_path / "artifacts")
     config = DecoderConfig("tiny:qwen3", "", quantization="none", lora_rank=4, max_tokens=192, tokens_per_batch=4096)
     checkpoints.save_model(
         *checkpoints.load_classifier(config, tiny_base("qwen3")), artifacts / "04_qwen" / "model" / "fold_0"
@@ -363,8 +363,8 @@ def test_a_base_is_given_by_name_and_folder(tiny_base, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_kernel_without_its_models_fails_its_rehearsal(floor_artifacts, tmp_path):
-    build.build(floor_artifacts, tmp_path / "kaggle", "ada", equal=["02_baseline"])
+def test_a_kernel_without_its_models_fails_its_rehearsal(baseline_artifacts, tmp_path):
+    build.build(baseline_artifacts, tmp_path / "kaggle", "ada", equal=["02_baseline"])
     shutil.rmtree(tmp_path / "kaggle" / "dataset" / "02_baseline")
     with pytest.raises(RuntimeError, match="no finished run"):
         rehearse.rehearse(tmp_path / "kaggle", rehearse.Case(20, "new"), tmp_path / "root")

@@ -13,12 +13,12 @@ def test_a_symmetric_model_has_no_divergence():
     assert order_divergence(logits).abs().max() < 1e-6
 
 
-def test_a_model_that_sees_the_seats_has_some_wherever_it_does():
+def test_a_model_that_sees_the_positions_has_some_wherever_it_does():
     logits = mirrored(torch.randn(5, 3))
     logits[4, 0] += 1  # battle 2, as given
     divergence = order_divergence(logits)
     assert divergence[2] > 0.01 and divergence[[0, 1, 3, 4]].abs().max() < 1e-6
-    # A constant preference for seat A is the most plain of all.
+    # A constant preference for position A is the most plain of all.
     assert order_divergence(torch.tensor([[2.0, 0.0, 0.0]] * 2)) > 0.5
 
 

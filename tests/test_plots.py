@@ -74,7 +74,7 @@ def test_position_names_every_part_and_counts_what_matters(ax):
     labels = np.r_[np.zeros(90), np.ones(10), np.zeros(10), np.ones(90)].astype(int)
     shares = effects.position_by({"half": np.repeat(["first", "second"], 100), "parity": np.arange(200) % 2}, labels)
     plots.plot_position_by(ax, shares)
-    assert ax.get_title(loc="left") == "Seat A's share depends on 1 of 2 properties"
+    assert ax.get_title(loc="left") == "Position A's share depends on 1 of 2 properties"
     assert len(ax.get_yticklabels()) == 4
 
 
@@ -111,8 +111,8 @@ def test_punctuation_is_shown_by_count_and_per_character(ax, demo_pairs):
 
 
 def test_strengths_of_both_fits_share_their_rows(ax, demo_pairs):
-    seats, labels = (demo_pairs["model_a"], demo_pairs["model_b"]), demo_pairs["label"].to_numpy()
-    fitted = ranking.fit_bradley_terry(*seats, labels)
+    positions, labels = (demo_pairs["model_a"], demo_pairs["model_b"]), demo_pairs["label"].to_numpy()
+    fitted = ranking.fit_bradley_terry(*positions, labels)
     plots.plot_strengths(ax, {"as voted": fitted.strengths, "at equal style": fitted.strengths})
     assert len(ax.get_yticklabels()) == fitted.strengths["strength"].notna().sum()
 

@@ -149,7 +149,7 @@ def test_repeated_and_mirrored_battles_share_a_group() -> None:
     assert groups[0] == groups[1] == groups[2] != groups[3]
 
 
-def test_folds_do_not_depend_on_row_order_or_seat(demo_pairs: pd.DataFrame) -> None:
+def test_folds_do_not_depend_on_row_order_or_position(demo_pairs: pd.DataFrame) -> None:
     again = add_groups_and_folds(demo_pairs.sample(frac=1, random_state=0), n_folds=5, seed=7).sort_index()
     pd.testing.assert_frame_equal(again, demo_pairs)
     assert (add_groups_and_folds(swap_pairs(demo_pairs), n_folds=5, seed=7)["group"] == demo_pairs["group"]).all()

@@ -29,7 +29,7 @@ def test_committed_results_say_how_they_were_made(name):
         assert run["log_loss"] < run["prior_log_loss"], f"{notebook} is worse than the class prior; README must say so"
 
 
-def test_the_floor_and_the_blend_come_within_two_hundredths_of_the_best_on_the_demo():
+def test_the_baseline_and_the_blend_come_within_two_hundredths_of_the_best_on_the_demo():
     results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     for notebook in ("02_baseline", "05_ensemble"):
         run = results["runs"][notebook]

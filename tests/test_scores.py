@@ -20,7 +20,7 @@ from src.utils.stats.scores import (
     reliability_curve,
     row_losses,
     score,
-    swap_consistency,
+    swap_gap,
 )
 
 
@@ -73,10 +73,10 @@ def test_scores_of_hand_worked_examples():
     assert all(type(value) is float for value in score(probs, labels).values())
 
 
-def test_swap_consistency_is_zero_for_a_mirror_and_counts_what_is_not():
+def test_swap_gap_is_zero_for_a_mirror_and_counts_what_is_not():
     probs = np.array([[0.7, 0.2, 0.1]])
-    assert swap_consistency(probs, swap_probs(probs)) == 0
-    assert swap_consistency(probs, np.array([[0.3, 0.6, 0.1]])) == pytest.approx(0.2 / 3)
+    assert swap_gap(probs, swap_probs(probs)) == 0
+    assert swap_gap(probs, np.array([[0.3, 0.6, 0.1]])) == pytest.approx(0.2 / 3)
 
 
 def test_the_prior_is_finite_for_a_class_that_nobody_chose():

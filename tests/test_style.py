@@ -238,7 +238,7 @@ def test_an_apology_is_found_anywhere(answer, expected):
     assert measure_one("hi", answer)["has_apology_a"] == expected
 
 
-def test_slices_of_one_kind_part_the_battles_and_ignore_the_seats(ugly_pairs):
+def test_slices_of_one_kind_part_the_battles_and_ignore_the_positions(ugly_pairs):
     slices, swapped = (slice_battles(measure_style(pairs)) for pairs in (ugly_pairs, swap_pairs(ugly_pairs)))
     kinds = {name.split(":")[0] for name in slices}
     assert kinds == {"length", "turns", "language", "code", "refusal"}

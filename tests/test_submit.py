@@ -34,9 +34,9 @@ from src.utils.models.predict import LocalReader, Prediction, predict_pairs
 from src.utils.schema import LABELS
 from src.utils.stats.blend import Blend
 
-FLOOR, NETWORK = "02_baseline", "03_modernbert"
-BLEND = Blend((FLOOR, NETWORK), (0.5, 0.5))
-FLOOR_PROBS, NETWORK_PROBS = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.1, 0.8])
+BASELINE, NETWORK = "02_baseline", "03_modernbert"
+BLEND = Blend((BASELINE, NETWORK), (0.5, 0.5))
+BASELINE_PROBS, NETWORK_PROBS = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.1, 0.8])
 
 
 def make_run(folder: Path, config: dict, n_folds: int = 0, n_bytes: int = 1000) -> Path:
@@ -53,7 +53,7 @@ def make_run(folder: Path, config: dict, n_folds: int = 0, n_bytes: int = 1000) 
 def runs(tmp_path: Path) -> dict[str, Path]:
     """Two run folders: a floor and a network, told apart by their config.json."""
     network = make_run(tmp_path / NETWORK, {"checkpoint": "tiny:modernbert"}, n_folds=1)
-    return {FLOOR: make_run(tmp_path / FLOOR, {}), NETWORK: network}
+    return {BASELINE: make_run(tmp_path / BASELINE, {}), NETWORK: network}
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def members(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Members that answer the same for every battle, in place of trained ones."""
     if "trained" in request.fixturenames:
         return
-    monkeypatch.setattr(submit, "_predict_floor", lambda run, pairs: np.tile(FLOOR_PROBS, (len(pairs), 1)))
+    monkeypatch.setattr(submit, "_predict_baseline", lambda run, pairs: np.tile(BASELINE_PROBS, (len(pairs), 1)))
     monkeypatch.setattr(submit, "_predict_network", answer)
 
 
@@ -92,14 +92,14 @@ def read(submission: Submission, pairs: pd.DataFrame) -> np.ndarray:
 
 def test_the_blend_of_both_is_what_is_written(runs: dict, submission: Submission, demo_pairs: pd.DataFrame) -> None:
     outcome = predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60)
-    expected = np.sqrt(FLOOR_PROBS * NETWORK_PROBS)
+    expected = np.sqrt(BASELINE_PROBS * NETWORK_PROBS)
     np.testing.assert_allclose(outcome.probs[0], expected / expected.sum(), atol=1e-9)
     np.testing.assert_allclose(read(submission, demo_pairs), outcome.probs, atol=1e-9)
     assert [timing.status for timing in outcome.timings] == ["whole", "whole"]
 
 
-@pytest.mark.parametrize("order", [(FLOOR, NETWORK), (NETWORK, FLOOR)])
-def test_the_floor_answers_first_and_is_on_disk_before_any_network(
+@pytest.mark.parametrize("order", [(BASELINE, NETWORK), (NETWORK, BASELINE)])
+def test_the_baseline_answers_first_and_is_on_disk_before_any_network(
     runs: dict, submission: Submission, demo_pairs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, order: tuple
 ) -> None:
     seen = []
@@ -110,7 +110,7 @@ def test_the_floor_answers_first_and_is_on_disk_before_any_network(
 
     monkeypatch.setattr(submit, "_predict_network", look_at_the_disk)
     predict_submission(demo_pairs, runs, Blend(order, (0.5, 0.5)), submission, deadline_s=60)
-    np.testing.assert_allclose(seen[0], np.tile(FLOOR_PROBS, (300, 1)), atol=1e-9)
+    np.testing.assert_allclose(seen[0], np.tile(BASELINE_PROBS, (300, 1)), atol=1e-9)
 
 
 def test_a_member_that_fails_costs_no_row(
@@ -121,7 +121,7 @@ def test_a_member_that_fails_costs_no_row(
 
     monkeypatch.setattr(submit, "_predict_network", fail)
     outcome = predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60)
-    np.testing.assert_allclose(outcome.probs, np.tile(FLOOR_PROBS, (300, 1)), atol=1e-9)
+    np.testing.assert_allclose(outcome.probs, np.tile(BASELINE_PROBS, (300, 1)), atol=1e-9)
     assert (outcome.timings[1].status, outcome.timings[1].note) == ("failed", "RuntimeError: damaged weights")
     read(submission, demo_pairs)
 
@@ -134,16 +134,16 @@ def test_damaged_settings_cost_no_row(
     monkeypatch.undo()
     monkeypatch.setattr(
         submit,
-        "_predict_floor",
-        lambda run, pairs: real(run / "config.json") or np.tile(FLOOR_PROBS, (len(pairs), 1)),
+        "_predict_baseline",
+        lambda run, pairs: real(run / "config.json") or np.tile(BASELINE_PROBS, (len(pairs), 1)),
     )
     (runs[NETWORK] / "config.json").write_text(damage)
     outcome = predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60)
-    np.testing.assert_allclose(outcome.probs, np.tile(FLOOR_PROBS, (300, 1)), atol=1e-9)
+    np.testing.assert_allclose(outcome.probs, np.tile(BASELINE_PROBS, (300, 1)), atol=1e-9)
     assert outcome.timings[1].status == "failed" and outcome.timings[1].note
 
 
-def test_battles_that_a_network_did_not_reach_keep_the_floor(
+def test_battles_that_a_network_did_not_reach_keep_the_baseline(
     runs: dict, submission: Submission, demo_pairs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def reach_half(folder: Path, pairs: pd.DataFrame, *_: object) -> Prediction:
@@ -151,20 +151,20 @@ def test_battles_that_a_network_did_not_reach_keep_the_floor(
 
     monkeypatch.setattr(submit, "_predict_network", reach_half)
     outcome = predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60)
-    np.testing.assert_allclose(outcome.probs[150:], np.tile(FLOOR_PROBS, (150, 1)), atol=1e-9)
-    assert outcome.probs[0, 2] > FLOOR_PROBS[2] + 0.1
+    np.testing.assert_allclose(outcome.probs[150:], np.tile(BASELINE_PROBS, (150, 1)), atol=1e-9)
+    assert outcome.probs[0, 2] > BASELINE_PROBS[2] + 0.1
     assert (outcome.timings[1].status, outcome.timings[1].n_reached) == ("partly", 150)
-    assert outcome.n_pairs_by_members == {FLOOR: 150, f"{FLOOR} + {NETWORK}": 150}
+    assert outcome.n_pairs_by_members == {BASELINE: 150, f"{BASELINE} + {NETWORK}": 150}
 
 
-def test_battles_that_nobody_reached_for_want_of_a_floor_get_the_mean_of_the_others(
+def test_battles_that_nobody_reached_for_want_of_a_baseline_get_the_mean_of_the_others(
     runs: dict, submission: Submission, demo_pairs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def reach_half(folder: Path, pairs: pd.DataFrame, *_: object) -> Prediction:
-        return say(np.where(np.arange(len(pairs))[:, None] < 150, FLOOR_PROBS, np.nan))
+        return say(np.where(np.arange(len(pairs))[:, None] < 150, BASELINE_PROBS, np.nan))
 
     monkeypatch.setattr(submit, "_predict_network", reach_half)
-    outcome = predict_submission(demo_pairs, runs | {FLOOR: None}, BLEND, submission, deadline_s=60)
+    outcome = predict_submission(demo_pairs, runs | {BASELINE: None}, BLEND, submission, deadline_s=60)
     np.testing.assert_allclose(outcome.probs[150:], np.tile([0.4, 0.4, 0.2], (150, 1)), atol=1e-9)
     assert outcome.n_pairs_by_members["mean of the others"] == 150
     read(submission, demo_pairs)
@@ -172,8 +172,8 @@ def test_battles_that_nobody_reached_for_want_of_a_floor_get_the_mean_of_the_oth
 
 def test_an_absent_member_is_told_and_left_out(runs: dict, submission: Submission, demo_pairs: pd.DataFrame) -> None:
     outcome = predict_submission(demo_pairs, runs | {NETWORK: None}, BLEND, submission, deadline_s=60)
-    np.testing.assert_allclose(outcome.probs, np.tile(FLOOR_PROBS, (300, 1)), atol=1e-9)
-    assert {timing.member: timing.status for timing in outcome.timings} == {FLOOR: "whole", NETWORK: "absent"}
+    np.testing.assert_allclose(outcome.probs, np.tile(BASELINE_PROBS, (300, 1)), atol=1e-9)
+    assert {timing.member: timing.status for timing in outcome.timings} == {BASELINE: "whole", NETWORK: "absent"}
 
 
 def test_without_any_member_the_error_says_why(runs: dict, submission: Submission, demo_pairs: pd.DataFrame) -> None:
@@ -182,11 +182,11 @@ def test_without_any_member_the_error_says_why(runs: dict, submission: Submissio
 
 
 def test_a_network_without_weight_is_not_run(runs: dict, submission: Submission, demo_pairs: pd.DataFrame) -> None:
-    blend = Blend((FLOOR, NETWORK), (1.0, 0.0))
+    blend = Blend((BASELINE, NETWORK), (1.0, 0.0))
     outcome = predict_submission(demo_pairs, runs, blend, submission, deadline_s=60)
     assert outcome.timings[1].status == "without weight"
-    without_floor = predict_submission(demo_pairs, runs | {FLOOR: None}, blend, submission, deadline_s=60)
-    np.testing.assert_allclose(without_floor.probs, np.tile(NETWORK_PROBS, (300, 1)), atol=1e-9)
+    without_baseline = predict_submission(demo_pairs, runs | {BASELINE: None}, blend, submission, deadline_s=60)
+    np.testing.assert_allclose(without_baseline.probs, np.tile(NETWORK_PROBS, (300, 1)), atol=1e-9)
 
 
 def test_the_deadline_reaches_the_networks_as_a_moment(
@@ -238,11 +238,11 @@ def test_the_network_worth_least_per_second_is_given_up_first(
         return answer(folder, pairs)
 
     monkeypatch.setattr(submit, "_predict_network", take_an_hour)
-    blend = Blend((FLOOR, "04_qwen", NETWORK), (0.2, 0.4, 0.4))
+    blend = Blend((BASELINE, "04_qwen", NETWORK), (0.2, 0.4, 0.4))
     outcome = predict_submission(demo_pairs, runs, blend, submission, deadline_s=3000)
     told = {timing.member: timing.status for timing in outcome.timings}
-    assert told == {FLOOR: "whole", NETWORK: "whole", "04_qwen": "given up"}
-    assert outcome.n_pairs_by_members == {f"{FLOOR} + {NETWORK}": 300}
+    assert told == {BASELINE: "whole", NETWORK: "whole", "04_qwen": "given up"}
+    assert outcome.n_pairs_by_members == {f"{BASELINE} + {NETWORK}": 300}
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, demo_pairs: pd.DataFrame) -> dict[str
     """Ids that each network is asked to read, and the share of them to be read twice; battle 0 is surest, 299 least."""
     sureness = np.linspace(0.95, 0.34, 300)
     floor = np.column_stack([sureness, (1 - sureness) / 2, (1 - sureness) / 2])
-    monkeypatch.setattr(submit, "_predict_floor", lambda run, pairs: floor)
+    monkeypatch.setattr(submit, "_predict_baseline", lambda run, pairs: floor)
     asked = {}
 
     def note(folder: Path, pairs: pd.DataFrame, ask: Ask, *_: object) -> Prediction:
@@ -261,14 +261,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, demo_pairs: pd.DataFrame) -> dict[str
     return asked
 
 
-def test_in_a_cascade_the_only_network_reads_the_battles_that_the_floor_is_least_sure_of(
+def test_in_a_cascade_the_only_network_reads_the_battles_that_the_baseline_is_least_sure_of(
     runs: dict, submission: Submission, demo_pairs: pd.DataFrame, asked: dict
 ) -> None:
     outcome = predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60, cascade=0.25)
     assert asked == {NETWORK: (set(demo_pairs["id"][225:]), 1.0)}
     timing = outcome.timings[1]
     assert (timing.status, timing.n_asked, timing.n_reached) == ("whole", 75, 75)
-    assert outcome.n_pairs_by_members == {FLOOR: 225, f"{FLOOR} + {NETWORK}": 75}
+    assert outcome.n_pairs_by_members == {BASELINE: 225, f"{BASELINE} + {NETWORK}": 75}
     read(submission, demo_pairs)
 
 
@@ -276,7 +276,7 @@ def test_in_a_cascade_of_two_networks_the_cheap_one_reads_all_once_and_the_costl
     runs: dict, tmp_path: Path, submission: Submission, demo_pairs: pd.DataFrame, asked: dict
 ) -> None:
     runs["04_qwen"] = make_run(tmp_path / "04_qwen", {"checkpoint": "tiny:qwen3"}, n_folds=2, n_bytes=9000)
-    blend = Blend((FLOOR, NETWORK, "04_qwen"), (0.4, 0.3, 0.3))
+    blend = Blend((BASELINE, NETWORK, "04_qwen"), (0.4, 0.3, 0.3))
     outcome = predict_submission(demo_pairs, runs, blend, submission, deadline_s=60, cascade=0.25)
     ids, twice_share = asked[NETWORK]
     assert (len(ids), twice_share) == (300, 0.25)
@@ -285,12 +285,12 @@ def test_in_a_cascade_of_two_networks_the_cheap_one_reads_all_once_and_the_costl
     assert [timing.status for timing in outcome.timings] == ["whole"] * 3
 
 
-def test_without_a_cascade_and_without_a_floor_every_battle_is_read(
+def test_without_a_cascade_and_without_a_baseline_every_battle_is_read(
     runs: dict, submission: Submission, demo_pairs: pd.DataFrame, asked: dict
 ) -> None:
     predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60)
     assert len(asked[NETWORK][0]) == 300
-    predict_submission(demo_pairs, runs | {FLOOR: None}, BLEND, submission, deadline_s=60, cascade=0.25)
+    predict_submission(demo_pairs, runs | {BASELINE: None}, BLEND, submission, deadline_s=60, cascade=0.25)
     assert len(asked[NETWORK][0]) == 300
 
 
@@ -319,7 +319,7 @@ def test_the_timing_is_json_and_says_what_the_battles_got(
     timing = json.loads(json.dumps(describe_timing(outcome, n_pairs=300, seconds=1.0, deadline_s=60)))
     assert [member["n_reached"] for member in timing["members"]] == [300, 300]
     assert [member["n_twice"] for member in timing["members"]] == [300, 300]
-    assert timing["n_pairs_by_members"] == {f"{FLOOR} + {NETWORK}": 300}
+    assert timing["n_pairs_by_members"] == {f"{BASELINE} + {NETWORK}": 300}
 
 
 # ── with real models and real processes ───────────────────────────────────────────────
@@ -516,7 +516,7 @@ folder = Path(sys.argv[1])
 ids = np.array([str(i) for i in range(20_000)])
 pairs = pd.DataFrame({"id": ids})
 rng = np.random.default_rng(0)
-submit._predict_floor = lambda run, pairs: np.tile([0.5, 0.3, 0.2], (len(pairs), 1))
+submit._predict_baseline = lambda run, pairs: np.tile([0.5, 0.3, 0.2], (len(pairs), 1))
 
 def improve(folder, pairs, ask, means, keep):
     while True:
@@ -530,7 +530,7 @@ predict_submission(pairs, runs, Blend(tuple(runs), (0.5, 0.5)), submission, dead
 
 
 @pytest.mark.slow
-def test_sigkill_at_any_moment_after_the_floor_leaves_a_valid_submission(runs: dict, tmp_path: Path) -> None:
+def test_sigkill_at_any_moment_after_the_baseline_leaves_a_valid_submission(runs: dict, tmp_path: Path) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
     moments = random.Random(0)
     for _ in range(4):

@@ -9,7 +9,7 @@ from src.utils.config import FinetuneConfig
 from src.utils.models.checkpoints import load_classifier
 from src.utils.models.predict import predict_probs
 from src.utils.schema import swap_pairs
-from src.utils.stats.scores import swap_consistency
+from src.utils.stats.scores import swap_gap
 from src.utils.training.trainer import FoldTrainer, _validation_steps
 
 ENCODER = FinetuneConfig(
@@ -98,7 +98,7 @@ def test_tensorboard_reads_what_was_logged_and_nothing_that_a_killed_run_logged_
     assert curve("held_out") == [(row["step"], row["log_loss"]) for row in history]
 
 
-def test_swap_consistency_is_that_of_the_two_readings(pairs, tiny_base, tmp_path):
+def test_swap_gap_is_that_of_the_two_readings(pairs, tiny_base, tmp_path):
     trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path, n_epochs=1.0, n_evals=1)
     trainer.train()
     reader = {"max_tokens": 96, "tokens_per_batch": 512, "swap": False}
@@ -107,7 +107,7 @@ def test_swap_consistency_is_that_of_the_two_readings(pairs, tiny_base, tmp_path
         for battles in (trainer.heldout, swap_pairs(trainer.heldout))
     )
     (row,) = trainer.describe()["history"]
-    assert row["swap_consistency"] == pytest.approx(swap_consistency(given, swapped), abs=1e-6) and given.std() > 0
+    assert row["swap_gap"] == pytest.approx(swap_gap(given, swapped), abs=1e-6) and given.std() > 0
     assert row["peak_mib"] > 50
 
 
@@ -198,6 +198,6 @@ def test_consistency_brings_the_two_orders_together(demo_pairs, tiny_base, tmp_p
         folders = {"model_dir": tmp_path / f"{weight}", "checkpoint_dir": tmp_path / "checkpoints"}
         FoldTrainer(model, tokenizer, pairs[pairs["fold"] != 0], heldout, 0, config, **folders).train()
         given, swapped = (predict_probs(model, tokenizer, p, **options) for p in (heldout, swap_pairs(heldout)))
-        return swap_consistency(given, swapped)
+        return swap_gap(given, swapped)
 
     assert inconsistency(10.0) < 0.5 * inconsistency(0.0)

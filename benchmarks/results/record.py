@@ -42,7 +42,7 @@ CAPTIONS = {
     "05_ensemble": "05 blend",
 }
 FIELDS = (
-    "log_loss log_loss_low log_loss_high accuracy n_pairs prior_log_loss best_log_loss excess_log_loss "
+    "log_loss log_loss_low log_loss_high accuracy n_pairs prior_log_loss oracle_log_loss excess_log_loss "
     "seconds peak_mib machine data_hash config_hash versions"
 ).split()
 
@@ -95,11 +95,11 @@ def _join(lines: list[list[str]]) -> str:
 
 def format_table(results: dict) -> str:
     """One line a model, as Markdown."""
-    known = results["runs"]["05_ensemble"].get("best_log_loss") is not None
+    known = results["runs"]["05_ensemble"].get("oracle_log_loss") is not None
     head = ["model", "log loss", "class prior", *(["best reachable"] if known else []), "accuracy", "held-out battles"]
     lines = [head]
     for notebook, run in results["runs"].items():
-        best = [f"{run['best_log_loss']:.3f}"] if known else []
+        best = [f"{run['oracle_log_loss']:.3f}"] if known else []
         score = f"**{run['log_loss']:.3f}**"
         if run.get("log_loss_low") is not None:
             score += f" ({run['log_loss_low']:.3f} to {run['log_loss_high']:.3f})"

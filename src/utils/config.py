@@ -116,7 +116,7 @@ class EdaConfig(Config):
 
 @dataclass(frozen=True)
 class BaselineConfig(Config):
-    """Settings of 02, the CPU floor."""
+    """Settings of 02, the CPU baseline."""
 
     n_hashed: int = 131_072  # width of each hashed text block
     ridge: float = 1.0  # strength of the linear models' penalty; doubling it halves every prior variance

@@ -4,7 +4,7 @@ Chatbots of different strength answer prompts on several topics. A vote follows
 Davidson's extension of Bradley-Terry to ties, with utilities that are functions of
 the text alone:
 
-    p_A : p_B : p_tie = exp(u_A + seat) : exp(u_B) : nu exp((u_A + seat + u_B) / 2)
+    p_A : p_B : p_tie = exp(u_A + position) : exp(u_B) : nu exp((u_A + position + u_B) / 2)
 
 A stronger chatbot writes measurably better text, so its name is not needed, and
 the mean entropy of the true probabilities is the best log loss that anyone can reach.
@@ -84,12 +84,12 @@ class Effects:
     lists: float = 0.35  # an answer with list items against one without
     punctuation: float = 0.10  # per , ; : ! ? in 100 characters
     refusal: float = -1.5  # a refusal against an answer
-    seat: float = 0.10  # bonus of sitting in seat A
+    position: float = 0.10  # bonus of sitting in position A
     nu: float = 1.1  # weight of a tie
 
 
 EFFECTS = Effects()
-_AGAIN_SHARE = 0.004  # battles that repeat an earlier one, half of them with seats exchanged
+_AGAIN_SHARE = 0.004  # battles that repeat an earlier one, half of them with positions exchanged
 MEASURES = ("log_words", "quality", "relevance", "lists", "punctuation", "refusal")
 
 
@@ -153,7 +153,7 @@ def measure_answer(prompt: Turns, answer: Turns) -> np.ndarray:
 def true_probs(prompt: Turns, response_a: Turns, response_b: Turns, effects: Effects = EFFECTS) -> np.ndarray:
     """The probabilities by which the demo's votes are drawn: (C,) in `LABELS` order."""
     weights = np.array([getattr(effects, name) for name in MEASURES])
-    utility_a = weights @ measure_answer(prompt, response_a) + effects.seat
+    utility_a = weights @ measure_answer(prompt, response_a) + effects.position
     utility_b = weights @ measure_answer(prompt, response_b)
     odds = np.empty(len(LABELS))
     odds[A_WINS], odds[B_WINS] = np.exp((utility_a - utility_b) / 2), np.exp((utility_b - utility_a) / 2)
@@ -295,7 +295,7 @@ def make_arena(folder: Path, n_battles: int = 12_000, n_test: int = 600, seed: i
     truth.to_parquet(folder / "truth.parquet", index=False)
     battles[n_battles:][["id", "label"]].to_parquet(folder / "votes_test.parquet", index=False)
     entropy = float(-(probs * np.log(probs)).sum(axis=1).mean())
-    planted = {"effects": asdict(EFFECTS), "expected_best_log_loss": entropy, "seed": seed}
+    planted = {"effects": asdict(EFFECTS), "expected_oracle_log_loss": entropy, "seed": seed}
     (folder / "effects.json").write_text(json.dumps(planted, indent=2) + "\n")
     # Last, so that its existence means that the arena is whole.
     _write_csv(folder / "train.csv", train[["id", "model_a", "model_b", *TEXTS, *LABELS]])

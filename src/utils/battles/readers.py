@@ -240,7 +240,7 @@ def describe_health(pairs: pd.DataFrame, problems: pd.DataFrame) -> pd.DataFrame
         "not in ASCII": (sum(_any_turn(row, _is_not_ascii) for row in full), "another script, or typographic signs"),
         "lone surrogate": (sum(_any_turn(row, _has_surrogate) for row in full), "half of a broken emoji"),
         "exact duplicate": (int(ordered.duplicated().sum()), "the same battle again"),
-        "mirrored duplicate": (int((same & ~ordered.duplicated(keep=False)).sum()), "the same battle, seats exchanged"),
+        "mirrored duplicate": (int((same & ~ordered.duplicated(keep=False)).sum()), "the same battle, positions exchanged"),
         "duplicate with another vote": (int(conflicting.sum()), "people disagree: a limit for any model"),
         "prompt seen before": (int(pairs["group"].duplicated().sum()), "would leak across a random split"),
     }

@@ -31,8 +31,8 @@ _MEASURES = {
     "brier": "Brier score",
     "ece": "expected calibration error",
     "prior_log_loss": "log loss of the class shares, for comparison",
-    "best_log_loss": "best log loss that anyone could reach",
-    "swap_consistency": "mean change of a probability when the answers are exchanged, before averaging",
+    "oracle_log_loss": "best log loss that anyone could reach",
+    "swap_gap": "mean change of a probability when the answers are exchanged, before averaging",
 }
 _REAL_DATA = f"""Votes from Chatbot Arena: the rows of Kaggle's 'LLM Classification Finetuning', public on the hub as
 `{DATASET}`. See the data's own page for its terms; prompts and answers were written by users and by chatbots of several
@@ -195,7 +195,7 @@ def make_card(
         datasets=None if is_demo else [DATASET],
         eval_results=_eval_results(metrics, is_demo),
     )
-    names = ("log_loss", "accuracy", "brier", "ece", "prior_log_loss", "best_log_loss", "swap_consistency")
+    names = ("log_loss", "accuracy", "brier", "ece", "prior_log_loss", "oracle_log_loss", "swap_gap")
     text = _CARD.format(
         title=data.model_name,
         checkpoint=config.checkpoint,

@@ -1,6 +1,6 @@
 """Test battles to a submission that is valid from the first minute on.
 
-The floor answers for every battle before any neural network is loaded, and
+The CPU baseline answers for every battle before any neural network is loaded, and
 `submission.csv` is written at once. Each network replaces it by a better one (written
 whole, then renamed), in the order of worth per second. A network that fails or runs
 out of time costs quality, never rows. Each runs in processes of its own, one a GPU.
@@ -114,7 +114,7 @@ def predict_submission(
     find_checkpoints: FindCheckpoints = _find_none,
     n_workers: int | None = None,
 ) -> Outcome:
-    """Predict every battle as well as time allows: the floor, then network by network.
+    """Predict every battle as well as time allows: the CPU baseline, then network by network.
 
     What is worth most per second runs first: a network by its weight in the blend over the
     size of its weights, the second fold of a network at half the worth, and so on. So what
@@ -131,7 +131,7 @@ def predict_submission(
         pairs: N test battles, `schema.PAIR_COLUMNS`.
         runs: member name -> its finished run folder, or None where there is none.
         blend: weights of the members; those that are missing are left out, row by row.
-        submission: written after the floor, after each network, and each minute in between.
+        submission: written after the CPU baseline, after each network, and each minute in between.
         deadline_s: seconds from now that must not be passed; it holds the margin.
         cascade: share of the battles, above 0 to 1, least certain first by the entropy of what is
             known so far, that the costly work is spent on.
@@ -148,7 +148,7 @@ def predict_submission(
     board = _Board(pairs, blend, submission)
     for name in blend.members:
         if not _is_network(runs.get(name)):
-            board.run_floor(name, runs.get(name))
+            board.run_baseline(name, runs.get(name))
     networks = order_networks(runs, blend, find_checkpoints)
     weighty = {name for name, _ in networks if blend.weights[blend.members.index(name)]}
     cheap = networks[0][0] if len(weighty) > 1 else None
@@ -270,14 +270,14 @@ class _Board:
         self._pairs, self._blend, self._submission = pairs, blend, submission
         self.members = {name: _Member(name, len(pairs)) for name in blend.members}
 
-    def run_floor(self, name: str, run: Path | None) -> None:
+    def run_baseline(self, name: str, run: Path | None) -> None:
         member = self.members[name]
         if run is None:
             member.status = "absent"
             member.notes.append("no finished run; execute its notebook")
             return
         with self._surviving(member):
-            probs = _predict_floor(run, self._pairs)
+            probs = _predict_baseline(run, self._pairs)
             reached = np.isfinite(probs).all(axis=1)
             member.add(Prediction(probs, 2 * reached, np.zeros(len(probs), dtype=bool)))
             self.write()
@@ -348,7 +348,7 @@ class _Board:
         return np.any(known, axis=0) if known else np.zeros(len(self._pairs), dtype=bool)
 
     def blend(self, early: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
-        """(N, C) float64. A battle that no member reached, for want of a floor, gets the mean of the others."""
+        """(N, C) float64. A battle that no member reached, for want of a CPU baseline, gets the mean of the others."""
         known = self._known() | dict(early or {})
         if not known:
             return np.zeros((0, len(LABELS)))
@@ -374,7 +374,7 @@ class _Board:
         return dict(kinds.most_common())
 
 
-def _predict_floor(run: Path, pairs: pd.DataFrame) -> np.ndarray:
+def _predict_baseline(run: Path, pairs: pd.DataFrame) -> np.ndarray:
     read_json(run / "config.json")
     return load_baseline(run / "model").predict_probs(pairs)
 

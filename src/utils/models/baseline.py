@@ -1,4 +1,4 @@
-"""The floor: a model for two CPU cores that every neural score stands beside.
+"""The CPU baseline: a model for two CPU cores that every neural score stands beside.
 
 Members see the same battles differently and are blended on held-out rows:
 
@@ -442,7 +442,7 @@ def embed_battles(pairs: pd.DataFrame, config: BaselineConfig, cache: Path) -> n
     """
     if not config.embeddings:
         return None
-    from src.utils.models.embed import embed_pairs  # torch, which the floor is spared else
+    from src.utils.models.embed import embed_pairs  # torch, which the CPU baseline is spared else
 
     return embed_pairs(pairs, config.embeddings, config.embeddings_tokens, cache)
 
@@ -526,7 +526,7 @@ def fit_baseline(
     features: Features | None = None,
     members: dict[str, np.ndarray] | None = None,
 ) -> Baseline:
-    """Fit the floor to all battles; its blend to predictions on held-out folds.
+    """Fit the CPU baseline to all battles; its blend to predictions on held-out folds.
 
     Args:
         pairs: N battles, `schema.FROZEN_COLUMNS`.

@@ -27,7 +27,7 @@ _ALPHA = 0.05
 _Z = float(stats.norm.ppf(1 - _ALPHA / 2))
 # What a modeller should do about an effect, by its name.
 ADVICE = {
-    "seat A": "publish the average over the swap, so that no seat is favoured",
+    "position A": "publish the average over the swap, so that no position is favoured",
     "n_words": "show the model both lengths: cut both answers by one rule",
     "n_punctuation": "counts follow length: trust the rate per character instead",
     "punctuation_per_char": "a style cue of its own: keep the text as written, strip nothing",
@@ -81,7 +81,7 @@ def winner_shares(labels: np.ndarray) -> pd.DataFrame:
 
 
 def position_effect(labels: np.ndarray) -> dict[str, Any]:
-    """Test whether seat A is preferred.
+    """Test whether position A is preferred.
 
     Args:
         labels: (N,) int, 0 A, 1 B, 2 tie.
@@ -133,7 +133,7 @@ def cut_levels(values: np.ndarray, n_levels: int = 3, unit: str = "", digits: in
 
 
 def position_by(properties: Mapping[str, Sequence], labels: np.ndarray) -> pd.DataFrame:
-    """Split the preference for seat A by properties of the battle.
+    """Split the preference for position A by properties of the battle.
 
     Args:
         properties: name -> the level of each of N battles (a categorical keeps its order).
@@ -358,7 +358,7 @@ def effect_sizes(
 ) -> pd.DataFrame:
     """Estimate each feature's effect on who wins, one logistic regression a feature.
 
-    The intercept takes up the seat. Errors are clustered by prompt, because votes on the
+    The intercept takes up the position. Errors are clustered by prompt, because votes on the
     same prompt are not independent.
 
     Args:
@@ -538,12 +538,12 @@ def _leak_losses(features: sparse.csr_matrix, labels: np.ndarray, train: np.ndar
 def _effect_table(
     names: pd.Index, used: np.ndarray, sds: np.ndarray, params: np.ndarray, cov: np.ndarray
 ) -> pd.DataFrame:
-    """Effects from parameters ordered seat, used covariates, log ν."""
+    """Effects from parameters ordered position, used covariates, log ν."""
     error = np.sqrt(np.diag(cov))
     order = [0, len(params) - 1, *range(1, len(params) - 1)]
     scale = np.array([1, 1, *sds[used]])
     estimate, error = params[order], error[order]
-    effects = ["seat A", "tie", *names[used]]
+    effects = ["position A", "tie", *names[used]]
     columns = (
         effects,
         estimate / scale,
@@ -576,7 +576,7 @@ def make_verdict(shares: dict[str, dict[str, Any]], effects: pd.DataFrame) -> pd
     table = pd.concat([part for part in parts if len(part)], ignore_index=True)
     excludes = (table["low"] > table["null"]) | (table["high"] < table["null"])
     table["found"] = np.where(table["size"].isna(), "cannot be estimated", np.where(excludes, "yes", "no"))
-    acted = (table["found"] == "yes") | (table["effect"] == "seat A")  # averaging over the swap costs no evidence
+    acted = (table["found"] == "yes") | (table["effect"] == "position A")  # averaging over the swap costs no evidence
     table["advice"] = table["effect"].map(ADVICE).where(acted, "no reason to act in these battles")
     return table.drop(columns="null")
 
@@ -600,7 +600,7 @@ _EFFECT_COLUMNS = ("effect", "log_odds_per_unit", "low", "high", "log_odds", "sd
 
 
 def _no_effects(covariates: pd.DataFrame | None, reason: str) -> pd.DataFrame:
-    names = ["seat A", "tie", *([] if covariates is None else covariates.columns)]
+    names = ["position A", "tie", *([] if covariates is None else covariates.columns)]
     missing = np.full(len(names), np.nan)
     columns = (names, *[missing] * 5, [reason] * len(names))
     return pd.DataFrame(dict(zip(_EFFECT_COLUMNS, columns, strict=True)))

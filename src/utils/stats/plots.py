@@ -83,7 +83,7 @@ def plot_models_usage(ax: Axes, records: pd.DataFrame, n_shown: int = 25) -> Axe
         return _say(ax, "No chatbot is named in these battles.")
     shown = records.head(n_shown)[::-1]
     ax.barh(shown["model"], shown["n"], color=ACCENT)
-    ax.set(xlabel="battles fought, in either seat", ylabel="chatbot")
+    ax.set(xlabel="battles fought, in either position", ylabel="chatbot")
     first = records.iloc[0]
     among = f", the {len(shown)} busiest shown" if len(records) > len(shown) else ""
     ax.set_title(f"{len(records)} chatbots{among}: {first['model']} fought {first['n']:,} battles", loc="left")
@@ -195,7 +195,7 @@ def plot_punctuation_winner(ax: Axes, shares: pd.DataFrame) -> Axes:
 
 
 def plot_position_by(ax: Axes, shares: pd.DataFrame) -> Axes:
-    """Show whether the preference for seat A depends on the battle.
+    """Show whether the preference for position A depends on the battle.
 
     Args:
         ax: axes to draw on.
@@ -212,10 +212,10 @@ def plot_position_by(ax: Axes, shares: pd.DataFrame) -> Axes:
     ax.set_yticks(y, [f"{row.property}: {row.level} (n = {row.n:,})" for row in rows.itertuples()])
     ax.axvline(0.5, color="black", linewidth=1)
     ax.set(
-        xlabel="decided battles won by seat A (95 % interval)", ylabel="battles with …", ylim=(-0.6, len(rows) - 0.4)
+        xlabel="decided battles won by position A (95 % interval)", ylabel="battles with …", ylim=(-0.6, len(rows) - 0.4)
     )
     n_moved = int((rows.groupby("property")["p_value"].first() < 0.05 / len(properties)).sum())
-    ax.set_title(f"Seat A's share depends on {n_moved} of {len(properties)} properties", loc="left")
+    ax.set_title(f"Position A's share depends on {n_moved} of {len(properties)} properties", loc="left")
     _percent_axis(ax.xaxis)
     return ax
 

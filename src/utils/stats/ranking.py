@@ -31,8 +31,8 @@ def model_records(model_a: Sequence[str], model_b: Sequence[str], labels: np.nda
     """Count each chatbot's battles and wins; unknown names are left out.
 
     Args:
-        model_a: (N,) names in seat A.
-        model_b: (N,) names in seat B.
+        model_a: (N,) names in position A.
+        model_b: (N,) names in position B.
         labels: (N,) int, 0 A, 1 B, 2 tie.
 
     Returns:
@@ -40,11 +40,11 @@ def model_records(model_a: Sequence[str], model_b: Sequence[str], labels: np.nda
         low, high (Wilson), tie_share (of all).
     """
     labels = np.asarray(labels)
-    seats = [
-        pd.DataFrame({"model": np.asarray(names, dtype=object), "won": labels == seat, "tied": labels == TIE})
-        for names, seat in ((model_a, A_WINS), (model_b, B_WINS))
+    positions = [
+        pd.DataFrame({"model": np.asarray(names, dtype=object), "won": labels == position, "tied": labels == TIE})
+        for names, position in ((model_a, A_WINS), (model_b, B_WINS))
     ]
-    each = pd.concat(seats).query("model != @UNKNOWN_MODEL").groupby("model", sort=True)
+    each = pd.concat(positions).query("model != @UNKNOWN_MODEL").groupby("model", sort=True)
     records = each.agg(n=("won", "size"), n_won=("won", "sum"), n_tied=("tied", "sum")).astype(int).reset_index()
     records["n_decided"] = records["n"] - records["n_tied"]
     records["win_share"] = _share(records["n_won"], records["n_decided"])
@@ -59,7 +59,7 @@ class VoteModel:
     """A fitted Davidson model.
 
     `strengths`, one row a chatbot: model, n (battles), strength (log-odds against the mean
-    of those shown), low, high, reason. `effects`, one row each for "seat A", "tie" (log ν)
+    of those shown), low, high, reason. `effects`, one row each for "position A", "tie" (log ν)
     and every covariate: effect, log_odds_per_unit, low, high (per unit), log_odds (per
     standard deviation), sd, reason. `n` battles used; `reason` why nothing was fitted.
     """
@@ -97,16 +97,16 @@ def fit_bradley_terry(
     groups: np.ndarray | None = None,
     min_battles: int = 30,
 ) -> VoteModel:
-    """Estimate the chatbots' strengths, with ties, seat and (where given) style held constant.
+    """Estimate the chatbots' strengths, with ties, position and (where given) style held constant.
 
-    With η = strength_A − strength_B + seat + covariates·β, the odds of A : B : tie are
+    With η = strength_A − strength_B + position + covariates·β, the odds of A : B : tie are
     exp(η/2) : exp(−η/2) : ν. Chatbots that no chain of wins and losses links to the rest
     have no finite strength and are left out of the fit (Ford 1957, doi:10.2307/2308513). Errors are sandwich
     errors, clustered by prompt. Without a tie the model is Bradley–Terry's.
 
     Args:
-        model_a: (N,) names in seat A; battles with an unknown name are left out.
-        model_b: (N,) names in seat B.
+        model_a: (N,) names in position A; battles with an unknown name are left out.
+        model_b: (N,) names in position B.
         labels: (N,) int, 0 A, 1 B, 2 tie.
         covariates: N rows, one column a difference A − B; None for no control.
         groups: (N,) prompt of each battle; None takes every battle for itself.
@@ -115,7 +115,7 @@ def fit_bradley_terry(
     Returns:
         A `VoteModel`; strengths have mean zero over the chatbots reported.
 
-    Source: Davidson 1970, doi:10.1080/01621459.1970.10481082; seat as in Davidson and Beaver
+    Source: Davidson 1970, doi:10.1080/01621459.1970.10481082; position as in Davidson and Beaver
         1977, doi:10.2307/2529467; style as in https://lmsys.org/blog/2024-08-28-style-control.
     """
     model_a, model_b = np.asarray(model_a, dtype=object), np.asarray(model_b, dtype=object)
@@ -150,7 +150,7 @@ def _linked_models(model_a: np.ndarray, model_b: np.ndarray, labels: np.ndarray)
     names = sorted({*model_a[known], *model_b[known]})
     if not names:
         return []
-    a, b = (pd.Categorical(seat[known], categories=names).codes for seat in (model_a, model_b))
+    a, b = (pd.Categorical(position[known], categories=names).codes for position in (model_a, model_b))
     beats, beaten = labels[known] != B_WINS, labels[known] != A_WINS
     edges = np.concatenate([a[beats], b[beaten]]), np.concatenate([b[beats], a[beaten]])
     graph = sparse.coo_matrix((np.ones(len(edges[0])), edges), shape=(len(names),) * 2)
@@ -193,7 +193,7 @@ def _fit_davidson(
 
 
 def _add_covariates(design: np.ndarray, covariates: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The design with a column for the seat and the supported covariates, which these are, and all spreads."""
+    """The design with a column for the position and the supported covariates, which these are, and all spreads."""
     values = covariates.to_numpy(dtype=np.float64)
     sds = values.std(axis=0) if len(values) else np.full(values.shape[1], np.nan)
     used = ((values != 0).sum(axis=0) >= MIN_SUPPORT) & (sds > 0)
@@ -321,8 +321,8 @@ def bootstrap_strengths(
     and one with them (whose battles cannot be pooled into counts).
 
     Args:
-        model_a: (N,) names in seat A.
-        model_b: (N,) names in seat B.
+        model_a: (N,) names in position A.
+        model_b: (N,) names in position B.
         labels: (N,) int, 0 A, 1 B, 2 tie.
         covariates: N rows, one column a difference A − B; None for no control.
         groups: (N,) prompt of each battle; None takes every battle for itself.
@@ -431,8 +431,8 @@ def family_ties(
     family can move.
 
     Args:
-        model_a: (N,) names in seat A.
-        model_b: (N,) names in seat B.
+        model_a: (N,) names in position A.
+        model_b: (N,) names in position B.
         labels: (N,) int, 0 A, 1 B, 2 tie.
         strengths: of `fit_bradley_terry`; battles of chatbots without strength are left out.
         groups: (N,) prompt of each battle, for clustered errors.

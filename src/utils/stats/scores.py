@@ -74,7 +74,7 @@ def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, n_bins: in
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def swap_consistency(probs: np.ndarray, probs_swapped: np.ndarray) -> float:
+def swap_gap(probs: np.ndarray, probs_swapped: np.ndarray) -> float:
     """Mean absolute difference between p(A, B) and the mirrored p(B, A); 0 is symmetric.
 
     Args:

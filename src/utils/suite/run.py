@@ -67,7 +67,7 @@ class Result:
     peak_mib: float
     log_loss: float | None
     accuracy: float | None
-    best_log_loss: float | None
+    oracle_log_loss: float | None
     output: str
 
 
@@ -210,7 +210,7 @@ def _write_html(copy: Path) -> None:
 def _scores(folder: Path) -> dict[str, float | None]:
     path = folder / "metrics.json"
     metrics = read_json(path) if path.exists() else {}
-    return {name: metrics.get(name) for name in ("log_loss", "accuracy", "best_log_loss")}
+    return {name: metrics.get(name) for name in ("log_loss", "accuracy", "oracle_log_loss")}
 
 
 def _execute(river: River, stage: Stage, monitor: Monitor, copy: Path) -> nbformat.NotebookNode:
@@ -390,7 +390,7 @@ def format_results(results: Sequence[Result], base: Path) -> str:
             number(result.peak_mib, 0),
             number(result.log_loss, 4),
             number(result.accuracy, 3),
-            number(result.best_log_loss, 4),
+            number(result.oracle_log_loss, 4),
             os.path.relpath(result.output, base),
         )
         for result in results

@@ -54,7 +54,7 @@ HISTORY_COLUMNS = (
     "epoch",
     "train_loss",
     "log_loss",
-    "swap_consistency",
+    "swap_gap",
     "learning_rate",
     "tokens_per_second",
     "padding_share",
@@ -219,7 +219,7 @@ class FoldTrainer(SplittingTrainer):
             return {}
         prediction = self._predict_heldout()
         row["log_loss"] = log_loss(prediction.probs, self.heldout["label"].to_numpy())
-        row["swap_consistency"] = float(np.nanmean(prediction.swap_gap))
+        row["swap_gap"] = float(np.nanmean(prediction.swap_gap))
         is_best = row["log_loss"] < min((past["log_loss"] for past in self._validations()), default=math.inf)
         self.log(row)
         if is_best:

@@ -1,15 +1,15 @@
-"""Measure the CPU floor: how good on real battles, how fast and how large at the competition's size.
+"""Measure the CPU baseline: how good on real battles, how fast and how large at the competition's size.
 
-    python benchmarks/floor.py
+    python benchmarks/baseline.py
 
 Real battles are read from `../shared/data` where that folder is at hand; without it the
 scores are left out and the full size is made of demo battles. Writes
-`benchmarks/results/floor.json`.
+`benchmarks/results/baseline.json`.
 """
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # every fit of the floor is single-threaded
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # every fit of the CPU baseline is single-threaded
 
 import argparse
 import platform
@@ -33,7 +33,7 @@ from src.utils.schema import LABELLED_COLUMNS, TEXTS, Turns, average_over_swap
 from src.utils.stats import scores
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "floor.json"
+RESULT = ROOT / "benchmarks" / "results" / "baseline.json"
 REAL = [ROOT.parent / "shared" / "data" / f"arena_{name}.csv" for name in ("sample", "extra")]
 N_TRAIN, N_TEST = 57_477, 25_000  # the competition's
 SEEDS = (11, 12, 13, 14, 15)  # of the splits; none of them chose a setting
@@ -151,7 +151,7 @@ def main() -> None:
     config, real = BaselineConfig(), read_real()
     source = make_battles(2000, seed=0)[0][list(LABELLED_COLUMNS)] if real is None else real
     result = {
-        "command": "python benchmarks/floor.py",
+        "command": "python benchmarks/baseline.py",
         "machine": describe_machine(),
         "versions": measure_versions(),
         "config": config.to_json(),
