@@ -64,7 +64,11 @@ def cross_fit_thirteen(pairs: pd.DataFrame) -> np.ndarray:
 
 def score_real(pairs: pd.DataFrame, config: BaselineConfig) -> dict:
     """Cross-validate over several splits; losses are means over them, intervals resample prompts."""
-    labels, features, losses = pairs["label"].to_numpy(dtype=int), baseline.measure_features(pairs, config), []
+    labels, features, losses = (
+        pairs["label"].to_numpy(dtype=int),
+        baseline.measure_features(pairs, config),
+        [],
+    )
     for seed in SEEDS:
         split = add_groups_and_folds(pairs, seed=seed)
         members = baseline.cross_fit(split, config, features)
@@ -78,7 +82,12 @@ def score_real(pairs: pd.DataFrame, config: BaselineConfig) -> dict:
     for name, values in mean.items():
         low, high = scores.bootstrap_interval(values, groups)
         gap = scores.paired_difference(values, mean["13 style features"], groups)
-        rows[name] = {"log_loss": float(values.mean()), "low": low, "high": high, "less_13_style_features": gap}
+        rows[name] = {
+            "log_loss": float(values.mean()),
+            "low": low,
+            "high": high,
+            "less_13_style_features": gap,
+        }
     return {"n_pairs": len(pairs), "n_folds": 5, "seeds": list(SEEDS), "models": rows}
 
 
@@ -86,9 +95,13 @@ def enlarge(pairs: pd.DataFrame, n_pairs: int, seed: int) -> pd.DataFrame:
     """Draw battles with replacement; one word in ten of every text comes from another battle of the table."""
     rng = np.random.default_rng(seed)
     drawn = pairs.iloc[rng.integers(len(pairs), size=n_pairs)].reset_index(drop=True)
-    words = [word for turns in pairs["response_a"] for turn in turns for word in (turn or "").split(" ")]
+    words = [
+        word for turns in pairs["response_a"] for turn in turns for word in (turn or "").split(" ")
+    ]
     texts = {name: [_perturb(turns, words, rng) for turns in drawn[name]] for name in TEXTS}
-    return drawn.assign(id=np.arange(n_pairs), **{name: pd.Series(v, dtype=object) for name, v in texts.items()})
+    return drawn.assign(
+        id=np.arange(n_pairs), **{name: pd.Series(v, dtype=object) for name, v in texts.items()}
+    )
 
 
 def _perturb(turns: Turns, words: list[str], rng: np.random.Generator) -> Turns:
@@ -106,9 +119,14 @@ def _read_clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def measure_size(pairs: pd.DataFrame, config: BaselineConfig, n_train: int, n_test: int, seed: int = 0) -> dict:
+def measure_size(
+    pairs: pd.DataFrame, config: BaselineConfig, n_train: int, n_test: int, seed: int = 0
+) -> dict:
     """Train on all folds and predict at the competition's size: seconds and MiB."""
-    train, test = add_groups_and_folds(enlarge(pairs, n_train, seed)), enlarge(pairs, n_test, seed + 1)
+    train, test = (
+        add_groups_and_folds(enlarge(pairs, n_train, seed)),
+        enlarge(pairs, n_test, seed + 1),
+    )
     marks = [_read_clocks()]
     features = baseline.measure_features(train, config)
     marks.append(_read_clocks())
@@ -119,7 +137,9 @@ def measure_size(pairs: pd.DataFrame, config: BaselineConfig, n_train: int, n_te
     marks.append(_read_clocks())
     floor.predict_probs(test)
     marks.append(_read_clocks())
-    spent = pd.DataFrame(np.diff(marks, axis=0), ["measure", "cross_fit", "fit", "predict"], ["wall_s", "cpu_s"])
+    spent = pd.DataFrame(
+        np.diff(marks, axis=0), ["measure", "cross_fit", "fit", "predict"], ["wall_s", "cpu_s"]
+    )
     spent.loc["train_all"] = spent.loc[["measure", "cross_fit", "fit"]].sum()
     characters = sum(len(turn or "") for name in TEXTS for turns in train[name] for turn in turns)
     return {
@@ -136,7 +156,11 @@ def measure_size(pairs: pd.DataFrame, config: BaselineConfig, n_train: int, n_te
 def describe_machine() -> str:
     """Processor and cores, as far as the system tells them."""
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     model = names[0].split(":")[1].strip() if names else platform.machine()
     return f"{platform.system()}, {model}, {os.cpu_count()} cores"
 
@@ -144,7 +168,9 @@ def describe_machine() -> str:
 def main() -> None:
     """Measure and write from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n-train", type=int, default=N_TRAIN, help="training battles of the full size")
+    parser.add_argument(
+        "--n-train", type=int, default=N_TRAIN, help="training battles of the full size"
+    )
     parser.add_argument("--n-test", type=int, default=N_TEST, help="test battles of the full size")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -155,12 +181,16 @@ def main() -> None:
         "machine": describe_machine(),
         "versions": measure_versions(),
         "config": config.to_json(),
-        "rows_are": "demo battles" if real is None else "real battles, drawn with replacement and perturbed",
+        "rows_are": "demo battles"
+        if real is None
+        else "real battles, drawn with replacement and perturbed",
         "real": None if real is None else score_real(real, config),
         "full_size": measure_size(source, config, options.n_train, options.n_test),
     }
     if real is None and options.out.exists():
-        result["real"] = read_json(options.out)["real"]  # measured where the real battles were at hand
+        result["real"] = read_json(options.out)[
+            "real"
+        ]  # measured where the real battles were at hand
     write_json(options.out, result)
     print(f"wrote {os.path.relpath(options.out)}", file=sys.stderr)
 

@@ -26,7 +26,14 @@ import numpy as np
 import pandas as pd
 
 from src.utils.battles import demo, readers, style
-from src.utils.runs import Stopwatch, encode_turns, measure_peak_mib, measure_versions, read_json, write_json
+from src.utils.runs import (
+    Stopwatch,
+    encode_turns,
+    measure_peak_mib,
+    measure_versions,
+    read_json,
+    write_json,
+)
 from src.utils.schema import LABELS, TEXTS, Turns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,10 +106,22 @@ PATTERNS = {
     "share_uppercase": r"[A-Z]",
     "share_non_ascii": r"[^\x00-\x7f]",
 }
-SAME = ("n_chars", "n_lines", "n_punctuation", "n_commas", "n_question_marks", "n_exclamation_marks", "n_list_items")
+SAME = (
+    "n_chars",
+    "n_lines",
+    "n_punctuation",
+    "n_commas",
+    "n_question_marks",
+    "n_exclamation_marks",
+    "n_list_items",
+)
 STOPWORDS = {word.decode() for word in style.STOPWORDS}
 CODE = r"```|def |import |#include|</|\{\n|\(\);|SELECT |function |public class"
-SCRIPTS = {"Latin": r"[A-Za-z\u00c0-\u024f]", "Cyrillic": r"[\u0400-\u04ff]", "CJK": r"[\u3040-\u30ff\u3400-\u9fff]"}
+SCRIPTS = {
+    "Latin": r"[A-Za-z\u00c0-\u024f]",
+    "Cyrillic": r"[\u0400-\u04ff]",
+    "CJK": r"[\u3040-\u30ff\u3400-\u9fff]",
+}
 HEDGES = re.compile("|".join(rf"\b{word.decode()}\b" for word in sorted(style.HEDGES)))
 
 
@@ -182,8 +201,14 @@ def run_rows(path: Path, out: Path) -> None:
 
 def finish(out: Path, seconds: float, table: pd.DataFrame) -> None:
     """Leave time, memory, and the sums that both ways must agree on."""
-    sums = {f"{name}_{side}": float(table[f"{name}_{side}"].astype(float).sum()) for name in SAME for side in "ab"}
-    write_json(out, {"seconds": round(seconds, 2), "peak_mib": round(measure_peak_mib()), "sums": sums})
+    sums = {
+        f"{name}_{side}": float(table[f"{name}_{side}"].astype(float).sum())
+        for name in SAME
+        for side in "ab"
+    }
+    write_json(
+        out, {"seconds": round(seconds, 2), "peak_mib": round(measure_peak_mib()), "sums": sums}
+    )
 
 
 def in_own_process(act: Callable[[Path, Path], None], path: Path, out: Path) -> dict:
@@ -207,8 +232,22 @@ def used_cpu_s() -> float:
 def run_notebook(path: Path, artifacts: Path) -> dict:
     """Run the whole of 01 through the runner: kernel, figures and files included."""
     watch, before_s = Stopwatch(), used_cpu_s()
-    command = [sys.executable, "-m", "src.utils.suite.run", "--only", "01", "--profile", "full", "--force"]
-    subprocess.run([*command, "--data", path, "--artifacts", artifacts], cwd=ROOT, check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "src.utils.suite.run",
+        "--only",
+        "01",
+        "--profile",
+        "full",
+        "--force",
+    ]
+    subprocess.run(
+        [*command, "--data", path, "--artifacts", artifacts],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     left = read_json(artifacts / "01_eda" / "bias.json")
     assert left["n_pairs"] == len(pd.read_csv(path, usecols=["id"])), "01 lost rows"
     return {
@@ -223,12 +262,16 @@ def run_notebook(path: Path, artifacts: Path) -> dict:
 def main() -> None:
     """Measure, print, and record where all battles were used."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--battles", type=int, default=N_BATTLES, help="fewer make a trial that is not recorded")
+    parser.add_argument(
+        "--battles", type=int, default=N_BATTLES, help="fewer make a trial that is not recorded"
+    )
     n_battles, load = parser.parse_args().battles, os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.csv"
         battles, origin = make_battles(n_battles, np.random.default_rng(SEED))
-        n_chars = int(sum(len(turn or "") for name in TEXTS for turns in battles[name] for turn in turns))
+        n_chars = int(
+            sum(len(turn or "") for name in TEXTS for turns in battles[name] for turn in turns)
+        )
         write_battles(path, battles)
         del battles
         notebook = run_notebook(path, Path(folder) / "artifacts")
@@ -236,7 +279,11 @@ def main() -> None:
         rows = in_own_process(run_rows, path, Path(folder) / "rows.json")
         n_bytes = path.stat().st_size
     sums, others = library.pop("sums"), rows.pop("sums")
-    wrong = {name: (sums[name], others[name]) for name in sums if not np.isclose(sums[name], others[name], rtol=1e-4)}
+    wrong = {
+        name: (sums[name], others[name])
+        for name in sums
+        if not np.isclose(sums[name], others[name], rtol=1e-4)
+    }
     assert not wrong, f"the two ways count differently: {wrong}"
     results = {
         "command": "python benchmarks/eda.py",
@@ -245,7 +292,12 @@ def main() -> None:
         "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
         "versions": measure_versions(),
         "seed": SEED,
-        "battles": {"n": n_battles, "from": origin, "characters": n_chars, "megabytes": round(n_bytes / 1e6, 1)},
+        "battles": {
+            "n": n_battles,
+            "from": origin,
+            "characters": n_chars,
+            "megabytes": round(n_bytes / 1e6, 1),
+        },
         "whole_01": notebook,
         "text_features": {"measure_style": library, "pandas_apply": rows},
         "ratio_of_text_features": round(rows["seconds"] / library["seconds"], 2),

@@ -45,31 +45,49 @@ from src.utils.runs import Stopwatch, measure_peak_mib, write_json
 RESULT = ROOT / "benchmarks" / "results" / "inference.json"
 N_TEST = 25_000  # battles of the competition's hidden test
 N_WARMUP = 8  # battles read before the clock starts
-CPU_TOKENS_PER_BATCH = 4096  # without gradients a CPU reads smaller batches faster, which stay in its cache
+CPU_TOKENS_PER_BATCH = (
+    4096  # without gradients a CPU reads smaller batches faster, which stay in its cache
+)
 TARGETS = {"Trainer.predict": 5.0, "one row at a time": 1.5}  # rows/s of ours over theirs, CPU
 
 
-def read_ours(model: nn.Module, tokenizer, pairs: pd.DataFrame, tokens_per_batch: int) -> tuple[np.ndarray, float]:
+def read_ours(
+    model: nn.Module, tokenizer, pairs: pd.DataFrame, tokens_per_batch: int
+) -> tuple[np.ndarray, float]:
     """Sorted by length under a budget of tokens, and packed where the architecture allows it."""
-    probs = predict_probs(model, tokenizer, pairs, max_tokens=MAX_TOKENS, tokens_per_batch=tokens_per_batch, swap=False)
+    probs = predict_probs(
+        model,
+        tokenizer,
+        pairs,
+        max_tokens=MAX_TOKENS,
+        tokens_per_batch=tokens_per_batch,
+        swap=False,
+    )
     if can_pack(model):
         return probs, 0.0
     lengths = np.array([len(row) for row in encode_pairs(pairs, tokenizer, MAX_TOKENS)])
     return probs, padding_share(lengths, make_batches(lengths, tokens_per_batch))
 
 
-def read_one_by_one(model: nn.Module, tokenizer, pairs: pd.DataFrame, _: int) -> tuple[np.ndarray, float]:
+def read_one_by_one(
+    model: nn.Module, tokenizer, pairs: pd.DataFrame, _: int
+) -> tuple[np.ndarray, float]:
     """One row at a time, in file order."""
     device = choose_device()
     dtype, logits = choose_dtype(device, model.config.hidden_size), []
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         for row in encode_pairs(pairs, tokenizer, MAX_TOKENS):
-            batch = {name: tensor.to(device) for name, tensor in collate([row], tokenizer.pad_token_id).items()}
+            batch = {
+                name: tensor.to(device)
+                for name, tensor in collate([row], tokenizer.pad_token_id).items()
+            }
             logits.append(model(**batch).logits.double().cpu())
     return torch.softmax(torch.cat(logits), dim=1).numpy(), 0.0
 
 
-def read_with_trainer(model: nn.Module, tokenizer, pairs: pd.DataFrame, _: int) -> tuple[np.ndarray, float]:
+def read_with_trainer(
+    model: nn.Module, tokenizer, pairs: pd.DataFrame, _: int
+) -> tuple[np.ndarray, float]:
     """Trainer.predict as it comes: eight rows in file order, padded to the longest."""
     rows = encode_pairs(pairs, tokenizer, MAX_TOKENS)
     dtype = choose_dtype(choose_device(), model.config.hidden_size)
@@ -87,7 +105,9 @@ def read_with_trainer(model: nn.Module, tokenizer, pairs: pd.DataFrame, _: int) 
     n_rows = arguments.per_device_eval_batch_size
     lengths = np.array([len(row) for row in rows])
     batches = np.split(np.arange(len(rows)), np.arange(n_rows, len(rows), n_rows))
-    return torch.softmax(torch.from_numpy(np.asarray(logits)).double(), dim=1).numpy(), padding_share(lengths, batches)
+    return torch.softmax(
+        torch.from_numpy(np.asarray(logits)).double(), dim=1
+    ).numpy(), padding_share(lengths, batches)
 
 
 WAYS: dict[str, Callable] = {
@@ -129,17 +149,26 @@ def project(ways: dict[str, dict], on_gpu: bool) -> dict[str, object]:
     if not on_gpu:
         return {"hours_on_two_gpus": None, "why": "no GPU was measured"}
     hours = 2 * N_TEST / ways["ours"]["rows_per_second"] / 3600
-    return {"hours_on_two_gpus": hours / 2, "why": f"projected from one such GPU, {N_TEST:,} rows in both orders"}
+    return {
+        "hours_on_two_gpus": hours / 2,
+        "why": f"projected from one such GPU, {N_TEST:,} rows in both orders",
+    }
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=0, help="another number makes a trial that is not recorded")
+    parser.add_argument(
+        "--rows", type=int, default=0, help="another number makes a trial that is not recorded"
+    )
     options = parser.parse_args()
     on_gpu = choose_device().type == "cuda"
     setup = SETUPS["base" if on_gpu else "small"]
-    config = setup.config if on_gpu else dataclasses.replace(setup.config, tokens_per_batch=CPU_TOKENS_PER_BATCH)
+    config = (
+        setup.config
+        if on_gpu
+        else dataclasses.replace(setup.config, tokens_per_batch=CPU_TOKENS_PER_BATCH)
+    )
     n_rows = options.rows or (2000 if on_gpu else 240)
     pairs, source = read_battles(n_rows)
     with tempfile.TemporaryDirectory() as folder:

@@ -58,7 +58,11 @@ REAL = [SHARED / f"arena_{name}.csv" for name in ("sample", "extra")]
 MAX_TOKENS = 2048  # of one row, as in notebook 03
 ROWS_PER_STEP = 8  # of the optimiser, at least: alike for all ways
 N_WARMUP = 1  # batches before the clock starts
-TARGETS = {"Trainer's default": 5.0, "4 at a time": 1.4, "1 at a time": 1.4}  # rows/s of ours over theirs, CPU
+TARGETS = {
+    "Trainer's default": 5.0,
+    "4 at a time": 1.4,
+    "1 at a time": 1.4,
+}  # rows/s of ours over theirs, CPU
 SEED = 20240501
 
 
@@ -77,11 +81,18 @@ class Setup:
     n_rows: int
 
 
-ROPE = {name: {"rope_type": "default", "rope_theta": 160_000.0} for name in ("full_attention", "sliding_attention")}
+ROPE = {
+    name: {"rope_type": "default", "rope_theta": 160_000.0}
+    for name in ("full_attention", "sliding_attention")
+}
 SETUPS = {
     "small": Setup(
         ModernBertConfig(
-            hidden_size=384, intermediate_size=576, num_hidden_layers=6, num_attention_heads=6, rope_parameters=ROPE
+            hidden_size=384,
+            intermediate_size=576,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            rope_parameters=ROPE,
         ),
         FinetuneConfig(tokens_per_batch=8192),
         n_rows=128,
@@ -102,7 +113,12 @@ SETUPS = {
         n_rows=160,
     ),
 }
-WAYS = {"ours": 0, "Trainer's default": 8, "4 at a time": 4, "1 at a time": 1}  # rows of a batch; 0: by tokens
+WAYS = {
+    "ours": 0,
+    "Trainer's default": 8,
+    "4 at a time": 4,
+    "1 at a time": 1,
+}  # rows of a batch; 0: by tokens
 
 
 # ── rows and models ───────────────────────────────────────────────────────────────────
@@ -113,25 +129,37 @@ def read_battles(n_pairs: int, seed: int = SEED) -> tuple[pd.DataFrame, str]:
     rng = np.random.default_rng(seed)
     if all(path.exists() for path in REAL):
         real = load_pairs(REAL)[0]
-        order = np.concatenate([rng.permutation(len(real)) for _ in range(-(-n_pairs // len(real)))])
+        order = np.concatenate(
+            [rng.permutation(len(real)) for _ in range(-(-n_pairs // len(real)))]
+        )
         return real.iloc[order[:n_pairs]].reset_index(drop=True), "real"
     pairs = make_battles(n_pairs, seed=seed)[0]
     for name in ("response_a", "response_b"):
         repeats = np.exp(rng.normal(1.0, 0.9, n_pairs)).astype(int) + 1
-        pairs[name] = [(" ".join([turns[0] or ""] * n),) for turns, n in zip(pairs[name], repeats, strict=True)]
+        pairs[name] = [
+            (" ".join([turns[0] or ""] * n),) for turns, n in zip(pairs[name], repeats, strict=True)
+        ]
     return pairs, "demo"
 
 
-def read_tokenizer(kind: str, pairs: pd.DataFrame, folder: Path) -> tuple[PreTrainedTokenizerFast, str]:
+def read_tokenizer(
+    kind: str, pairs: pd.DataFrame, folder: Path
+) -> tuple[PreTrainedTokenizerFast, str]:
     """The real tokenizer of "modernbert" or "qwen3" where it is at hand, else one learned from the battles."""
     real = SHARED / "tokenizers" / {"modernbert": "olmo_bpe", "qwen3": "qwen2_5"}[kind]
     if not real.exists():
         tiny = FinetuneConfig(checkpoint=f"tiny:{kind}", revision="")
-        return AutoTokenizer.from_pretrained(prepare_base(tiny, pairs, folder, n_lessons=0)), "learned from the battles"
+        return AutoTokenizer.from_pretrained(
+            prepare_base(tiny, pairs, folder, n_lessons=0)
+        ), "learned from the battles"
     if kind == "qwen3":
         return AutoTokenizer.from_pretrained(real), real.name
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
-    return PreTrainedTokenizerFast(tokenizer_file=str(real / "tokenizer.json"), **special), real.name
+    special = {
+        f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(real / "tokenizer.json"), **special
+    ), real.name
 
 
 def write_checkpoint(setup: Setup, tokenizer, folder: Path) -> Path:
@@ -149,7 +177,9 @@ def write_checkpoint(setup: Setup, tokenizer, folder: Path) -> Path:
 # ── pure parts ────────────────────────────────────────────────────────────────────────
 
 
-def plan(lengths: np.ndarray, n_rows: int, tokens_per_batch: int, is_packed: bool = False) -> list[np.ndarray]:
+def plan(
+    lengths: np.ndarray, n_rows: int, tokens_per_batch: int, is_packed: bool = False
+) -> list[np.ndarray]:
     """Rows of each batch: under a budget of tokens when `n_rows` is 0, else so many in random order."""
     if not n_rows:
         return (make_packs if is_packed else make_batches)(lengths, tokens_per_batch, SEED)
@@ -159,7 +189,9 @@ def plan(lengths: np.ndarray, n_rows: int, tokens_per_batch: int, is_packed: boo
 
 def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:
     """Share of the tokens of padded batches that are padding."""
-    return 1 - float(lengths.sum()) / sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return 1 - float(lengths.sum()) / sum(
+        len(batch) * int(lengths[batch].max()) for batch in batches
+    )
 
 
 def count_weights(shape: PreTrainedConfig) -> int:
@@ -168,7 +200,9 @@ def count_weights(shape: PreTrainedConfig) -> int:
     if shape.model_type == "modernbert":
         attention = 4 * width**2
     else:
-        attention = 2 * width * shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
+        attention = (
+            2 * width * shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
+        )
     return shape.num_hidden_layers * (attention + 3 * width * hidden)
 
 
@@ -187,7 +221,10 @@ def count_training_flops(shape: PreTrainedConfig, lengths: np.ndarray, is_frozen
     if shape.model_type == "modernbert":
         types = shape.layer_types
         seen = [
-            np.minimum(lengths, shape.local_attention + 1) if kind == "sliding_attention" else lengths for kind in types
+            np.minimum(lengths, shape.local_attention + 1)
+            if kind == "sliding_attention"
+            else lengths
+            for kind in types
         ]
         width = shape.hidden_size
     else:
@@ -203,7 +240,9 @@ def count_training_flops(shape: PreTrainedConfig, lengths: np.ndarray, is_frozen
 def run_alone(device: str, act: Callable, *args: object):
     """Run in a process of its own, which sees no GPU when `device` is "cpu"."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_hide_gpus, initargs=(device == "cpu",)) as executor:
+    with ProcessPoolExecutor(
+        1, mp_context=context, initializer=_hide_gpus, initargs=(device == "cpu",)
+    ) as executor:
         return executor.submit(act, *args).result()
 
 
@@ -216,7 +255,9 @@ def measure_peak_flops(hidden_size: int) -> float:
     """Floating-point operations a second of the best of many large matrix products, in the precision of the model."""
     device = choose_device()
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=choose_dtype(device, hidden_size)) for _ in range(2))
+    a, b = (
+        torch.randn(n, n, device=device, dtype=choose_dtype(device, hidden_size)) for _ in range(2)
+    )
     best_s = float("inf")
     for _ in range(30):
         watch = Stopwatch()
@@ -228,7 +269,11 @@ def measure_peak_flops(hidden_size: int) -> float:
 def prepare(setup: Setup, tokenizer, folder: Path) -> tuple[Path, float, dict[str, object]]:
     """Write the model; where it is, the peak of matrix products, and what the device is."""
     width = setup.shape.hidden_size
-    return write_checkpoint(setup, tokenizer, folder), measure_peak_flops(width), describe_device(width)
+    return (
+        write_checkpoint(setup, tokenizer, folder),
+        measure_peak_flops(width),
+        describe_device(width),
+    )
 
 
 class Lesson:
@@ -256,9 +301,14 @@ class Lesson:
         for place, rows in enumerate(batches, start=1):
             inputs = {name: tensor.to(self.device) for name, tensor in self._collate(rows).items()}
             targets = torch.arange(len(rows), device=self.device) % len(LABELS)
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            with torch.autocast(
+                self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+            ):
                 logits = self.model(**inputs).logits
-            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / ROWS_PER_STEP
+            loss = (
+                nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+                / ROWS_PER_STEP
+            )
             self.scaler.scale(loss).backward()
             total += loss.detach()
             n_open += len(rows)
@@ -276,7 +326,9 @@ class Lesson:
         self.optimizer.zero_grad()
 
 
-def measure(way: str, folder: Path, config: FinetuneConfig, rows: list[list[int]]) -> dict[str, float | None]:
+def measure(
+    way: str, folder: Path, config: FinetuneConfig, rows: list[list[int]]
+) -> dict[str, float | None]:
     """Train in one way; the model has trained on some batches before, which are not timed."""
     lengths = np.array([len(row) for row in rows])
     lesson = Lesson(folder, config, way == "ours")
@@ -288,7 +340,11 @@ def measure(way: str, folder: Path, config: FinetuneConfig, rows: list[list[int]
         lesson.train(seen[:N_WARMUP])
         watch, before_s = Stopwatch(), time.process_time()
         lesson.train(seen)
-        seconds, cpu_seconds, peak_mib = watch.seconds, time.process_time() - before_s, measure_peak_mib()
+        seconds, cpu_seconds, peak_mib = (
+            watch.seconds,
+            time.process_time() - before_s,
+            measure_peak_mib(),
+        )
     except torch.OutOfMemoryError:
         seconds = cpu_seconds = peak_mib = None
     lesson.optimizer.zero_grad()
@@ -299,7 +355,9 @@ def measure(way: str, folder: Path, config: FinetuneConfig, rows: list[list[int]
         "tokens_per_second": seconds and float(lengths.sum()) / seconds,
         "padding_share": 0.0 if lesson.is_packed else padding_share(lengths, batches),
         "peak_mib": peak_mib,
-        "longest_row_tok": find_longest(lesson, WAYS[way] or 1) if lesson.device.type == "cuda" else None,
+        "longest_row_tok": find_longest(lesson, WAYS[way] or 1)
+        if lesson.device.type == "cuda"
+        else None,
     }
 
 
@@ -323,7 +381,9 @@ def run(name: str, device: str, n_rows: int) -> dict[str, object]:
     setup = SETUPS[name]
     pairs, source = read_battles(n_rows)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, origin = read_tokenizer(setup.shape.model_type, pairs, Path(folder) / "tokenizer")
+        tokenizer, origin = read_tokenizer(
+            setup.shape.model_type, pairs, Path(folder) / "tokenizer"
+        )
         rows = encode_pairs(pairs, tokenizer, MAX_TOKENS)
         base, peak, described = run_alone(device, prepare, setup, tokenizer, Path(folder) / "base")
         ways = {way: run_alone(device, measure, way, base, setup.config, rows) for way in WAYS}
@@ -367,10 +427,14 @@ def describe_device(hidden_size: int) -> dict[str, object]:
 def plot_ways(ax: Axes, ways: dict[str, dict], name: str) -> Axes:
     """Show one number of every way, ours first; a way that memory did not hold has no bar."""
     values = [row[name] for row in ways.values()]
-    bars = ax.barh(list(ways), [value or 0 for value in values], color=[ACCENT] + [MUTED] * (len(ways) - 1))
+    bars = ax.barh(
+        list(ways), [value or 0 for value in values], color=[ACCENT] + [MUTED] * (len(ways) - 1)
+    )
     ours = values[0]
     labels = [
-        "out of memory" if value is None else f"{value:,.{1 if value < 100 else 0}f}" + _compare(ours, value, name)
+        "out of memory"
+        if value is None
+        else f"{value:,.{1 if value < 100 else 0}f}" + _compare(ours, value, name)
         for value in values
     ]
     ax.bar_label(bars, labels, padding=4)
@@ -383,7 +447,11 @@ def plot_ways(ax: Axes, ways: dict[str, dict], name: str) -> Axes:
 def _compare(ours: float | None, value: float, name: str) -> str:
     if ours is None or value == ours:
         return ""
-    return f"  (ours: {ours / value:.1f}×)" if name == "rows_per_second" else f"  (ours: {ours / value:.0%})"
+    return (
+        f"  (ours: {ours / value:.1f}×)"
+        if name == "rows_per_second"
+        else f"  (ours: {ours / value:.0%})"
+    )
 
 
 def draw(runs: dict[str, dict], folder: Path) -> None:
@@ -393,7 +461,9 @@ def draw(runs: dict[str, dict], folder: Path) -> None:
         ("rows_per_second", "battles trained on per second", "training_throughput.png"),
         ("peak_mib", "peak memory, MiB", "training_memory.png"),
     ):
-        fig, axes = plt.subplots(len(runs), 1, figsize=(9, 2.9 * len(runs)), squeeze=False, layout="constrained")
+        fig, axes = plt.subplots(
+            len(runs), 1, figsize=(9, 2.9 * len(runs)), squeeze=False, layout="constrained"
+        )
         for ax, (title, run_) in zip(axes[:, 0], runs.items(), strict=True):
             plot_ways(ax, run_["ways"], name)
             ax.set(title=f"{title}, {run_['dtype']}", xlabel=label)
@@ -409,31 +479,52 @@ def choose_runs(name: str) -> list[tuple[str, str]]:
     return [("small", "cpu")] + ([("base", "cuda"), ("qwen3-4b", "cuda")] if has_gpu else [])
 
 
-TITLES = {"small": "ModernBERT, 6 layers × 384", "base": "ModernBERT-base", "qwen3-4b": "Qwen3-4B, NF4 + LoRA"}
+TITLES = {
+    "small": "ModernBERT, 6 layers × 384",
+    "base": "ModernBERT-base",
+    "qwen3-4b": "Qwen3-4B, NF4 + LoRA",
+}
 
 
 def main() -> None:
     """Measure, print, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["all", *SETUPS], default="all", help="all: what this machine is good for")
-    parser.add_argument("--rows", type=int, default=0, help="another number makes a trial that is not recorded")
+    parser.add_argument(
+        "--model",
+        choices=["all", *SETUPS],
+        default="all",
+        help="all: what this machine is good for",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=0, help="another number makes a trial that is not recorded"
+    )
     options = parser.parse_args()
     runs = {}
     for name, device in choose_runs(options.model):
-        title = f"{TITLES[name]} on {device.upper().replace('CUDA', 'a GPU').replace('CPU', 'a CPU')}"
+        title = (
+            f"{TITLES[name]} on {device.upper().replace('CUDA', 'a GPU').replace('CPU', 'a CPU')}"
+        )
         runs[title] = run(name, device, options.rows or SETUPS[name].n_rows)
         report(title, runs[title])
     if not options.rows:
         kept = read_json(RESULT)["runs"] if RESULT.exists() else {}
         write_json(
-            RESULT, {"command": "python -m benchmarks.training", "seed": SEED, "targets": TARGETS, "runs": kept | runs}
+            RESULT,
+            {
+                "command": "python -m benchmarks.training",
+                "seed": SEED,
+                "targets": TARGETS,
+                "runs": kept | runs,
+            },
         )
         draw(kept | runs, ROOT / "assets")
 
 
 def report(title: str, result: dict) -> None:
     """Print one run."""
-    print(f"{title}: {result['device']}, {result['dtype']}, matrix products {result['matmul_tflops']:.2f} TFLOP/s")
+    print(
+        f"{title}: {result['device']}, {result['dtype']}, matrix products {result['matmul_tflops']:.2f} TFLOP/s"
+    )
     for way, row in result["ways"].items():
         if row["seconds"] is None:
             print(f"  {way:18} out of memory")

@@ -73,7 +73,11 @@ def zip_package(root: Path = paths.ROOT) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted((root / "src").rglob("*.py")):
-            archive.writestr(zipfile.ZipInfo(str(file.relative_to(root))), file.read_bytes(), zipfile.ZIP_DEFLATED)
+            archive.writestr(
+                zipfile.ZipInfo(str(file.relative_to(root))),
+                file.read_bytes(),
+                zipfile.ZIP_DEFLATED,
+            )
     return buffer.getvalue()
 
 
@@ -94,7 +98,9 @@ def make_kernel(notebook: Path = NOTEBOOK) -> nbformat.NotebookNode:
     return kernel
 
 
-def make_metadata(owner: str, members: list[str], model_sources: Sequence[str] = ()) -> dict[str, dict]:
+def make_metadata(
+    owner: str, members: list[str], model_sources: Sequence[str] = ()
+) -> dict[str, dict]:
     """Fill in the owner and the attached models; a kernel of the CPU baseline alone asks for no GPU.
 
     Args:
@@ -105,11 +111,16 @@ def make_metadata(owner: str, members: list[str], model_sources: Sequence[str] =
     Returns:
         File name -> content, of both metadata files.
     """
-    texts = {name: (HERE / name).read_text() for name in ("kernel-metadata.json", "dataset-metadata.json")}
+    texts = {
+        name: (HERE / name).read_text()
+        for name in ("kernel-metadata.json", "dataset-metadata.json")
+    }
     made = {name: json.loads(text.replace("OWNER", owner)) for name, text in texts.items()}
     for source in model_sources:
         if len(source.split("/")) != 5:
-            raise ValueError(f"model source: expected owner/model/framework/variation/version, got {source!r}")
+            raise ValueError(
+                f"model source: expected owner/model/framework/variation/version, got {source!r}"
+            )
     made["kernel-metadata.json"]["model_sources"] = list(model_sources)
     if set(members) <= {BASELINE}:
         made["kernel-metadata.json"]["enable_gpu"] = False
@@ -132,7 +143,9 @@ def copy_runs(artifacts: Path, dataset: Path) -> list[str]:
     members = list(read_json(blend)["members"])
     for name in members:
         if not (artifacts / name / "metrics.json").exists():
-            raise FileNotFoundError(f"{artifacts / name}: the blend names it, but it is not finished.")
+            raise FileNotFoundError(
+                f"{artifacts / name}: the blend names it, but it is not finished."
+            )
         _copy_parts(artifacts / name, dataset / name, RUN_PARTS)
     if BASELINE in members:
         copy_embedder(artifacts / BASELINE, dataset / BASELINE)
@@ -148,7 +161,9 @@ def copy_equal(artifacts: Path, dataset: Path, members: Sequence[str]) -> list[s
     """
     for name in members:
         if not (artifacts / name / "metrics.json").exists():
-            raise FileNotFoundError(f"{artifacts / name}: not finished. Run `make run NB=01,{name[:2]}` first.")
+            raise FileNotFoundError(
+                f"{artifacts / name}: not finished. Run `make run NB=01,{name[:2]}` first."
+            )
         _copy_parts(artifacts / name, dataset / name, RUN_PARTS)
     if BASELINE in members:
         copy_embedder(artifacts / BASELINE, dataset / BASELINE)
@@ -167,11 +182,15 @@ def copy_embedder(run: Path, target: Path) -> None:
     checkpoint = read_json(run / "config.json").get("embeddings", "")
     if not checkpoint:
         return
-    from src.utils.models.embed import split_revision  # torch, which the CPU baseline is spared else
+    from src.utils.models.embed import (
+        split_revision,
+    )  # torch, which the CPU baseline is spared else
 
     source, revision = split_revision(checkpoint)
     if not Path(source).is_dir():
-        source = snapshot_download(source, revision=revision, allow_patterns=CHECKPOINT_FILES, local_files_only=True)
+        source = snapshot_download(
+            source, revision=revision, allow_patterns=CHECKPOINT_FILES, local_files_only=True
+        )
     (target / "model" / EMBEDDER).mkdir(parents=True)
     for pattern in CHECKPOINT_FILES:
         for file in Path(source).glob(pattern):
@@ -201,8 +220,24 @@ def download_wheels(folder: Path) -> None:
     """Download the wheels that Kaggle's image lacks, at its Python."""
     pins = (paths.ROOT / "requirements.txt").read_text().splitlines()
     wanted = [pin for pin in pins if pin.split("==")[0] in WHEELS]
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    target = ["--python-version", WHEEL_PYTHON, "--platform", WHEEL_PLATFORM, "--only-binary=:all:", "--dest", folder]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
+    target = [
+        "--python-version",
+        WHEEL_PYTHON,
+        "--platform",
+        WHEEL_PLATFORM,
+        "--only-binary=:all:",
+        "--dest",
+        folder,
+    ]
     subprocess.run([*pip, *target, *wanted], check=True)
 
 
@@ -243,11 +278,22 @@ def main() -> int:
     """Build from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--artifacts", type=Path, default=paths.artifacts_dir())
-    parser.add_argument("--owner", default=os.environ.get("KAGGLE_USERNAME", "OWNER"), help="Kaggle user name")
-    parser.add_argument("--wheels", action="store_true", help="add the wheels that Kaggle's image lacks")
-    parser.add_argument("--baseline", action="store_true", help="the CPU baseline alone: no GPU, no network, no blend needed")
     parser.add_argument(
-        "--equal", nargs="+", default=(), help="members at equal weight, e.g. 02_baseline 04_qwen, whatever 05 chose"
+        "--owner", default=os.environ.get("KAGGLE_USERNAME", "OWNER"), help="Kaggle user name"
+    )
+    parser.add_argument(
+        "--wheels", action="store_true", help="add the wheels that Kaggle's image lacks"
+    )
+    parser.add_argument(
+        "--baseline",
+        action="store_true",
+        help="the CPU baseline alone: no GPU, no network, no blend needed",
+    )
+    parser.add_argument(
+        "--equal",
+        nargs="+",
+        default=(),
+        help="members at equal weight, e.g. 02_baseline 04_qwen, whatever 05 chose",
     )
     parser.add_argument(
         "--model-sources",
@@ -259,12 +305,16 @@ def main() -> int:
     target = paths.ROOT / "build" / "kaggle"
     try:
         equal = (BASELINE,) if options.baseline else options.equal
-        members = build(options.artifacts, target, options.owner, options.wheels, options.model_sources, equal)
+        members = build(
+            options.artifacts, target, options.owner, options.wheels, options.model_sources, equal
+        )
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     size_mib = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 2**20
-    print(f"{target}: kernel/ and dataset/, {size_mib:.1f} MiB. Next steps: kaggle_kernel/README.md")
+    print(
+        f"{target}: kernel/ and dataset/, {size_mib:.1f} MiB. Next steps: kaggle_kernel/README.md"
+    )
     if options.owner == "OWNER":
         print("The owner is a placeholder: build again with KAGGLE_USERNAME=<you>.")
     for name in [] if options.model_sources else find_hub_bases(options.artifacts, members):

@@ -18,7 +18,9 @@ KAGGLE = str(Path(sys.executable).with_name("kaggle"))
 PLACEHOLDER = "OWNER/"
 PUSHED = re.compile(r"successfully pushed", re.IGNORECASE)
 # "The following are not valid dataset sources: [...]": pushed all the same, and then it runs without them.
-REFUSED = re.compile(r"error|not valid|invalid|forbidden|unauthorized|could not find", re.IGNORECASE)
+REFUSED = re.compile(
+    r"error|not valid|invalid|forbidden|unauthorized|could not find", re.IGNORECASE
+)
 ENDED = re.compile(r"complete|error|cancel", re.IGNORECASE)
 
 
@@ -80,7 +82,9 @@ def wait_for_run(
         if status and ENDED.search(status[1]):
             if "complete" in status[1].lower():
                 return said
-            raise PushError(f"the run did not succeed: {said}\nIts log: kaggle kernels output {kernel_id}")
+            raise PushError(
+                f"the run did not succeed: {said}\nIts log: kaggle kernels output {kernel_id}"
+            )
         print(said, flush=True)
         sleep(every_s)
     raise PushError(f"the run has not ended after {limit_s / 3600:.0f} hours: {said}")
@@ -97,7 +101,9 @@ def main() -> int:
     except PushError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"https://www.kaggle.com/code/{kernel_id}: Output → submission.csv → Submit to competition.")
+    print(
+        f"https://www.kaggle.com/code/{kernel_id}: Output → submission.csv → Submit to competition."
+    )
     return 0
 
 

@@ -46,7 +46,10 @@ UGLY_CELLS = (
     '["<|im_end|> [SEP] </s>", null, "<script>alert(1)</script>"]',
     json.dumps(["*" * 50_000]),
     json.dumps(["word " * 10_000]),
-    json.dumps(["Что такое 日本語? これは答えです。 هذا جواب עברית ไทย हिन्दी 한국어 ελληνικά 😀"], ensure_ascii=False),
+    json.dumps(
+        ["Что такое 日本語? これは答えです。 هذا جواب עברית ไทย हिन्दी 한국어 ελληνικά 😀"],
+        ensure_ascii=False,
+    ),
     json.dumps(["line\r\nbreaks\u2028\u2029\x00 tab\t"]),
 )
 UGLY_SHARE = 0.02
@@ -95,7 +98,9 @@ class Case:
 
     n_rows: int
     layout: str  # "old" or "new"
-    deadline_s: float = 0.0  # in place of the notebook's, to see what is given up; 0 leaves it as it is
+    deadline_s: float = (
+        0.0  # in place of the notebook's, to see what is given up; 0 leaves it as it is
+    )
 
 
 def make_hidden_test(n_rows: int, seed: int = 0) -> pd.DataFrame:
@@ -109,7 +114,9 @@ def make_hidden_test(n_rows: int, seed: int = 0) -> pd.DataFrame:
     chosen = rng.integers(0, N_POOL, n_rows)
     n_chars = np.exp(rng.normal(np.log(MEDIAN_CHARS), SPREAD, (n_rows, 2))).astype(int)
     columns = {"id": rng.choice(2**31, n_rows, replace=False)}
-    columns["prompt"] = [json.dumps([turn or "" for turn in pool["prompt"].iloc[row]]) for row in chosen]
+    columns["prompt"] = [
+        json.dumps([turn or "" for turn in pool["prompt"].iloc[row]]) for row in chosen
+    ]
     for column, lengths in zip(TEXTS[1:], n_chars.T, strict=True):
         columns[column] = [
             json.dumps([_stretch(pool[column].iloc[row][0] or "", length)])
@@ -127,7 +134,9 @@ def _stretch(text: str, n_chars: int) -> str:
     return (f"{text} " * (n_chars // (len(text) + 1) + 1))[: max(n_chars, 1)]
 
 
-def lay_out(root: Path, build: Path, case: Case, bases: Mapping[str, Path] = NO_BASES) -> np.ndarray:
+def lay_out(
+    root: Path, build: Path, case: Case, bases: Mapping[str, Path] = NO_BASES
+) -> np.ndarray:
     """Lay Kaggle's folders out under `root`.
 
     Args:
@@ -147,7 +156,9 @@ def lay_out(root: Path, build: Path, case: Case, bases: Mapping[str, Path] = NO_
     dataset = root / "input" / (f"datasets/{dataset_id}" if is_new else dataset_id.split("/")[1])
     competition.mkdir(parents=True)
     (root / "working").mkdir()
-    shutil.copytree(build / "dataset", dataset, ignore=shutil.ignore_patterns("dataset-metadata.json"))
+    shutil.copytree(
+        build / "dataset", dataset, ignore=shutil.ignore_patterns("dataset-metadata.json")
+    )
     for source in metadata["model_sources"]:
         owner, name, *version = source.split("/")
         place = root / "input" / (f"models/{owner}" if is_new else "") / name / "/".join(version)
@@ -164,7 +175,9 @@ def lay_out(root: Path, build: Path, case: Case, bases: Mapping[str, Path] = NO_
 def set_deadline(kernel: Path, deadline_s: float, target: Path) -> Path:
     """Write a copy of a kernel with another deadline, as papermill would: a cell after the parameters."""
     notebook = nbformat.read(kernel, as_version=4)
-    place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    place = next(
+        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
+    )
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(f"DEADLINE_S = {deadline_s}"))
     nbformat.write(notebook, target)
     return target
@@ -178,8 +191,15 @@ def cut_network(
     Returns:
         The command, its environment, and how it was done.
     """
-    if shutil.which("unshare") and not subprocess.run(["unshare", "-Urnm", "true"], capture_output=True).returncode:
-        return ["unshare", "-Urnm", "sh", "-c", NAMESPACE, "sh", *command], environment, "network namespace"
+    if (
+        shutil.which("unshare")
+        and not subprocess.run(["unshare", "-Urnm", "true"], capture_output=True).returncode
+    ):
+        return (
+            ["unshare", "-Urnm", "sh", "-c", NAMESPACE, "sh", *command],
+            environment,
+            "network namespace",
+        )
     (scratch / "sitecustomize.py").write_text(BLOCK_SOCKETS)
     for path in (Path(environment["ARENA_KAGGLE_ROOT"]) / "input").rglob("*"):
         path.chmod(path.stat().st_mode & ~0o222)
@@ -187,7 +207,11 @@ def cut_network(
 
 
 def rehearse(
-    build: Path, case: Case, root: Path, python: str = sys.executable, bases: Mapping[str, Path] = NO_BASES
+    build: Path,
+    case: Case,
+    root: Path,
+    python: str = sys.executable,
+    bases: Mapping[str, Path] = NO_BASES,
 ) -> dict:
     """Run the built kernel once and check what it leaves.
 
@@ -226,7 +250,12 @@ def rehearse(
     command, environment, isolation = cut_network(command, environment, scratch)
     start = time.monotonic()
     ran = subprocess.run(
-        command, cwd=root / "working", env=environment, capture_output=True, text=True, timeout=LIMIT_S
+        command,
+        cwd=root / "working",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
     )
     seconds = time.monotonic() - start
     if ran.returncode:
@@ -242,13 +271,18 @@ def describe(case: Case, timing: dict) -> str:
         f"{case.n_rows:,} rows, {case.layout} layout, {timing['isolation']}: "
         f"a valid submission.csv after {timing['seconds_of_kernel']:,} s"
     ]
-    lines += [f"  {n_pairs:,} battles by {members}" for members, n_pairs in timing["n_pairs_by_members"].items()]
+    lines += [
+        f"  {n_pairs:,} battles by {members}"
+        for members, n_pairs in timing["n_pairs_by_members"].items()
+    ]
     for member in timing["members"]:
         lines.append(
             f"  {member['member']}: {member['status']}, {member['seconds']:,} s, {member['n_reached']:,} battles, "
             f"{member['n_twice']:,} in both orders, {member['n_cut']:,} cut {member['note']}".rstrip()
         )
-    lines.append("  " + ", ".join(f"{name} {version}" for name, version in timing["versions"].items()))
+    lines.append(
+        "  " + ", ".join(f"{name} {version}" for name, version in timing["versions"].items())
+    )
     return "\n".join(lines)
 
 
@@ -260,7 +294,9 @@ def read_base(given: str) -> tuple[str, Path]:
     """
     name, _, folder = given.partition("=")
     if not name or not (Path(folder) / "config.json").is_file():
-        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER with a config.json in the folder, got {given!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=FOLDER with a config.json in the folder, got {given!r}"
+        )
     return name, Path(folder)
 
 
@@ -274,8 +310,12 @@ def main() -> int:
     """Rehearse from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=paths.ROOT / "build" / "kaggle")
-    parser.add_argument("--rows", type=int, default=25_000, help="distinct battles of the hidden test")
-    parser.add_argument("--deadline-s", type=float, default=0.0, help="a tighter deadline, to see what is given up")
+    parser.add_argument(
+        "--rows", type=int, default=25_000, help="distinct battles of the hidden test"
+    )
+    parser.add_argument(
+        "--deadline-s", type=float, default=0.0, help="a tighter deadline, to see what is given up"
+    )
     parser.add_argument("--python", default=sys.executable, help="interpreter of the kernel")
     parser.add_argument(
         "--base",
@@ -293,11 +333,15 @@ def main() -> int:
     bases, results = dict(options.base), []
     for source in read_json(options.build / "kernel" / "kernel-metadata.json")["model_sources"]:
         if source.split("/")[1] not in bases:
-            print(f"{source}: not laid out, as if it were not attached; give --base {source.split('/')[1]}=FOLDER")
+            print(
+                f"{source}: not laid out, as if it were not attached; give --base {source.split('/')[1]}=FOLDER"
+            )
     for case in (Case(0, "old"), Case(1, "old"), Case(options.rows, "new", options.deadline_s)):
         with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch:
             try:
-                timing = rehearse(options.build.resolve(), case, Path(scratch) / "kaggle", options.python, bases)
+                timing = rehearse(
+                    options.build.resolve(), case, Path(scratch) / "kaggle", options.python, bases
+                )
             except (RuntimeError, ValueError, OSError, subprocess.TimeoutExpired) as error:
                 print(f"{case.n_rows:,} rows, {case.layout} layout: {error}", file=sys.stderr)
                 return 1

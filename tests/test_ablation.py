@@ -31,7 +31,9 @@ def test_a_family_that_decides_is_dear_and_one_of_noise_is_not(demo_pairs):
     sign = np.where(demo_pairs["label"] == 0, 1.0, np.where(demo_pairs["label"] == 1, -1.0, 0.0))
     features.differences[:, list(STYLE_FEATURES).index("has_apology")] = sign
     table = ablate(demo_pairs, features, CONFIG)
-    assert table["family"].iloc[0] in ("apologies", "style as a whole") and table["low"].iloc[0] > 0.02
+    assert (
+        table["family"].iloc[0] in ("apologies", "style as a whole") and table["low"].iloc[0] > 0.02
+    )
     assert table["difference"].is_monotonic_decreasing
     assert table.set_index("family").loc["overlap with the prompt", "difference"] < 0.02
 

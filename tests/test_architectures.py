@@ -23,11 +23,32 @@ from src.utils.models.checkpoints import (
 from src.utils.models.template import encode_pairs, make_template
 from src.utils.training.fit import fit
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
-BERT_MARKS = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
-ROBERTA_MARKS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
-GEMMA_MARKS = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+BERT_MARKS = {
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+}
+ROBERTA_MARKS = {
+    "bos_token": "<s>",
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+}
+GEMMA_MARKS = {
+    "pad_token": "<pad>",
+    "eos_token": "<eos>",
+    "bos_token": "<bos>",
+    "unk_token": "<unk>",
+}
 LLAMA_MARKS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
 
 GEMMA_CHAT = (
@@ -60,7 +81,12 @@ DEBERTA = {
 # name: (class of the checkpoint, settings, special tokens, chat template)
 CHECKPOINTS = {
     "deberta-v2": ("DebertaV2ForMaskedLM", {**SIZES, **DEBERTA}, BERT_MARKS, ""),
-    "deberta-v3": ("DebertaV2ForMaskedLM", {**SIZES, **DEBERTA, "position_buckets": 16}, BERT_MARKS, ""),
+    "deberta-v3": (
+        "DebertaV2ForMaskedLM",
+        {**SIZES, **DEBERTA, "position_buckets": 16},
+        BERT_MARKS,
+        "",
+    ),
     "bert": ("BertForMaskedLM", SIZES, BERT_MARKS, ""),
     "roberta": ("RobertaForMaskedLM", {**SIZES, "max_position_embeddings": 514}, ROBERTA_MARKS, ""),
     "ettin": ("ModernBertForMaskedLM", {**SIZES, "classifier_pooling": "mean"}, BERT_MARKS, ""),
@@ -71,7 +97,12 @@ CHECKPOINTS = {
         {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
         CHATML,
     ),
-    "qwen3-base": ("Qwen3ForCausalLM", {**SIZES, **GROUPED}, {"pad_token": "<|end|>", "eos_token": "<|end|>"}, ""),
+    "qwen3-base": (
+        "Qwen3ForCausalLM",
+        {**SIZES, **GROUPED},
+        {"pad_token": "<|end|>", "eos_token": "<|end|>"},
+        "",
+    ),
     "llama": ("LlamaForCausalLM", {**SIZES, **GROUPED}, LLAMA_MARKS, LLAMA_CHAT),
     "gemma2": ("Gemma2ForCausalLM", {**SIZES, **GROUPED}, GEMMA_MARKS, GEMMA_CHAT),
     "gemma3": ("Gemma3ForCausalLM", {**SIZES, **GROUPED}, GEMMA_MARKS, GEMMA_CHAT),
@@ -83,17 +114,29 @@ CHECKPOINTS = {
     ),
 }
 ENCODERS = ("deberta-v2", "deberta-v3", "bert", "roberta", "ettin", "mmbert")
-MORE_TOKENS = ["<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>"]
+MORE_TOKENS = [
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|im_start|>",
+]
 
 
 def make_tokenizer(marks, chat):
-    special = [*dict.fromkeys(marks.values()), *(["<|reserved_special_token_0|>"] if chat == LLAMA_CHAT else [])]
+    special = [
+        *dict.fromkeys(marks.values()),
+        *(["<|reserved_special_token_0|>"] if chat == LLAMA_CHAT else []),
+    ]
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special + MORE_TOKENS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=400,
+        special_tokens=special + MORE_TOKENS,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     backend.train_from_iterator(["which answer does the user prefer"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **marks)
@@ -105,7 +148,9 @@ def write_checkpoint(name, folder):
     kind, settings, marks, chat = CHECKPOINTS[name]
     tokenizer = make_tokenizer(marks, chat)
     model_class = getattr(transformers, kind)
-    ids = {f"{word}_token_id": getattr(tokenizer, f"{word}_token_id") for word in ("pad", "bos", "eos")}
+    ids = {
+        f"{word}_token_id": getattr(tokenizer, f"{word}_token_id") for word in ("pad", "bos", "eos")
+    }
     torch.manual_seed(0)
     model = model_class(model_class.config_class(vocab_size=len(tokenizer), **ids, **settings))
     model.save_pretrained(folder)
@@ -137,29 +182,46 @@ def take_a_step(model, tokenizer, rows, labels):
 
 CASES = [(name, {"head": head}) for name in CHECKPOINTS for head in ("joint", "contrast")]
 CASES += [(name, {"lora_rank": 4}) for name in ENCODERS]
-CASES += [(name, {"quantization": kind}) for name in ("reward", "llama", "gemma3") for kind in ("4bit", "8bit")]
-CASES += [("bert", {"quantization": "4bit", "lora_rank": 4}), ("deberta-v3", {"quantization": "8bit", "lora_rank": 4})]
+CASES += [
+    (name, {"quantization": kind})
+    for name in ("reward", "llama", "gemma3")
+    for kind in ("4bit", "8bit")
+]
+CASES += [
+    ("bert", {"quantization": "4bit", "lora_rank": 4}),
+    ("deberta-v3", {"quantization": "8bit", "lora_rank": 4}),
+]
 
 
-@pytest.mark.parametrize(("name", "changes"), CASES, ids=lambda value: value if isinstance(value, str) else str(value))
-def test_any_checkpoint_is_trained_saved_and_loaded_by_its_name(name, changes, demo_pairs, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "changes"), CASES, ids=lambda value: value if isinstance(value, str) else str(value)
+)
+def test_any_checkpoint_is_trained_saved_and_loaded_by_its_name(
+    name, changes, demo_pairs, tmp_path
+):
     config = make_config(name, write_checkpoint(name, tmp_path / "base"), **changes)
     model, tokenizer = load_classifier(config)
     rows = encode_pairs(demo_pairs[:4], tokenizer, config.max_tokens)
     labels = torch.tensor(demo_pairs["label"][:4].to_numpy())
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     take_a_step(model, tokenizer, rows, labels)
-    moved = {n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])}
+    moved = {
+        n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])
+    }
     heads = head_names(model.get_base_model() if config.lora_rank else model)
     for head in heads:
         assert any(f"{head}." in n for n in moved), f"{head} did not move"
-    assert any(("lora_" in n) if config.lora_rank else not n.startswith(tuple(heads)) for n in moved)
+    assert any(
+        ("lora_" in n) if config.lora_rank else not n.startswith(tuple(heads)) for n in moved
+    )
 
     logits = read(model, tokenizer, rows)
     assert logits.shape == (4, 3) and logits.std() > 1e-4
     alone = torch.cat([read(model, tokenizer, [row]) for row in rows])
     torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-3)
-    again, tokenizer = load_finetuned(save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0"), config)
+    again, tokenizer = load_finetuned(
+        save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0"), config
+    )
     torch.testing.assert_close(read(again, tokenizer, rows), logits, atol=1e-5, rtol=1e-4)
 
 
@@ -171,7 +233,9 @@ def test_any_checkpoint_can_be_merged(name, demo_pairs, tmp_path):
     take_a_step(model, tokenizer, rows, torch.tensor(demo_pairs["label"][:4].to_numpy()))
     folder = save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0")
     merged, _ = merge(folder, config)
-    torch.testing.assert_close(read(merged, tokenizer, rows), read(model, tokenizer, rows), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        read(merged, tokenizer, rows), read(model, tokenizer, rows), atol=1e-4, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-base"])
@@ -181,12 +245,16 @@ def test_padding_is_a_token_of_the_tokenizer_that_no_battle_ends_with(name, demo
     assert 0 <= tokenizer.pad_token_id < n_tokens == len(tokenizer)
     assert make_template(tokenizer).pieces[-1][-1] != tokenizer.pad_token_id
     assert model.get_base_model().config.pad_token_id == tokenizer.pad_token_id
-    assert {"llama": "<|reserved_special_token_0|>"}.get(name, tokenizer.pad_token) == tokenizer.pad_token
+    assert {"llama": "<|reserved_special_token_0|>"}.get(
+        name, tokenizer.pad_token
+    ) == tokenizer.pad_token
 
 
 def test_padding_that_a_battle_ends_with_is_refused_by_the_template(demo_pairs):
     tokenizer = make_tokenizer({"pad_token": "<|end|>", "eos_token": "<|end|>"}, "")
-    with pytest.raises(ValueError, match=r"expected padding that no battle ends with, got <\|end\|>"):
+    with pytest.raises(
+        ValueError, match=r"expected padding that no battle ends with, got <\|end\|>"
+    ):
         encode_pairs(demo_pairs[:1], tokenizer, 320)
     tokenizer.pad_token = choose_pad_token(tokenizer)
     assert len(encode_pairs(demo_pairs[:1], tokenizer, 320)) == 1
@@ -196,7 +264,9 @@ def test_a_battle_begins_with_the_token_of_the_beginning_exactly_once():
     for chat in (LLAMA_CHAT, LLAMA_CHAT.replace("{{ bos_token }}", "")):
         tokenizer = make_tokenizer(LLAMA_MARKS, chat)
         bos = ("<|begin_of_text|>", tokenizer.bos_token_id)
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            f"{bos[0]} $A", special_tokens=[bos]
+        )
         first = make_template(tokenizer).pieces[0]
         assert first[0] == tokenizer.bos_token_id and first.count(tokenizer.bos_token_id) == 1
 
@@ -210,12 +280,16 @@ def test_a_template_that_would_write_the_date_reads_the_same_every_day():
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_a_budget_beyond_the_positions_of_a_checkpoint_says_what_fits(name, demo_pairs, tmp_path):
     config = make_config(name, write_checkpoint(name, tmp_path / "base"), max_tokens=513)
-    with pytest.raises(ValueError, match=r"max_tokens: expected at most 512.*set MAX_TOKENS to 512 or less"):
+    with pytest.raises(
+        ValueError, match=r"max_tokens: expected at most 512.*set MAX_TOKENS to 512 or less"
+    ):
         fit(demo_pairs[:60], config, tmp_path / "run")
 
 
 def test_relative_positions_read_beyond_their_training_length(demo_pairs, tmp_path):
-    config = make_config("deberta-v3", write_checkpoint("deberta-v3", tmp_path / "base"), lora_rank=4)
+    config = make_config(
+        "deberta-v3", write_checkpoint("deberta-v3", tmp_path / "base"), lora_rank=4
+    )
     model, tokenizer = load_classifier(config)
     assert read(model, tokenizer, [[5] * 700]).isfinite().all()
 
@@ -227,7 +301,9 @@ def test_a_checkpoint_that_lacks_a_weight_of_its_base_is_named(tmp_path):
     weights = load_file(file)
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 are missing or have another shape: model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(
+        ValueError, match=r"1 are missing or have another shape: model\.layers\.1\.mlp\.up_proj"
+    ):
         load_classifier(make_config("llama", tmp_path / "base"))
 
 
@@ -241,8 +317,12 @@ def test_the_head_of_a_reward_model_is_dropped_without_a_word(tmp_path, capfd, c
 
 
 @pytest.mark.parametrize("head", ["joint", "contrast"])
-def test_a_head_that_an_older_transformers_keeps_is_dropped(head, demo_pairs, tmp_path, monkeypatch):
-    config = make_config("reward", write_checkpoint("reward", tmp_path / "base"), quantization="4bit", head=head)
+def test_a_head_that_an_older_transformers_keeps_is_dropped(
+    head, demo_pairs, tmp_path, monkeypatch
+):
+    config = make_config(
+        "reward", write_checkpoint("reward", tmp_path / "base"), quantization="4bit", head=head
+    )
     model, tokenizer = load_classifier(config)
     folder = save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0")
     load_weights = PreTrainedModel.from_pretrained.__func__
@@ -257,4 +337,6 @@ def test_a_head_that_an_older_transformers_keeps_is_dropped(head, demo_pairs, tm
     assert fresh.shape == (3, SIZES["hidden_size"]) and 0 < fresh.std() < 0.1
     again, _ = load_finetuned(folder, config)
     rows = encode_pairs(demo_pairs[:4], tokenizer, config.max_tokens)
-    torch.testing.assert_close(read(again, tokenizer, rows), read(model, tokenizer, rows), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        read(again, tokenizer, rows), read(model, tokenizer, rows), atol=1e-5, rtol=1e-4
+    )

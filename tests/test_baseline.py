@@ -18,7 +18,15 @@ from src.utils.models.baseline import (
     measure_features,
     save_baseline,
 )
-from src.utils.schema import LABELLED_COLUMNS, LABELS, check_probs, probs_of, swap_labels, swap_pairs, swap_probs
+from src.utils.schema import (
+    LABELLED_COLUMNS,
+    LABELS,
+    check_probs,
+    probs_of,
+    swap_labels,
+    swap_pairs,
+    swap_probs,
+)
 from src.utils.stats.scores import class_prior, log_loss
 
 CONFIG = BaselineConfig(n_hashed=4096, n_trees=10)
@@ -44,7 +52,10 @@ def test_blocks_multiply_like_the_matrices_side_by_side():
     rng = np.random.default_rng(0)
     dense, text = rng.normal(size=(6, 3)), sparse.random(6, 5, density=0.5, format="csr", rng=rng)
     scales = np.array([1.0, 2.0, 3.0])
-    blocks, whole = Blocks(((dense, scales), (text, np.float32(0.5)))), np.hstack([dense * scales, text.toarray() / 2])
+    blocks, whole = (
+        Blocks(((dense, scales), (text, np.float32(0.5)))),
+        np.hstack([dense * scales, text.toarray() / 2]),
+    )
     right, left = rng.normal(size=8), rng.normal(size=6)
     assert blocks.shape == whole.shape
     np.testing.assert_allclose(blocks.times(right), whole @ right)
@@ -59,7 +70,9 @@ def test_what_ties_read_of_a_text_has_no_signs(ugly_pairs):
 
 
 def test_features_change_sign_or_stay_under_the_swap(ugly_pairs):
-    features, swapped = (measure_features(pairs, CONFIG) for pairs in (ugly_pairs, swap_pairs(ugly_pairs)))
+    features, swapped = (
+        measure_features(pairs, CONFIG) for pairs in (ugly_pairs, swap_pairs(ugly_pairs))
+    )
     np.testing.assert_array_equal(swapped.differences, features.swap().differences)
     np.testing.assert_array_equal(swapped.shared, features.shared)
     for name, block in features.texts.items():
@@ -75,7 +88,9 @@ def test_runs_of_bytes_are_marked_once_and_told_apart():
 
 def test_exchanging_the_answers_exchanges_the_columns(model, ugly_pairs):
     probs = model.predict_probs(ugly_pairs)
-    np.testing.assert_allclose(model.predict_probs(swap_pairs(ugly_pairs)), swap_probs(probs), atol=1e-12)
+    np.testing.assert_allclose(
+        model.predict_probs(swap_pairs(ugly_pairs)), swap_probs(probs), atol=1e-12
+    )
     assert np.abs(probs[:, 0] - probs[:, 1]).max() > 0.01
 
 
@@ -96,9 +111,15 @@ def test_a_prediction_does_not_depend_on_its_neighbours(model, ugly_pairs, monke
 
 def test_the_model_on_disk_predicts_the_same(model, ugly_pairs, tmp_path):
     save_baseline(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["baseline.json", "linear.safetensors", "trees.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "baseline.json",
+        "linear.safetensors",
+        "trees.txt",
+    ]
     loaded = load_baseline(tmp_path)
-    np.testing.assert_allclose(loaded.predict_probs(ugly_pairs), model.predict_probs(ugly_pairs), atol=1e-12)
+    np.testing.assert_allclose(
+        loaded.predict_probs(ugly_pairs), model.predict_probs(ugly_pairs), atol=1e-12
+    )
     assert loaded.config == CONFIG and loaded.blend == model.blend
 
 
@@ -115,7 +136,9 @@ def test_it_learns_what_voters_value(arena, model):
 
 def test_a_refusal_lowers_the_odds(model, arena):
     pairs = arena[0].head(50)
-    refusing = pairs.assign(response_a=[("I'm sorry, but I cannot help with that request.",)] * len(pairs))
+    refusing = pairs.assign(
+        response_a=[("I'm sorry, but I cannot help with that request.",)] * len(pairs)
+    )
     assert (model.predict_probs(refusing)[:, 0] < model.predict_probs(pairs)[:, 0]).mean() > 0.8
 
 
@@ -128,7 +151,9 @@ def test_held_out_votes_do_not_move_their_own_prediction(arena):
     for name in before:
         np.testing.assert_array_equal(before[name][held_out], after[name][held_out], err_msg=name)
         assert not np.array_equal(before[name][~held_out], after[name][~held_out])
-    np.testing.assert_array_equal(blend_folds(pairs, before)[held_out], blend_folds(changed, before)[held_out])
+    np.testing.assert_array_equal(
+        blend_folds(pairs, before)[held_out], blend_folds(changed, before)[held_out]
+    )
 
 
 def test_fitting_the_mirrored_battles_gives_the_same_linear_model(arena):
@@ -151,12 +176,18 @@ def test_davidsons_model_is_recovered_from_many_votes():
     labels = (rng.random((20_000, 1)) > probs.cumsum(axis=1)[:, :-1]).sum(axis=1)
     found = fit_davidson(block(differences), block(shared), labels, ridge=1e-3)
     assert found.differences == pytest.approx(weights, abs=0.05)
-    assert found.shared == pytest.approx(tie, abs=0.05) and found.intercept == pytest.approx(intercept, abs=0.05)
+    assert found.shared == pytest.approx(tie, abs=0.05) and found.intercept == pytest.approx(
+        intercept, abs=0.05
+    )
 
 
 def test_the_fit_is_the_best_penalised_one():
     rng = np.random.default_rng(0)
-    differences, shared, labels = rng.normal(size=(200, 2)), rng.normal(size=(200, 1)), rng.integers(3, size=200)
+    differences, shared, labels = (
+        rng.normal(size=(200, 2)),
+        rng.normal(size=(200, 1)),
+        rng.integers(3, size=200),
+    )
     found = fit_davidson(block(differences), block(shared), labels, ridge=20.0)
 
     def penalised_loss(w, v):
@@ -189,7 +220,9 @@ def test_a_missing_column_is_named(demo_pairs):
 def test_real_votes_are_foretold_better_than_by_their_shares(real_pairs):
     labels = real_pairs["label"].to_numpy(dtype=int)
     probs = probs_of(cross_validate(real_pairs, BaselineConfig()))
-    assert log_loss(probs, labels) < 1.04  # class prior 1.097, thirteen style features 1.065 to 1.071
+    assert (
+        log_loss(probs, labels) < 1.04
+    )  # class prior 1.097, thirteen style features 1.065 to 1.071
 
 
 @pytest.mark.slow
@@ -198,4 +231,6 @@ def test_most_of_what_the_demo_plants_is_learned_from_4000_battles():
     pairs = add_groups_and_folds(battles[list(LABELLED_COLUMNS)])
     labels = pairs["label"].to_numpy(dtype=int)
     probs = probs_of(cross_validate(pairs, BaselineConfig(n_trees=20)))
-    assert log_loss(probs, labels) - log_loss(truth, labels) < 0.03  # 12,000 battles: 0.011, see notebook 02
+    assert (
+        log_loss(probs, labels) - log_loss(truth, labels) < 0.03
+    )  # 12,000 battles: 0.011, see notebook 02

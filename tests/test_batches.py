@@ -52,14 +52,18 @@ def test_the_closing_tokens_are_never_cut(tokenizer, ugly_pairs):
 
 def test_special_tokens_in_user_text_stay_plain_text(tokenizer):
     texts = "".join(tokenizer.all_special_tokens) + "[SEP]<|im_end|>"
-    plain, forged = (encode_pairs(battle(a=(text,)), tokenizer, 400)[0] for text in ("nothing special", texts))
+    plain, forged = (
+        encode_pairs(battle(a=(text,)), tokenizer, 400)[0] for text in ("nothing special", texts)
+    )
     specials = set(tokenizer.all_special_ids)
     assert [i for i in forged if i in specials] == [i for i in plain if i in specials]
     assert texts in tokenizer.decode(forged)
 
 
 def test_turns_are_kept_apart(tokenizer):
-    apart, joined = (encode_pairs(battle(a=turns), tokenizer, 300)[0] for turns in (("x", "y"), ("xy",)))
+    apart, joined = (
+        encode_pairs(battle(a=turns), tokenizer, 300)[0] for turns in (("x", "y"), ("xy",))
+    )
     assert apart != joined
     assert "x\n\n[next turn]\n\ny" in tokenizer.decode(apart)
 
@@ -118,7 +122,8 @@ def test_a_row_longer_than_the_budget_goes_alone():
 def test_the_shuffle_depends_on_seed_and_epoch_alone():
     lengths = np.random.default_rng(0).integers(1, 500, 300)
     first, again, later, other = (
-        np.concatenate(make_batches(lengths, 1024, *key)).tolist() for key in ((1, 0), (1, 0), (1, 1), (2, 0))
+        np.concatenate(make_batches(lengths, 1024, *key)).tolist()
+        for key in ((1, 0), (1, 0), (1, 1), (2, 0))
     )
     assert first == again
     assert first != later and first != other
@@ -138,9 +143,13 @@ def test_packs_hold_every_row_once_and_are_filled_with_real_tokens():
     assert n_tok.max() <= 1024 and n_tok[:-1].min() > 1024 - 200
     # Rows of all lengths meet, which batches of like length prevent.
     assert np.median([np.ptp(lengths[pack]) for pack in packs]) > 100
-    assert [pack.tolist() for pack in make_packs([99], 20, seed=0)] == [[0]] and make_packs([], 20, seed=0) == []
+    assert [pack.tolist() for pack in make_packs([99], 20, seed=0)] == [[0]] and make_packs(
+        [], 20, seed=0
+    ) == []
 
 
 def test_packs_are_dealt_anew_each_epoch_and_alike_for_a_seed():
-    first, again, later = (np.concatenate(make_packs(np.full(50, 10), 100, 1, epoch)).tolist() for epoch in (0, 0, 1))
+    first, again, later = (
+        np.concatenate(make_packs(np.full(50, 10), 100, 1, epoch)).tolist() for epoch in (0, 0, 1)
+    )
     assert first == again and first != later

@@ -6,14 +6,24 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, ModernBertConfig, Qwen3Config
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ModernBertConfig,
+    Qwen3Config,
+)
 
 from benchmarks import inference, training
 from src.utils.config import DecoderConfig
 from src.utils.paths import ROOT
 
 ENCODER = ModernBertConfig(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, pad_token_id=0
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    pad_token_id=0,
 )
 DECODER = Qwen3Config(
     vocab_size=97,
@@ -28,7 +38,9 @@ DECODER = Qwen3Config(
 LENGTHS = np.array([5, 1, 9, 3, 3, 7, 2])
 
 
-@pytest.mark.parametrize(("n_rows", "is_packed"), [(8, False), (4, False), (1, False), (0, False), (0, True)])
+@pytest.mark.parametrize(
+    ("n_rows", "is_packed"), [(8, False), (4, False), (1, False), (0, False), (0, True)]
+)
 def test_every_way_trains_on_every_row_once(n_rows, is_packed):
     batches = training.plan(LENGTHS, n_rows, 12, is_packed)
     assert sorted(np.concatenate(batches)) == list(range(len(LENGTHS)))
@@ -51,7 +63,9 @@ def test_the_weights_counted_are_those_of_the_layers_matrices(shape):
 
 def test_operations_are_six_a_weight_and_token_and_those_of_attention():
     one_token = training.count_training_flops(DECODER, np.array([1]), is_frozen=False)
-    assert one_token == 6 * training.count_weights(DECODER) + 12 * 64 * 2  # one key, two layers, 4 heads x 16
+    assert (
+        one_token == 6 * training.count_weights(DECODER) + 12 * 64 * 2
+    )  # one key, two layers, 4 heads x 16
     frozen = training.count_training_flops(DECODER, np.array([1]), is_frozen=True)
     assert one_token - frozen == 2 * training.count_weights(DECODER)
 
@@ -59,7 +73,8 @@ def test_operations_are_six_a_weight_and_token_and_those_of_attention():
 def test_a_local_layer_costs_no_more_attention_a_token_in_a_longer_row():
     weights = 6 * training.count_weights(ENCODER)
     short, long = (
-        training.count_training_flops(ENCODER, np.array([n]), is_frozen=False) / n - weights for n in (1000, 2000)
+        training.count_training_flops(ENCODER, np.array([n]), is_frozen=False) / n - weights
+        for n in (1000, 2000)
     )
     n_global = sum(kind == "full_attention" for kind in ENCODER.layer_types)
     assert 0 < n_global < 4 and long - short == pytest.approx(12 * 32 * 1000 * n_global)
@@ -69,14 +84,19 @@ def test_the_figures_can_show_a_way_that_memory_did_not_hold(tmp_path):
     row = {"rows_per_second": 2.0, "peak_mib": 900.0}
     ways = {"ours": row, "theirs": {"rows_per_second": None, "peak_mib": None}}
     training.draw({"a model on a GPU": {"dtype": "bfloat16", "ways": ways}}, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"training_throughput.png", "training_memory.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "training_throughput.png",
+        "training_memory.png",
+    }
 
 
 def test_a_quantised_decoder_is_trained_packed_and_padded(tiny_base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base("qwen3"))
     shape = Qwen3Config(**DECODER.to_dict() | {"vocab_size": len(tokenizer)})
     config = DecoderConfig(max_tokens=64, predict_tokens=64, tokens_per_batch=128)
-    folder = training.write_checkpoint(training.Setup(shape, config, n_rows=5), tokenizer, tmp_path / "base")
+    folder = training.write_checkpoint(
+        training.Setup(shape, config, n_rows=5), tokenizer, tmp_path / "base"
+    )
     rows = [[5, 6, 7] * n for n in (1, 9, 2, 4, 3)]
     ours, theirs = (training.measure(way, folder, config, rows) for way in ("ours", "4 at a time"))
     assert ours["padding_share"] == 0 < theirs["padding_share"]
@@ -85,15 +105,24 @@ def test_a_quantised_decoder_is_trained_packed_and_padded(tiny_base, tmp_path):
 
 def test_inference_is_compared_with_ours():
     probs = np.full((2, 3), 1 / 3)
-    ways = {name: {"probs": probs, "rows_per_second": speed} for name, speed in (("ours", 6.0), ("theirs", 2.0))}
+    ways = {
+        name: {"probs": probs, "rows_per_second": speed}
+        for name, speed in (("ours", 6.0), ("theirs", 2.0))
+    }
     inference.compare(ways)
-    assert ways["theirs"] == {"rows_per_second": 2.0, "largest_difference": 0.0, "speed_of_ours": 3.0}
+    assert ways["theirs"] == {
+        "rows_per_second": 2.0,
+        "largest_difference": 0.0,
+        "speed_of_ours": 3.0,
+    }
 
 
 def test_hours_on_a_gpu_are_projected_only_from_a_gpu():
     ways = {"ours": {"rows_per_second": 10.0}}
     assert inference.project(ways, on_gpu=False)["hours_on_two_gpus"] is None
-    assert inference.project(ways, on_gpu=True)["hours_on_two_gpus"] == pytest.approx(50_000 / 10 / 3600 / 2)
+    assert inference.project(ways, on_gpu=True)["hours_on_two_gpus"] == pytest.approx(
+        50_000 / 10 / 3600 / 2
+    )
 
 
 @pytest.mark.slow

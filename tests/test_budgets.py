@@ -14,7 +14,9 @@ def measured(demo_pairs, tiny_base):
     model, tokenizer = load_classifier(CONFIG, tiny_base("modernbert"))
     pairs = demo_pairs[:40].reset_index(drop=True)
     options = {"tokens_per_batch": 2048}
-    table = measure_budgets(model, tokenizer, pairs, max_tokens=512, budgets=(48, 96, 1024), n_pairs=40, **options)
+    table = measure_budgets(
+        model, tokenizer, pairs, max_tokens=512, budgets=(48, 96, 1024), n_pairs=40, **options
+    )
 
     def loss_at(budget):
         probs = predict_probs(model, tokenizer, pairs, max_tokens=budget, **options)

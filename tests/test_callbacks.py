@@ -22,7 +22,9 @@ def row(step, loss):
         ([1.0, 2.0, 3.0], 0, False),
     ],
 )
-def test_training_stalls_when_the_best_loss_lies_patience_validations_back(losses, patience, expected):
+def test_training_stalls_when_the_best_loss_lies_patience_validations_back(
+    losses, patience, expected
+):
     assert has_stalled(losses, patience) is expected
 
 
@@ -71,12 +73,17 @@ def test_a_notebook_has_one_figure_that_is_drawn_anew(shown, monkeypatch):
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: SimpleNamespace(kernel=None))
     draw(3)
     assert [action for action, _ in shown] == ["display", "update", "update"]
-    assert all(data.startswith(b"\x89PNG") for _, data in shown) and len({data for _, data in shown}) == 3
+    assert (
+        all(data.startswith(b"\x89PNG") for _, data in shown)
+        and len({data for _, data in shown}) == 3
+    )
 
 
 def test_nothing_is_drawn_outside_a_notebook(shown, monkeypatch):
     draw(2)
-    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: SimpleNamespace())  # a terminal
+    monkeypatch.setattr(
+        sys.modules["IPython"], "get_ipython", lambda: SimpleNamespace()
+    )  # a terminal
     draw(2)
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: SimpleNamespace(kernel=None))
     monkeypatch.setattr(callbacks, "rank", lambda: 1)

@@ -12,16 +12,30 @@ from transformers import PreTrainedModel
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.models import checkpoints
 from src.utils.models.batches import collate
-from src.utils.models.checkpoints import head_names, in_float32, load_classifier, load_finetuned, merge, save_model
+from src.utils.models.checkpoints import (
+    head_names,
+    in_float32,
+    load_classifier,
+    load_finetuned,
+    merge,
+    save_model,
+)
 from src.utils.models.template import encode_pairs
 from src.utils.models.tiny import make_tiny_checkpoint
 from src.utils.runs import atomic_folder
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="", max_tokens=128)
-DECODER = DecoderConfig(checkpoint="tiny:qwen3", revision="", quantization="none", lora_rank=4, max_tokens=192)
+DECODER = DecoderConfig(
+    checkpoint="tiny:qwen3", revision="", quantization="none", lora_rank=4, max_tokens=192
+)
 
 
-VARIANTS = [(q, v) for q in ("none", "8bit", "4bit") for v in ("plain", "rslora", "dora") if (q, v) != ("8bit", "dora")]
+VARIANTS = [
+    (q, v)
+    for q in ("none", "8bit", "4bit")
+    for v in ("plain", "rslora", "dora")
+    if (q, v) != ("8bit", "dora")
+]
 
 
 def logits_of(model, tokenizer, pairs):
@@ -53,7 +67,9 @@ def test_a_tiny_checkpoint_has_the_architecture_of_the_real_one(tiny_base):
 
 
 def test_the_same_seed_makes_the_same_checkpoint(tmp_path):
-    one, two = (make_tiny_checkpoint("qwen3", ["some words", None], tmp_path / name, 1) for name in "ab")
+    one, two = (
+        make_tiny_checkpoint("qwen3", ["some words", None], tmp_path / name, 1) for name in "ab"
+    )
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     assert (one / "tokenizer.json").read_bytes() == (two / "tokenizer.json").read_bytes()
 
@@ -73,7 +89,9 @@ def test_an_unreachable_checkpoint_says_what_to_do(monkeypatch):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nmore lines")
 
     monkeypatch.setattr(checkpoints.AutoTokenizer, "from_pretrained", refuse)
-    with pytest.raises(OSError, match=r"answerdotai/ModernBERT-base.*HF_HOME.*CHECKPOINT.*PROFILE=demo"):
+    with pytest.raises(
+        OSError, match=r"answerdotai/ModernBERT-base.*HF_HOME.*CHECKPOINT.*PROFILE=demo"
+    ):
         load_classifier(FinetuneConfig())
 
 
@@ -120,9 +138,13 @@ def test_lora_sits_on_every_linear_layer_of_attention_and_mlp_and_the_head_is_tr
         assert {p.dtype for _, p in trained} == {torch.float32}
 
 
-@pytest.mark.parametrize(("quantization", "layer"), [("8bit", bnb.nn.Linear8bitLt), ("4bit", bnb.nn.Linear4bit)])
+@pytest.mark.parametrize(
+    ("quantization", "layer"), [("8bit", bnb.nn.Linear8bitLt), ("4bit", bnb.nn.Linear4bit)]
+)
 def test_the_base_is_quantised_and_the_head_is_not(tiny_base, quantization, layer):
-    model, _ = load_classifier(dataclasses.replace(DECODER, quantization=quantization), tiny_base("qwen3"))
+    model, _ = load_classifier(
+        dataclasses.replace(DECODER, quantization=quantization), tiny_base("qwen3")
+    )
     plain = model.get_base_model()
     assert sum(isinstance(m, layer) for m in plain.model.modules()) == 14
     assert not any(isinstance(m, layer) for m in plain.score.modules())
@@ -131,10 +153,13 @@ def test_the_base_is_quantised_and_the_head_is_not(tiny_base, quantization, laye
 
 
 @pytest.mark.parametrize(("config", "kind"), [(ENCODER, "modernbert"), (DECODER, "qwen3")])
-def test_gradient_checkpointing_keeps_the_gradients_and_fewer_bytes(tiny_base, demo_pairs, config, kind):
+def test_gradient_checkpointing_keeps_the_gradients_and_fewer_bytes(
+    tiny_base, demo_pairs, config, kind
+):
     def gradient(is_on):
         model, tokenizer = load_classifier(
-            dataclasses.replace(config, gradient_checkpointing=is_on, lora_dropout=0.0), tiny_base(kind)
+            dataclasses.replace(config, gradient_checkpointing=is_on, lora_dropout=0.0),
+            tiny_base(kind),
         )
         batch = collate(encode_pairs(demo_pairs[:4], tokenizer, 192), tokenizer.pad_token_id)
         kept = {}
@@ -158,7 +183,11 @@ def test_gradient_checkpointing_keeps_the_gradients_and_fewer_bytes(tiny_base, d
 def test_an_older_transformers_checkpoints_by_another_name(tiny_base, monkeypatch):
     given = []
     monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable", raising=False)
-    monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable", lambda self, **options: given.append(options))
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "gradient_checkpointing_enable",
+        lambda self, **options: given.append(options),
+    )
     load_classifier(dataclasses.replace(DECODER, gradient_checkpointing=True), tiny_base("qwen3"))
     assert given == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}}]
 
@@ -172,12 +201,16 @@ def test_a_quantised_head_is_refused():
             self.model = nn.Linear(4, 4)
             self.score = bnb.nn.Linear8bitLt(4, 3)
 
-    with pytest.raises(TypeError, match="head score: expected 16- or 32-bit weights, got Linear8bitLt"):
+    with pytest.raises(
+        TypeError, match="head score: expected 16- or 32-bit weights, got Linear8bitLt"
+    ):
         checkpoints._check_heads(Classifier())
 
 
 def test_gradients_of_a_4bit_base_are_right_after_an_evaluation(tiny_base, demo_pairs):
-    model, tokenizer = load_classifier(dataclasses.replace(DECODER, quantization="4bit"), tiny_base("qwen3"))
+    model, tokenizer = load_classifier(
+        dataclasses.replace(DECODER, quantization="4bit"), tiny_base("qwen3")
+    )
     batch = collate(encode_pairs(demo_pairs[:4], tokenizer, 192), tokenizer.pad_token_id)
     labels = torch.tensor(demo_pairs["label"][:4].to_numpy())
 
@@ -193,7 +226,9 @@ def test_gradients_of_a_4bit_base_are_right_after_an_evaluation(tiny_base, demo_
 
 
 @pytest.mark.parametrize(("quantization", "variant"), VARIANTS)
-def test_saved_adapters_load_to_the_same_probabilities(tiny_base, demo_pairs, tmp_path, quantization, variant):
+def test_saved_adapters_load_to_the_same_probabilities(
+    tiny_base, demo_pairs, tmp_path, quantization, variant
+):
     config = dataclasses.replace(DECODER, quantization=quantization, lora_variant=variant)
     model, tokenizer = load_classifier(config, tiny_base("qwen3"))
     train_a_little(model, tokenizer, demo_pairs[:4])
@@ -204,7 +239,10 @@ def test_saved_adapters_load_to_the_same_probabilities(tiny_base, demo_pairs, tm
     again, _ = load_finetuned(folder, config, tiny_base("qwen3"))
     assert not again.training
     torch.testing.assert_close(
-        logits_of(again, tokenizer, demo_pairs[:8]), logits_of(model, tokenizer, demo_pairs[:8]), atol=1e-6, rtol=0
+        logits_of(again, tokenizer, demo_pairs[:8]),
+        logits_of(model, tokenizer, demo_pairs[:8]),
+        atol=1e-6,
+        rtol=0,
     )
 
 
@@ -215,7 +253,10 @@ def test_a_saved_encoder_is_complete_and_safe(tiny_base, demo_pairs, tmp_path):
     assert not [file for file in os.listdir(folder) if file.endswith((".bin", ".pt", ".pkl"))]
     again, _ = load_finetuned(folder, ENCODER)
     torch.testing.assert_close(
-        logits_of(again, tokenizer, demo_pairs[:8]), logits_of(model, tokenizer, demo_pairs[:8]), atol=1e-6, rtol=0
+        logits_of(again, tokenizer, demo_pairs[:8]),
+        logits_of(model, tokenizer, demo_pairs[:8]),
+        atol=1e-6,
+        rtol=0,
     )
 
 
@@ -230,20 +271,29 @@ def test_the_variants_of_lora_are_what_they_are_called(tiny_base, demo_pairs):
     config = dataclasses.replace(DECODER, lora_alpha=8.0)
     layers = {}
     for variant in ("plain", "rslora", "dora"):
-        model, tokenizer = load_classifier(dataclasses.replace(config, lora_variant=variant), tiny_base("qwen3"))
+        model, tokenizer = load_classifier(
+            dataclasses.replace(config, lora_variant=variant), tiny_base("qwen3")
+        )
         layers[variant] = model.base_model.model.model.layers[0].self_attn.q_proj
         before = {n: p.detach().clone() for n, p in model.named_parameters() if "magnitude" in n}
         train_a_little(model, tokenizer, demo_pairs[:4], 1)
         assert bool(before) == (variant == "dora")
-        assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+        assert all(
+            not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before
+        )
     assert layers["plain"].scaling["default"] == layers["dora"].scaling["default"] == 8 / 4
     assert layers["rslora"].scaling["default"] == 8 / 4**0.5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps the scales")
 def test_dora_on_an_8bit_base_on_a_cpu_is_refused(tiny_base):
-    with pytest.raises(ValueError, match="lora_variant: expected plain or rslora for an 8-bit base on a CPU"):
-        load_classifier(dataclasses.replace(DECODER, quantization="8bit", lora_variant="dora"), tiny_base("qwen3"))
+    with pytest.raises(
+        ValueError, match="lora_variant: expected plain or rslora for an 8-bit base on a CPU"
+    ):
+        load_classifier(
+            dataclasses.replace(DECODER, quantization="8bit", lora_variant="dora"),
+            tiny_base("qwen3"),
+        )
 
 
 def test_dora_starts_as_its_4bit_base(tiny_base, demo_pairs):
@@ -252,7 +302,9 @@ def test_dora_starts_as_its_4bit_base(tiny_base, demo_pairs):
     started = logits_of(model, tokenizer, demo_pairs[:4])
     with model.disable_adapter():
         model.base_model.model.score.enable_adapters(True)  # the head alone
-        torch.testing.assert_close(started, logits_of(model, tokenizer, demo_pairs[:4]), atol=2e-3, rtol=0)
+        torch.testing.assert_close(
+            started, logits_of(model, tokenizer, demo_pairs[:4]), atol=2e-3, rtol=0
+        )
 
 
 @pytest.mark.parametrize(("quantization", "variant"), VARIANTS)
@@ -268,7 +320,10 @@ def test_merging_gives_a_plain_model_with_the_same_probabilities(
     assert not isinstance(merged, PeftModel)
     assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
     torch.testing.assert_close(
-        logits_of(merged, tokenizer, demo_pairs[:8]), logits_of(unmerged, tokenizer, demo_pairs[:8]), atol=1e-5, rtol=0
+        logits_of(merged, tokenizer, demo_pairs[:8]),
+        logits_of(unmerged, tokenizer, demo_pairs[:8]),
+        atol=1e-5,
+        rtol=0,
     )
 
 

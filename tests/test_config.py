@@ -13,14 +13,17 @@ def capitals(config: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    "config", [EdaConfig(tokenizers=("x",)), BaselineConfig(), FinetuneConfig(folds=(0, 2)), DecoderConfig()]
+    "config",
+    [EdaConfig(tokenizers=("x",)), BaselineConfig(), FinetuneConfig(folds=(0, 2)), DecoderConfig()],
 )
 def test_settings_survive_json(config: object) -> None:
     assert type(config).from_json(config.to_json()) == config
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match="unknown setting 'learning_rat', did you mean 'learning_rate'"):
+    with pytest.raises(
+        ValueError, match="unknown setting 'learning_rat', did you mean 'learning_rate'"
+    ):
         FinetuneConfig.from_json({"learning_rat": 1})
 
 
@@ -35,8 +38,14 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name() -> None:
         ({"folds": ()}, "folds"),
         ({"sharding": "half"}, "sharding: expected none or full"),
         ({"sharding": "full", "n_processes": 1}, "sharding: expected none for one process"),
-        ({"sharding": "full", "quantization": "4bit", "lora_rank": 8}, "sharding: expected none for a quantised base"),
-        ({"sharding": "full", "optimizer": "adamw_8bit"}, "optimizer: expected adamw for parted weights"),
+        (
+            {"sharding": "full", "quantization": "4bit", "lora_rank": 8},
+            "sharding: expected none for a quantised base",
+        ),
+        (
+            {"sharding": "full", "optimizer": "adamw_8bit"},
+            "optimizer: expected adamw for parted weights",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_refused(change: dict, found: str) -> None:

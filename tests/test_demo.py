@@ -6,7 +6,14 @@ import numpy as np
 import pandas as pd
 import statsmodels.api as sm
 
-from src.utils.battles.demo import EFFECTS, MEASURES, make_arena, make_battles, measure_answer, true_probs
+from src.utils.battles.demo import (
+    EFFECTS,
+    MEASURES,
+    make_arena,
+    make_battles,
+    measure_answer,
+    true_probs,
+)
 from src.utils.battles.readers import load_pairs
 from src.utils.schema import LABELS, TIE, check_probs, swap_probs
 
@@ -20,7 +27,9 @@ def measure_differences(pairs: pd.DataFrame) -> np.ndarray:
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
-    first, again = (make_arena(tmp_path / name, n_battles=40, n_test=5, seed=3) for name in ("first", "again"))
+    first, again = (
+        make_arena(tmp_path / name, n_battles=40, n_test=5, seed=3) for name in ("first", "again")
+    )
     for path in sorted(first.iterdir()):
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
     other = make_arena(tmp_path / "other", n_battles=40, n_test=5, seed=4)
@@ -30,17 +39,32 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_the_truth_is_a_function_of_the_files_text_alone(tmp_path: Path) -> None:
     folder = make_arena(tmp_path, n_battles=60, n_test=5, seed=3)
     pairs, problems = load_pairs(folder / "train.csv")
-    truth = pd.read_parquet(folder / "truth.parquet").set_index("id").loc[pairs["id"], list(LABELS)].to_numpy()
-    again = [true_probs(*row) for row in zip(pairs["prompt"], pairs["response_a"], pairs["response_b"], strict=True)]
+    truth = (
+        pd.read_parquet(folder / "truth.parquet")
+        .set_index("id")
+        .loc[pairs["id"], list(LABELS)]
+        .to_numpy()
+    )
+    again = [
+        true_probs(*row)
+        for row in zip(pairs["prompt"], pairs["response_a"], pairs["response_b"], strict=True)
+    ]
     np.testing.assert_allclose(truth, again, atol=1e-12)
     check_probs(truth)
     assert problems.empty
 
 
-def test_without_the_position_bonus_the_truth_is_symmetric(ugly_pairs: pd.DataFrame, demo_pairs: pd.DataFrame) -> None:
+def test_without_the_position_bonus_the_truth_is_symmetric(
+    ugly_pairs: pd.DataFrame, demo_pairs: pd.DataFrame
+) -> None:
     for pairs in (ugly_pairs, demo_pairs.head(50)):
-        for prompt, a, b in zip(pairs["prompt"], pairs["response_a"], pairs["response_b"], strict=True):
-            probs, mirrored = true_probs(prompt, a, b, NO_POSITION), true_probs(prompt, b, a, NO_POSITION)
+        for prompt, a, b in zip(
+            pairs["prompt"], pairs["response_a"], pairs["response_b"], strict=True
+        ):
+            probs, mirrored = (
+                true_probs(prompt, a, b, NO_POSITION),
+                true_probs(prompt, b, a, NO_POSITION),
+            )
             np.testing.assert_allclose(swap_probs(mirrored[None])[0], probs)
 
 

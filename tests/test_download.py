@@ -24,14 +24,20 @@ def refuse(folder):
 
 
 def test_the_first_source_that_answers_is_taken(tmp_path):
-    sources = {"first": refuse, "second": give(train=HEADER, test="id\n"), "third": give(train="not asked")}
+    sources = {
+        "first": refuse,
+        "second": give(train=HEADER, test="id\n"),
+        "third": give(train="not asked"),
+    }
     assert fetch(tmp_path, sources) == "second"
     assert (tmp_path / "train.csv").read_text() == HEADER
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test.csv", "train.csv"]
 
 
 def test_a_failed_download_leaves_nothing_and_says_what_to_do_by_hand(tmp_path):
-    with pytest.raises(ConnectionError, match=r"(?s)network is down.*by hand.*kaggle\.com") as error:
+    with pytest.raises(
+        ConnectionError, match=r"(?s)network is down.*by hand.*kaggle\.com"
+    ) as error:
         fetch(tmp_path, {"Kaggle": refuse})
     assert str(tmp_path) in str(error.value)
     assert list(tmp_path.iterdir()) == []
@@ -67,7 +73,11 @@ def test_kaggle_without_credentials_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("told", "code", "error"),
     [
-        ("Authentication required to call the Kaggle API.\n\n  kaggle auth login", 1, PermissionError),
+        (
+            "Authentication required to call the Kaggle API.\n\n  kaggle auth login",
+            1,
+            PermissionError,
+        ),
         ("Downloading\n403 - accept the rules", 1, ConnectionError),
     ],
 )

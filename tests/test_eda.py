@@ -22,14 +22,22 @@ RESULTS = ROOT / "benchmarks" / "results" / "eda.json"
 def test_01_runs_without_names_on_few_rows_and_says_what_it_cannot_tell(tmp_path, n_rows):
     battles, _ = make_demo_battles(n_rows, seed=3)
     rows = battles[["id"]].assign(**{name: battles[name].map(json.dumps) for name in TEXTS})
-    rows = rows.assign(**{name: (battles["label"] == place).astype(int) for place, name in enumerate(LABELS)})
+    rows = rows.assign(
+        **{name: (battles["label"] == place).astype(int) for place, name in enumerate(LABELS)}
+    )
     rows.to_csv(tmp_path / "rows.csv", index=False)
     command = [sys.executable, "-m", "src.utils.suite.run", "--only", "01", "--profile", "full"]
     command += ["--data", tmp_path / "rows.csv", "--artifacts", tmp_path]
-    ran = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
     findings = json.loads((tmp_path / "01_eda" / "bias.json").read_text())
-    assert findings["n_pairs"] == n_rows and findings["strengths"] == [] and findings["bootstrap"] == []
+    assert (
+        findings["n_pairs"] == n_rows
+        and findings["strengths"] == []
+        and findings["bootstrap"] == []
+    )
     assert all(row["size"] is None or abs(row["size"]) < 20 for row in findings["verdict"])
     assert len(list((tmp_path / "01_eda" / "figures").glob("*.png"))) == 11
 
@@ -38,7 +46,9 @@ def test_the_row_wise_way_counts_the_same(demo_pairs):
     fast, slow = measure_style(demo_pairs.head(40)), demo_pairs.head(40).apply(measure_row, axis=1)
     for name in SAME:
         for side in "ab":
-            np.testing.assert_allclose(slow[f"{name}_{side}"].astype(float), fast[f"{name}_{side}"], rtol=1e-5)
+            np.testing.assert_allclose(
+                slow[f"{name}_{side}"].astype(float), fast[f"{name}_{side}"], rtol=1e-5
+            )
     assert {f"{name}_a" for name in STYLE_FEATURES} | set(PAIR_FEATURES) <= set(slow.columns)
 
 
@@ -47,7 +57,10 @@ def test_the_benchmark_makes_battles_as_long_as_the_competitions(monkeypatch):
         if path:
             monkeypatch.setattr("benchmarks.eda.REAL", [ROOT / path[0]])
         battles, _ = make_battles(400, np.random.default_rng(0))
-        lengths = [sum(len(turn or "") for name in TEXTS for turn in row[name]) for _, row in battles.iterrows()]
+        lengths = [
+            sum(len(turn or "") for name in TEXTS for turn in row[name])
+            for _, row in battles.iterrows()
+        ]
         assert 2200 < np.mean(lengths) < 4200  # 180 MB over 57,477 battles
 
 

@@ -40,11 +40,16 @@ PUDDING = np.array(
     ]
 )  # fmt: skip
 # PlackettLuce's vignette prints these, stopped after 7 iterations "to obtain the same worth parameters as Davidson".
-PUDDING_WORTHS, PUDDING_NU = (0.1388005, 0.1729985, 0.1617420, 0.1653930, 0.1586805, 0.2023855), 0.7468147
+PUDDING_WORTHS, PUDDING_NU = (
+    (0.1388005, 0.1729985, 0.1617420, 0.1653930, 0.1586805, 0.2023855),
+    0.7468147,
+)
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def draw_votes(n: int, seed: int, slope: float = 0.8, position: float = 0.2, nu: float = 0.9) -> tuple:
+def draw_votes(
+    n: int, seed: int, slope: float = 0.8, position: float = 0.2, nu: float = 0.9
+) -> tuple:
     """Votes of a Davidson model on one covariate, in pairs of battles with a shared prompt."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=n)
@@ -62,7 +67,9 @@ def test_winner_shares_sum_to_one_and_lie_in_their_intervals():
 
 def test_intervals_of_a_proportion_match_the_textbook():
     assert effects.proportion_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert effects.proportion_interval(5, 10, exact=True) == pytest.approx((0.1871, 0.8129), abs=1e-4)
+    assert effects.proportion_interval(5, 10, exact=True) == pytest.approx(
+        (0.1871, 0.8129), abs=1e-4
+    )
 
 
 def test_no_trials_give_no_interval():
@@ -73,8 +80,12 @@ def test_exchanging_the_positions_mirrors_the_position_effect():
     labels = np.repeat([0, 1, 2], [60, 40, 30])
     effect, mirrored = effects.position_effect(labels), effects.position_effect(swap_labels(labels))
     assert effect["share"] == 0.6 and effect["n"] == 100
-    assert effect["low"] == pytest.approx(1 - mirrored["high"]) and effect["log_odds"] == pytest.approx(np.log(1.5))
-    assert effect["p_value"] == pytest.approx(mirrored["p_value"]) == pytest.approx(0.0569, abs=1e-4)
+    assert effect["low"] == pytest.approx(1 - mirrored["high"]) and effect[
+        "log_odds"
+    ] == pytest.approx(np.log(1.5))
+    assert (
+        effect["p_value"] == pytest.approx(mirrored["p_value"]) == pytest.approx(0.0569, abs=1e-4)
+    )
 
 
 def test_ties_alone_say_nothing_about_position():
@@ -114,7 +125,9 @@ def test_holding_the_cause_constant_removes_what_only_follows_it():
     x, labels, groups = draw_votes(6000, seed=3)
     follower = x + np.random.default_rng(0).normal(size=len(x))
     alone = effects.effect_sizes(follower[:, None], ["f"], labels, groups).iloc[0]
-    held = effects.effect_sizes(follower[:, None], ["f"], labels, groups, controls=x[:, None]).iloc[0]
+    held = effects.effect_sizes(follower[:, None], ["f"], labels, groups, controls=x[:, None]).iloc[
+        0
+    ]
     assert alone["low"] > 0.3 and held["low"] < 0 < held["high"]
 
 
@@ -122,7 +135,8 @@ def test_clusters_widen_the_interval_when_votes_repeat():
     x, labels, _ = draw_votes(400, seed=3)
     again = np.repeat(np.arange(400), 4)
     clustered, naive = (
-        effects.effect_sizes(x[again, None], ["x"], labels[again], groups).iloc[0] for groups in (again, None)
+        effects.effect_sizes(x[again, None], ["x"], labels[again], groups).iloc[0]
+        for groups in (again, None)
     )
     ratio = (clustered["high"] - clustered["low"]) / (naive["high"] - naive["low"])
     assert ratio == pytest.approx(2, rel=0.02)
@@ -152,16 +166,25 @@ def test_strengths_match_the_published_example():
     wins = [(TEAMS[i], TEAMS[j]) for i in range(7) for j in range(7) for _ in range(WINS[i, j])]
     winner, loser = np.array(wins).T
     # Each game from both sides: positions are then even, as the published model has none.
-    fitted = ranking.fit_bradley_terry(np.r_[winner, loser], np.r_[loser, winner], np.repeat([0, 1], len(winner)))
+    fitted = ranking.fit_bradley_terry(
+        np.r_[winner, loser], np.r_[loser, winner], np.repeat([0, 1], len(winner))
+    )
     strengths = fitted.strengths.set_index("model")["strength"]
-    np.testing.assert_allclose(strengths[list(TEAMS)] - strengths["Baltimore"], ABILITIES, atol=2e-4)
+    np.testing.assert_allclose(
+        strengths[list(TEAMS)] - strengths["Baltimore"], ABILITIES, atol=2e-4
+    )
     assert strengths.sum() == pytest.approx(0, abs=1e-9)
     assert fitted.effects["log_odds_per_unit"].iloc[0] == pytest.approx(0, abs=1e-6)  # the position
     assert fitted.effects["reason"].iloc[1] == "no ties"
 
 
 def test_strengths_and_ties_match_davidsons_own_example():
-    votes = [(i, j, label) for i, j, *counts in PUDDING for label, count in enumerate(counts) for _ in range(count)]
+    votes = [
+        (i, j, label)
+        for i, j, *counts in PUDDING
+        for label, count in enumerate(counts)
+        for _ in range(count)
+    ]
     i, j, labels = np.array(votes).T
     # Each tasting from both sides: the published model has no position.
     fitted = ranking.fit_bradley_terry(
@@ -169,7 +192,9 @@ def test_strengths_and_ties_match_davidsons_own_example():
     )
     worths = softmax(fitted.strengths.sort_values("model")["strength"].to_numpy(dtype=float))
     np.testing.assert_allclose(worths, PUDDING_WORTHS, atol=2e-4)
-    assert np.exp(fitted.effects["log_odds_per_unit"].iloc[1]) == pytest.approx(PUDDING_NU, abs=2e-3)
+    assert np.exp(fitted.effects["log_odds_per_unit"].iloc[1]) == pytest.approx(
+        PUDDING_NU, abs=2e-3
+    )
 
 
 def test_davidson_recovers_what_was_planted():
@@ -188,7 +213,9 @@ def test_intervals_cover_the_planted_effect_at_their_rate_and_nulls_are_rarely_f
         noise = np.random.default_rng(seed + 1000).normal(size=500)
         both = np.column_stack([x, noise])
         if method == "davidson":
-            table = ranking.fit_votes(pd.DataFrame(both, columns=["x", "noise"]), labels, groups).effects
+            table = ranking.fit_votes(
+                pd.DataFrame(both, columns=["x", "noise"]), labels, groups
+            ).effects
             row, null = table.iloc[2], table.iloc[3]
             low, high = row["low"], row["high"]
         else:
@@ -198,15 +225,15 @@ def test_intervals_cover_the_planted_effect_at_their_rate_and_nulls_are_rarely_f
         covered += low < 0.5 < high
         found += not null["low"] < 0 < null["high"]
     # Four standard errors of a binomial around 95 % and 5 % of 200.
-    rates = (
-        f"{covered / 200:.1%} of intervals cover (95 % promised), {found / 200:.1%} of nulls are found (5 % promised)"
-    )
+    rates = f"{covered / 200:.1%} of intervals cover (95 % promised), {found / 200:.1%} of nulls are found (5 % promised)"
     assert 178 <= covered <= 200 and found <= 22, rates
 
 
 def test_strengths_and_style_on_the_demo_arena(demo_pairs):
     labels, groups = demo_pairs["label"].to_numpy(), demo_pairs["group"].to_numpy()
-    fitted = ranking.fit_bradley_terry(demo_pairs["model_a"], demo_pairs["model_b"], labels, groups=groups)
+    fitted = ranking.fit_bradley_terry(
+        demo_pairs["model_a"], demo_pairs["model_b"], labels, groups=groups
+    )
     shown = fitted.strengths.dropna(subset="strength").set_index("model")["strength"]
     assert shown["demo-owl"] > shown["demo-dodo"]
     assert fitted.reason is None and fitted.n == len(demo_pairs)
@@ -219,9 +246,13 @@ def test_exchanging_the_positions_changes_no_strength_and_negates_the_position(d
     mirrored = ranking.fit_bradley_terry(*positions[::-1], swap_labels(labels))
     columns = ["strength", "low", "high"]
     np.testing.assert_allclose(
-        given.strengths.sort_values("model")[columns], mirrored.strengths.sort_values("model")[columns], atol=1e-5
+        given.strengths.sort_values("model")[columns],
+        mirrored.strengths.sort_values("model")[columns],
+        atol=1e-5,
     )
-    position, position_mirrored = (fitted.effects["log_odds_per_unit"].iloc[0] for fitted in (given, mirrored))
+    position, position_mirrored = (
+        fitted.effects["log_odds_per_unit"].iloc[0] for fitted in (given, mirrored)
+    )
     assert position == pytest.approx(-position_mirrored, abs=1e-5)
 
 
@@ -238,7 +269,10 @@ def test_a_model_that_never_loses_gets_no_strength():
     labels = np.r_[np.zeros(40, dtype=int), rng.integers(3, size=100)]
     fitted = ranking.fit_bradley_terry(model_a, model_b, labels)
     rows = fitted.strengths.set_index("model")
-    assert np.isnan(rows.loc["champion", "strength"]) and "not linked" in rows.loc["champion", "reason"]
+    assert (
+        np.isnan(rows.loc["champion", "strength"])
+        and "not linked" in rows.loc["champion", "reason"]
+    )
     assert np.isfinite(rows.loc[["x", "y"], "strength"]).all() and fitted.n == 100
 
 
@@ -251,9 +285,14 @@ def test_a_strength_that_cannot_be_told_from_its_position_is_not_reported():
 def test_a_model_with_few_battles_is_fitted_but_not_reported():
     rng = np.random.default_rng(0)
     model_a, model_b = ["x"] * 100 + ["rare"] * 6, ["y"] * 103 + ["x"] * 3
-    fitted = ranking.fit_bradley_terry(model_a, model_b, np.r_[rng.integers(3, size=100), 0, 1, 2, 0, 1, 2])
+    fitted = ranking.fit_bradley_terry(
+        model_a, model_b, np.r_[rng.integers(3, size=100), 0, 1, 2, 0, 1, 2]
+    )
     rows = fitted.strengths.set_index("model")
-    assert np.isnan(rows.loc["rare", "strength"]) and rows.loc["rare", "reason"] == "6 battles, fewer than 30"
+    assert (
+        np.isnan(rows.loc["rare", "strength"])
+        and rows.loc["rare", "reason"] == "6 battles, fewer than 30"
+    )
     assert fitted.n == 106 and rows.loc[["x", "y"], "strength"].sum() == pytest.approx(0)
 
 
@@ -263,7 +302,9 @@ def test_a_handful_of_battles_gives_reasons_not_numbers(labels):
     model_a, model_b = ["x"] * len(labels), ["y"] * len(labels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fitted = ranking.fit_bradley_terry(model_a, model_b, labels, pd.DataFrame({"z": np.arange(len(labels)) * 1.0}))
+        fitted = ranking.fit_bradley_terry(
+            model_a, model_b, labels, pd.DataFrame({"z": np.arange(len(labels)) * 1.0})
+        )
         effects.position_effect(labels)
         effects.winner_shares(labels)
         ranking.model_records(model_a, model_b, labels)
@@ -277,13 +318,21 @@ def test_the_verdict_says_found_only_where_the_interval_excludes_nothing():
     found = effects.effect_sizes(
         np.column_stack([x, noise, np.zeros(2000)]), ["n_words", "noise", "n_urls"], labels, groups
     )
-    verdict = effects.make_verdict({"position A": effects.position_effect(labels)}, found).set_index("effect")
-    assert verdict.loc[["n_words", "noise", "n_urls"], "found"].tolist() == ["yes", "no", "cannot be estimated"]
+    verdict = effects.make_verdict(
+        {"position A": effects.position_effect(labels)}, found
+    ).set_index("effect")
+    assert verdict.loc[["n_words", "noise", "n_urls"], "found"].tolist() == [
+        "yes",
+        "no",
+        "cannot be estimated",
+    ]
     assert verdict.loc["position A", "advice"] == effects.ADVICE["position A"]
 
 
 def test_records_hold_nothing_that_json_refuses():
-    table = pd.DataFrame({"x": [np.float32(1.5), np.nan], "n": np.array([1, 2]), "reason": [None, "few"]})
+    table = pd.DataFrame(
+        {"x": [np.float32(1.5), np.nan], "n": np.array([1, 2]), "reason": [None, "few"]}
+    )
     records = effects.to_records(table)
     assert json.loads(json.dumps(records, allow_nan=False)) == records
     assert records[1]["x"] is None and records[0] == {"x": 1.5, "n": 1, "reason": None}
@@ -298,8 +347,15 @@ N_ARENAS, N_VOTES = 150, 900
 def arena():
     """1,800 demo battles: what voters look at (A − B), true probabilities, prompts."""
     pairs, probs = demo.make_battles(1800, seed=11)
-    measured = [np.array(list(map(demo.measure_answer, pairs["prompt"], pairs[f"response_{side}"]))) for side in "ab"]
-    return pd.DataFrame(measured[0] - measured[1], columns=demo.MEASURES), probs, add_groups_and_folds(pairs)
+    measured = [
+        np.array(list(map(demo.measure_answer, pairs["prompt"], pairs[f"response_{side}"])))
+        for side in "ab"
+    ]
+    return (
+        pd.DataFrame(measured[0] - measured[1], columns=demo.MEASURES),
+        probs,
+        add_groups_and_folds(pairs),
+    )
 
 
 def vote_again(arena, seed):
@@ -309,11 +365,18 @@ def vote_again(arena, seed):
     rows = rng.choice(len(probs), N_VOTES, replace=False)
     labels = (rng.random((N_VOTES, 1)) > probs[rows].cumsum(axis=1)[:, :-1]).sum(axis=1)
     noise = rng.normal(size=N_VOTES)
-    return measured.iloc[rows].reset_index(drop=True).assign(noise=noise), labels, pairs["group"].to_numpy()[rows]
+    return (
+        measured.iloc[rows].reset_index(drop=True).assign(noise=noise),
+        labels,
+        pairs["group"].to_numpy()[rows],
+    )
 
 
 def test_demo_intervals_cover_every_planted_effect_at_their_rate(arena):
-    planted = {**{name: getattr(demo.EFFECTS, name) for name in demo.MEASURES}, "position A": demo.EFFECTS.position}
+    planted = {
+        **{name: getattr(demo.EFFECTS, name) for name in demo.MEASURES},
+        "position A": demo.EFFECTS.position,
+    }
     planted |= {"tie": np.log(demo.EFFECTS.nu), "noise": 0.0}
     covered = dict.fromkeys(planted, 0)
     for seed in range(N_ARENAS):
@@ -344,8 +407,13 @@ def test_the_band_of_a_smooth_curve_covers_the_true_curve_at_about_its_rate():
     for seed in range(40):
         rng = np.random.default_rng(seed)
         x = np.abs(rng.normal(size=1500))
-        curve = effects.smooth_rate(x, rng.random(1500) < expit(1.2 * np.tanh(x)), n_boot=100, seed=seed)
-        inside.append(curve[["low", "high"]].sub(expit(1.2 * np.tanh(curve["value"])), axis=0).prod(axis=1) < 0)
+        curve = effects.smooth_rate(
+            x, rng.random(1500) < expit(1.2 * np.tanh(x)), n_boot=100, seed=seed
+        )
+        inside.append(
+            curve[["low", "high"]].sub(expit(1.2 * np.tanh(curve["value"])), axis=0).prod(axis=1)
+            < 0
+        )
     rate = np.mean(inside)
     assert 0.88 <= rate <= 0.99, f"{rate:.1%} of the curve lies in its 95 % band"
 
@@ -361,7 +429,11 @@ def test_exchanging_the_positions_changes_no_length_curve():
         strict=True,
     ):
         pd.testing.assert_frame_equal(given, mirrored)
-        assert len(given) and (given["low"] <= given["share"]).all() and (given["share"] <= given["high"]).all()
+        assert (
+            len(given)
+            and (given["low"] <= given["share"]).all()
+            and (given["share"] <= given["high"]).all()
+        )
 
 
 def test_a_resampled_curve_is_what_a_full_fit_would_give():
@@ -383,7 +455,9 @@ def test_votes_that_repeat_widen_the_band_of_their_curve():
     assert ratio == pytest.approx(2, rel=0.15)
 
 
-@pytest.mark.parametrize(("values", "n_hits"), [(np.arange(60.0), 20), (np.ones(400), 200), (np.empty(0), 0)])
+@pytest.mark.parametrize(
+    ("values", "n_hits"), [(np.arange(60.0), 20), (np.ones(400), 200), (np.empty(0), 0)]
+)
 def test_too_little_gives_no_curve(values, n_hits):
     assert effects.smooth_rate(values, np.arange(len(values)) < n_hits).empty
 
@@ -393,7 +467,10 @@ def test_too_little_gives_no_curve(values, n_hits):
 
 def test_levels_are_even_and_named_by_their_bounds():
     levels = effects.cut_levels(np.arange(1, 9), 2, " turns")
-    assert list(levels.categories) == ["1–4 turns", "4–8 turns"] and list(levels.codes) == [0] * 4 + [1] * 4
+    assert (
+        list(levels.categories) == ["1–4 turns", "4–8 turns"]
+        and list(levels.codes) == [0] * 4 + [1] * 4
+    )
     assert list(effects.cut_levels(np.ones(3), 4).categories) == ["1"]
     assert len(effects.cut_levels(np.empty(0), 4)) == 0
 
@@ -401,7 +478,9 @@ def test_levels_are_even_and_named_by_their_bounds():
 def test_position_is_found_to_depend_only_on_what_moves_it():
     rng = np.random.default_rng(0)
     part, idle = rng.integers(2, size=2000), rng.integers(3, size=2000)
-    labels = np.where(rng.random(2000) < 0.2, 2, (rng.random(2000) > np.where(part == 1, 0.65, 0.45)).astype(int))
+    labels = np.where(
+        rng.random(2000) < 0.2, 2, (rng.random(2000) > np.where(part == 1, 0.65, 0.45)).astype(int)
+    )
     table = effects.position_by({"part": part, "idle": idle}, labels)
     assert table["n"].sum() == 2 * (labels != 2).sum()
     p_values = table.groupby("property")["p_value"].first()
@@ -419,7 +498,8 @@ def test_bootstrap_and_sandwich_agree_on_the_demo_arena(arena, styled):
     covariates = measured[["log_words", "lists"]] if styled else None
     fitted = ranking.fit_bradley_terry(*positions, labels, covariates, pairs["group"])
     both = ranking.compare_intervals(
-        fitted.strengths, ranking.bootstrap_strengths(*positions, labels, covariates, pairs["group"], n_boot=1000)
+        fitted.strengths,
+        ranking.bootstrap_strengths(*positions, labels, covariates, pairs["group"], n_boot=1000),
     )
     assert len(both) == len(demo.CHATBOTS)
     assert both["width_ratio"].median() == pytest.approx(1, abs=0.1), both["width_ratio"].describe()
@@ -430,7 +510,9 @@ def test_a_resampled_strength_is_what_a_full_fit_would_give(arena):
     measured, _, pairs = arena
     labels = pairs["label"].to_numpy()
     models = sorted({*pairs["model_a"]})
-    design = ranking._design_models(pairs["model_a"].to_numpy(object), pairs["model_b"].to_numpy(object), models)
+    design = ranking._design_models(
+        pairs["model_a"].to_numpy(object), pairs["model_b"].to_numpy(object), models
+    )
     full, _, _ = ranking._add_covariates(design, measured[["log_words"]])
     codes = np.arange(len(labels))
     params, cov, _, _ = ranking._maximise(full, labels, codes, design.shape[1])
@@ -438,7 +520,9 @@ def test_a_resampled_strength_is_what_a_full_fit_would_give(arena):
     again = np.repeat(codes, weights)
     exact, _, _, _ = ranking._maximise(full[again], labels[again], again, design.shape[1])
     for n_steps, tolerance in ((1, 0.1), (2, 0.01)):
-        (draw,) = ranking._resample_davidson(params, full, labels, codes, 1, seed=3, n_steps=n_steps)
+        (draw,) = ranking._resample_davidson(
+            params, full, labels, codes, 1, seed=3, n_steps=n_steps
+        )
         assert (np.abs(draw - exact) / np.sqrt(np.diag(cov))).max() < tolerance
 
 
@@ -446,7 +530,9 @@ def test_no_strength_gives_no_bootstrap():
     unknown = ["unknown"] * 20
     assert ranking.bootstrap_strengths(unknown, unknown, np.arange(20) % 3).empty
     nothing = ranking.fit_bradley_terry(unknown, unknown, np.arange(20) % 3).strengths
-    assert ranking.compare_intervals(nothing, ranking.bootstrap_strengths(["x"], ["y"], np.array([0]))).empty
+    assert ranking.compare_intervals(
+        nothing, ranking.bootstrap_strengths(["x"], ["y"], np.array([0]))
+    ).empty
 
 
 def test_mt_bench_strengths_are_in_the_known_order():
@@ -454,7 +540,9 @@ def test_mt_bench_strengths_are_in_the_known_order():
     if not path.exists():
         pytest.skip(f"MT-bench votes are not at hand: {path} is missing")
     pairs = add_groups_and_folds(load_pairs(path)[0])
-    fitted = ranking.fit_bradley_terry(pairs["model_a"], pairs["model_b"], pairs["label"], groups=pairs["group"])
+    fitted = ranking.fit_bradley_terry(
+        pairs["model_a"], pairs["model_b"], pairs["label"], groups=pairs["group"]
+    )
     order = fitted.strengths["model"].tolist()
     assert order[0] == "gpt-4" and order[-2:] == ["alpaca-13b", "llama-13b"] and len(order) == 6
 
@@ -475,7 +563,9 @@ def test_kin_that_tie_more_often_are_found_and_one_family_alone_is_not_judged():
     labels = np.where(rng.random(3000) < np.where(kin, 0.5, 0.2), 2, rng.integers(2, size=3000))
     strengths = ranking.fit_bradley_terry(names[a], names[b], labels).strengths
     table = ranking.family_ties(names[a], names[b], labels, strengths)
-    assert (table["low"] > 0).all() and table["log_odds_per_unit"].iloc[0] == pytest.approx(np.log(4), abs=0.3)
+    assert (table["low"] > 0).all() and table["log_odds_per_unit"].iloc[0] == pytest.approx(
+        np.log(4), abs=0.3
+    )
     alike = ranking.family_ties(["red-1"] * 99, ["red-2"] * 99, labels[:99], strengths)
     assert alike["log_odds"].isna().all() and alike["reason"].notna().all()
 
@@ -486,7 +576,9 @@ def test_kin_that_tie_more_often_are_found_and_one_family_alone_is_not_judged():
 def make_leaky(n_prompts, n_again, seed=0):
     """Battles whose vote is decided by the prompt's words, each prompt asked `n_again` times."""
     rng = np.random.default_rng(seed)
-    prompts = [" ".join(f"w{word}" for word in rng.integers(10**6, size=8)) for _ in range(n_prompts)]
+    prompts = [
+        " ".join(f"w{word}" for word in rng.integers(10**6, size=8)) for _ in range(n_prompts)
+    ]
     rows = np.repeat(np.arange(n_prompts), n_again)
     labels = rng.integers(3, size=n_prompts)[rows]
     text = pd.Series([(f"answer {i}",) for i in range(len(rows))], dtype=object)
@@ -509,7 +601,9 @@ def test_a_random_split_flatters_a_model_that_remembers_prompts():
 
 
 def test_without_repeats_there_is_no_leak_to_find():
-    losses = effects.score_both_splits(make_leaky(300, 1), np.random.default_rng(0).normal(size=(300, 2)))
+    losses = effects.score_both_splits(
+        make_leaky(300, 1), np.random.default_rng(0).normal(size=(300, 2))
+    )
     gap = losses["grouped"] - losses["random"]
     assert not losses["is_repeated"].any() and abs(gap.mean()) <= 4 * gap.std() / np.sqrt(300)
 

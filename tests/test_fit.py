@@ -100,7 +100,9 @@ def fitted(_demo_pairs, tiny_base, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting.FoldTrainer, "training_step", step)
-        result = fit(pairs, dataclasses.replace(ENCODER, folds=(0, 1)), run_dir, tiny_base("modernbert"))
+        result = fit(
+            pairs, dataclasses.replace(ENCODER, folds=(0, 1)), run_dir, tiny_base("modernbert")
+        )
     return pairs, result, run_dir, pd.DataFrame(rates, columns=["fold", "step", "rate"])
 
 
@@ -134,7 +136,9 @@ def test_warmup_and_cosine_are_really_applied(fitted):
     n_warm = int(np.ceil(0.1 * n_steps))
     steps = np.arange(n_steps)
     cosine = 0.5 * (1 + np.cos(np.pi * (steps - n_warm) / (n_steps - n_warm)))
-    np.testing.assert_allclose(rate, 1e-3 * np.where(steps < n_warm, steps / n_warm, cosine), atol=1e-9)
+    np.testing.assert_allclose(
+        rate, 1e-3 * np.where(steps < n_warm, steps / n_warm, cosine), atol=1e-9
+    )
 
 
 @pytest.mark.slow
@@ -173,7 +177,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     checkpoints = tmp_path / "killed" / "checkpoints" / "fold_0"
     newest = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     # A second kill, in the middle of writing the next checkpoint.
-    shutil.copytree(newest, checkpoints / "checkpoint-999999", ignore=shutil.ignore_patterns("manifest.json"))
+    shutil.copytree(
+        newest, checkpoints / "checkpoint-999999", ignore=shutil.ignore_patterns("manifest.json")
+    )
     first_steps = []
     real = fitting.FoldTrainer.training_step
 
@@ -182,7 +188,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(fitting.FoldTrainer, "training_step", step)
-    with pytest.warns(UserWarning, match=r"checkpoint-999999 is damaged and will not be used: manifest\.json"):
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-999999 is damaged and will not be used: manifest\.json"
+    ):
         resumed = fit(pairs, config, tmp_path / "killed", tiny_base(kind))
     assert first_steps[0] == int(newest.name.split("-")[1]) > 0
     check_same_weights(tmp_path / "unbroken", tmp_path / "killed")
@@ -214,12 +222,22 @@ fitting.fit(pairs, config, run_dir, base)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is damaged and will not be used")
-def test_a_run_killed_by_the_system_in_a_step_and_in_a_save_ends_with_the_same_weights(demo_pairs, tiny_base, tmp_path):
+def test_a_run_killed_by_the_system_in_a_step_and_in_a_save_ends_with_the_same_weights(
+    demo_pairs, tiny_base, tmp_path
+):
     pairs, base = demo_pairs[:60].reset_index(drop=True), tiny_base("modernbert")
     config = dataclasses.replace(ENCODER, n_evals=4, n_epochs=1.0)
     (tmp_path / "what.pkl").write_bytes(pickle.dumps((pairs, config)))
     for place in ("training_step", "_save_rng_state"):
-        command = [sys.executable, "-c", KILLED_FOR_REAL, place, tmp_path / "killed", base, tmp_path / "what.pkl"]
+        command = [
+            sys.executable,
+            "-c",
+            KILLED_FOR_REAL,
+            place,
+            tmp_path / "killed",
+            base,
+            tmp_path / "what.pkl",
+        ]
         assert subprocess.run(command).returncode == -signal.SIGKILL
     folders = sorted((tmp_path / "killed" / "checkpoints" / "fold_0").glob("checkpoint-*"))
     assert [find_damage(folder) is None for folder in folders].count(False) == 1 < len(folders)
@@ -261,8 +279,12 @@ def test_a_run_that_packed_its_batches_does_not_go_on_with_padded_ones(
 ):
     config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=8)
     shutil.copytree(begun, tmp_path / "checkpoints" / "fold_0")
-    monkeypatch.setattr("src.utils.training.trainer.can_pack", lambda model: False)  # as under an older transformers
-    with pytest.raises(ValueError, match=r"packed=True, got .* packed=False; go on with the former, or remove"):
+    monkeypatch.setattr(
+        "src.utils.training.trainer.can_pack", lambda model: False
+    )  # as under an older transformers
+    with pytest.raises(
+        ValueError, match=r"packed=True, got .* packed=False; go on with the former, or remove"
+    ):
         fit(demo_pairs[:60].reset_index(drop=True), config, tmp_path, tiny_base("modernbert"))
     assert list(tmp_path.rglob("checkpoint-*"))
 
@@ -274,7 +296,12 @@ def test_checkpoints_of_other_settings_are_removed(demo_pairs, tiny_base, tmp_pa
         kill_at(patch, 4)
         fit(pairs, dataclasses.replace(ENCODER, n_evals=4), tmp_path, tiny_base("modernbert"))
     assert list(tmp_path.rglob("checkpoint-*"))
-    result = fit(pairs, dataclasses.replace(ENCODER, n_epochs=0.5, n_evals=1), tmp_path, tiny_base("modernbert"))
+    result = fit(
+        pairs,
+        dataclasses.replace(ENCODER, n_epochs=0.5, n_evals=1),
+        tmp_path,
+        tiny_base("modernbert"),
+    )
     assert result.history["step"].tolist() == [result.history["step"].iloc[-1]]
     assert not list(tmp_path.rglob("checkpoint-*"))
 
@@ -284,7 +311,9 @@ def test_checkpoints_of_other_settings_are_removed(demo_pairs, tiny_base, tmp_pa
 def test_four_pairs_can_be_overfitted(config, kind, demo_pairs, tiny_base, tmp_path):
     pairs = demo_pairs[:8].assign(fold=[0, 0, 0, 0, 1, 1, 1, 1]).reset_index(drop=True)
     pairs["label"] = [0, 1, 2, 0] * 2
-    config = dataclasses.replace(config, n_epochs=40.0, n_evals=1, weight_decay=0.0, batches_per_step=1)
+    config = dataclasses.replace(
+        config, n_epochs=40.0, n_evals=1, weight_decay=0.0, batches_per_step=1
+    )
     config = dataclasses.replace(config, learning_rate=2e-3 if kind == "modernbert" else 1e-2)
     history = fit(pairs, config, tmp_path, tiny_base(kind)).history
     assert history["train_loss"].iloc[0] > 0.3
@@ -308,7 +337,9 @@ def many(_demo_pairs, tiny_base, tmp_path_factory):
     """A run of two folds with two seeds and the refit, and the learning rates of the refit."""
     run_dir = tmp_path_factory.mktemp("many")
     pairs = _demo_pairs[:60].reset_index(drop=True)
-    config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=3, folds=(0, 1), n_seeds=2, refit=True)
+    config = dataclasses.replace(
+        ENCODER, n_epochs=1.0, n_evals=3, folds=(0, 1), n_seeds=2, refit=True
+    )
     rates = {}
     real = fitting.FoldTrainer.training_step
 
@@ -333,7 +364,9 @@ def test_seeds_are_models_of_their_own_whose_probabilities_are_averaged(many):
     each = [probs_of(pd.read_parquet(run_dir / "model" / name / "oof.parquet")) for name in NAMES]
     assert np.abs(each[0] - each[1]).max() > 1e-3
     np.testing.assert_allclose(
-        probs_of(result.oof), np.concatenate([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2]), atol=1e-7
+        probs_of(result.oof),
+        np.concatenate([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2]),
+        atol=1e-7,
     )
     assert sorted(result.oof["id"]) == sorted(pairs.loc[pairs["fold"].isin([0, 1]), "id"])
     rows = result.history.groupby(["fold", "seed"]).size()
@@ -346,7 +379,9 @@ def test_a_model_more_leaves_the_others_as_they_are(many, monkeypatch, tiny_base
     monkeypatch.setattr(fitting, "load_classifier", None)
     again = fit(pairs, config, run_dir, tiny_base("modernbert"))
     pd.testing.assert_frame_equal(again.oof, result.oof)
-    members, (refit,) = fitting._plan_members(pairs, dataclasses.replace(config, n_seeds=3, folds=(1,)))
+    members, (refit,) = fitting._plan_members(
+        pairs, dataclasses.replace(config, n_seeds=3, folds=(1,))
+    )
     before, (refit_before,) = fitting._plan_members(pairs, config)
     keys = {member.name: member.key for member in before}
     assert [keys.get(member.name) == member.key for member in members] == [True, True, False]
@@ -357,7 +392,9 @@ def test_a_model_more_leaves_the_others_as_they_are(many, monkeypatch, tiny_base
 @pytest.mark.slow
 def test_the_refit_learns_from_every_battle_and_stops_where_the_folds_were_best_on_average(many):
     pairs, config, run_dir, result, rates = many
-    done = {name: read_json(run_dir / "checkpoints" / name / "done.json") for name in [*NAMES, "refit"]}
+    done = {
+        name: read_json(run_dir / "checkpoints" / name / "done.json") for name in [*NAMES, "refit"]
+    }
     last = result.history.groupby(["fold", "seed"])["step"].max()
     best = result.history.loc[result.history.groupby(["fold", "seed"])["log_loss"].idxmin()]
     share = np.mean(best["step"].to_numpy() / last.to_numpy())
@@ -368,9 +405,13 @@ def test_the_refit_learns_from_every_battle_and_stops_where_the_folds_were_best_
     n_warm = int(np.ceil(0.1 * n_steps))
     steps = np.arange(len(rates))
     cosine = 0.5 * (1 + np.cos(np.pi * (steps - n_warm) / (n_steps - n_warm)))
-    np.testing.assert_allclose(rates, 1e-3 * np.where(steps < n_warm, steps / n_warm, cosine), atol=1e-4)
+    np.testing.assert_allclose(
+        rates, 1e-3 * np.where(steps < n_warm, steps / n_warm, cosine), atol=1e-4
+    )
     model, tokenizer = load_finetuned(run_dir / "model" / "refit", config)
-    assert np.isfinite(predict_probs(model, tokenizer, pairs[:4], max_tokens=96, tokens_per_batch=512)).all()
+    assert np.isfinite(
+        predict_probs(model, tokenizer, pairs[:4], max_tokens=96, tokens_per_batch=512)
+    ).all()
     assert not (run_dir / "model" / "refit" / "oof.parquet").exists()
 
 
@@ -378,7 +419,9 @@ def test_the_refit_learns_from_every_battle_and_stops_where_the_folds_were_best_
 
 
 @pytest.mark.slow
-def test_training_stops_when_it_grows_no_better_and_counts_what_was_read(demo_pairs, tiny_base, tmp_path, monkeypatch):
+def test_training_stops_when_it_grows_no_better_and_counts_what_was_read(
+    demo_pairs, tiny_base, tmp_path, monkeypatch
+):
     pairs = demo_pairs[:60].reset_index(drop=True)
     config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=5, patience=2)
     losses = iter([np.nan, 1.0, 0.9, 0.95, 0.92, 0.8])  # the first is that of the class shares
@@ -431,7 +474,9 @@ def soft_file(folder, pairs, probs):
 
 
 def test_other_soft_labels_are_another_run(demo_pairs, tmp_path):
-    config = FinetuneConfig(soft_labels=str(soft_file(tmp_path, demo_pairs, np.full((300, 3), 1 / 3))))
+    config = FinetuneConfig(
+        soft_labels=str(soft_file(tmp_path, demo_pairs, np.full((300, 3), 1 / 3)))
+    )
     before = fitting._make_key(demo_pairs, config)
     soft_file(tmp_path, demo_pairs, np.tile([0.5, 0.25, 0.25], (300, 1)))
     assert fitting._make_key(demo_pairs, config) != before
@@ -449,7 +494,9 @@ def test_other_extra_battles_are_another_run(demo_pairs, tmp_path):
 @pytest.mark.slow
 def test_extra_battles_are_trained_on_and_never_held_out(demo_pairs, tiny_base, tmp_path):
     pairs, extra = demo_pairs[:60].reset_index(drop=True), demo_pairs[60:100]
-    table = extra[["id"]].assign(**{name: [json.dumps(list(turns)) for turns in extra[name]] for name in TEXTS})
+    table = extra[["id"]].assign(
+        **{name: [json.dumps(list(turns)) for turns in extra[name]] for name in TEXTS}
+    )
     table.to_csv(tmp_path / "extra.csv", index=False)
     soft = soft_file(tmp_path, extra, np.full((40, 3), 1 / 3))
     config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=1, soft_labels=str(soft))

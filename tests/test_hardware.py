@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from src.utils.models.hardware import MIN_BF16_HIDDEN_SIZE, choose_device, choose_dtype, choose_precision, cpu_has_bf16
+from src.utils.models.hardware import (
+    MIN_BF16_HIDDEN_SIZE,
+    choose_device,
+    choose_dtype,
+    choose_precision,
+    cpu_has_bf16,
+)
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [((6, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+    ("capability", "dtype"),
+    [((6, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)],
 )
 def test_bf16_is_used_only_where_it_is_real(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -23,7 +30,9 @@ def test_bf16_is_used_only_where_it_is_real(monkeypatch, capability, dtype):
         (False, 4096, torch.float32),
     ],
 )
-def test_a_cpu_computes_in_bf16_only_where_that_is_faster(monkeypatch, has_bf16, hidden_size, dtype):
+def test_a_cpu_computes_in_bf16_only_where_that_is_faster(
+    monkeypatch, has_bf16, hidden_size, dtype
+):
     monkeypatch.setattr("src.utils.models.hardware.cpu_has_bf16", lambda: has_bf16)
     assert choose_dtype(torch.device("cpu"), hidden_size) == dtype
     assert ("no bf16" in choose_precision(torch.device("cpu"), hidden_size)[1]) == (not has_bf16)
@@ -42,8 +51,12 @@ def test_a_torch_that_can_not_tell_counts_as_without_bf16(monkeypatch):
     assert not cpu_has_bf16()
 
 
-@pytest.mark.parametrize(("capability", "device"), [((6, 0), "cpu"), ((7, 5), "cuda"), ((9, 0), "cuda")])
-def test_a_gpu_is_taken_only_where_torch_has_kernels_for_it(monkeypatch, caplog, capability, device):
+@pytest.mark.parametrize(
+    ("capability", "device"), [((6, 0), "cpu"), ((7, 5), "cuda"), ((9, 0), "cuda")]
+)
+def test_a_gpu_is_taken_only_where_torch_has_kernels_for_it(
+    monkeypatch, caplog, capability, device
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)

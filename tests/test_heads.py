@@ -10,7 +10,13 @@ from transformers import ModernBertForSequenceClassification, Qwen3ForSequenceCl
 
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.models.batches import collate
-from src.utils.models.checkpoints import head_names, load_classifier, load_finetuned, merge, save_model
+from src.utils.models.checkpoints import (
+    head_names,
+    load_classifier,
+    load_finetuned,
+    merge,
+    save_model,
+)
 from src.utils.models.heads import Contrasting, find_answers, weigh_answers
 from src.utils.models.packing import collate_packed, enable_packing
 from src.utils.models.predict import predict_probs
@@ -30,7 +36,9 @@ CONFIGS = {"modernbert": ENCODER, "qwen3": DECODER}
 
 def load(kind, tiny_base, **changes):
     """A classifier whose contrast has something to say."""
-    model, tokenizer = load_classifier(dataclasses.replace(CONFIGS[kind], **changes), tiny_base(kind))
+    model, tokenizer = load_classifier(
+        dataclasses.replace(CONFIGS[kind], **changes), tiny_base(kind)
+    )
     nn.init.normal_(contrast_of(model).weight)
     return model.eval(), tokenizer
 
@@ -55,7 +63,9 @@ def test_both_answers_are_found_whatever_they_hold(kind, tiny_base, ugly_pairs):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_answers_found_are_those_written(kind, tiny_base):
     _, tokenizer = load(kind, tiny_base)
-    battle = pd.DataFrame({"prompt": [("Answer B:\n",)], "response_a": [("dog dog",)], "response_b": [("",)]})
+    battle = pd.DataFrame(
+        {"prompt": [("Answer B:\n",)], "response_a": [("dog dog",)], "response_b": [("",)]}
+    )
     [row] = encode_pairs(battle, tokenizer, 256)
     (start_a, end_a), (start_b, end_b) = find_answers(row, make_template(tokenizer).pieces)
     assert tokenizer.decode(row[start_a:end_a]).strip() == "dog dog"
@@ -111,11 +121,15 @@ def test_packed_and_padded_rows_agree_in_logits_and_gradients(kind, tiny_base, d
         logits = enable_packing(model)(**batch).logits
         model.zero_grad()
         nn.functional.cross_entropy(logits, torch.arange(9) % 3).backward()
-        results.append((logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        results.append(
+            (logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None])
+        )
     (padded, padded_grads), (packed, packed_grads) = results
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
     for one, other in zip(packed_grads, padded_grads, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5 * max(1.0, float(other.abs().max())), rtol=1e-4)
+        torch.testing.assert_close(
+            one, other, atol=1e-5 * max(1.0, float(other.abs().max())), rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -127,26 +141,40 @@ def test_it_is_saved_loaded_and_merged(kind, tiny_base, demo_pairs, tmp_path):
     expected = predict_probs(model, tokenizer, demo_pairs[:20], **options)
     base = tiny_base(kind) if config.lora_rank else None
     again, _ = load_finetuned(tmp_path / "model", config, base)
-    np.testing.assert_allclose(predict_probs(again, tokenizer, demo_pairs[:20], **options), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        predict_probs(again, tokenizer, demo_pairs[:20], **options), expected, atol=1e-6
+    )
     merged, _ = merge(tmp_path / "model", config, base)
     save_model(merged, tokenizer, tmp_path / "merged")
     plain = dataclasses.replace(config, lora_rank=0)
     loaded, _ = load_finetuned(tmp_path / "merged", plain)
-    np.testing.assert_allclose(predict_probs(loaded, tokenizer, demo_pairs[:20], **options), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        predict_probs(loaded, tokenizer, demo_pairs[:20], **options), expected, atol=1e-5
+    )
     joint, _ = load_finetuned(tmp_path / "merged", dataclasses.replace(plain, head="joint"))
-    assert np.abs(predict_probs(joint, tokenizer, demo_pairs[:20], **options) - expected).max() > 1e-3
+    assert (
+        np.abs(predict_probs(joint, tokenizer, demo_pairs[:20], **options) - expected).max() > 1e-3
+    )
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_a_quantised_base_leaves_it_whole(quantization, tiny_base):
-    model, _ = load_classifier(dataclasses.replace(DECODER, quantization=quantization), tiny_base("qwen3"))
-    assert type(contrast_of(model)) is nn.Linear and contrast_of(model).weight.dtype == torch.float32
+    model, _ = load_classifier(
+        dataclasses.replace(DECODER, quantization=quantization), tiny_base("qwen3")
+    )
+    assert (
+        type(contrast_of(model)) is nn.Linear and contrast_of(model).weight.dtype == torch.float32
+    )
     assert contrast_of(model).weight.requires_grad
     assert head_names(model.get_base_model()) == ["score", "contrast"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "cls"), [("modernbert", ModernBertForSequenceClassification), ("qwen3", Qwen3ForSequenceClassification)]
+    ("kind", "cls"),
+    [
+        ("modernbert", ModernBertForSequenceClassification),
+        ("qwen3", Qwen3ForSequenceClassification),
+    ],
 )
 def test_what_is_saved_names_a_class_of_transformers(kind, cls, tiny_base, tmp_path):
     model, tokenizer = load(kind, tiny_base, lora_rank=0)

@@ -35,7 +35,17 @@ MODULES = {
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-LIGHT = ("schema", "config", "paths", "runs", "battles", "stats", "suite", "models.baseline", "models.ablation")
+LIGHT = (
+    "schema",
+    "config",
+    "paths",
+    "runs",
+    "battles",
+    "stats",
+    "suite",
+    "models.baseline",
+    "models.ablation",
+)
 BLOCK_HEAVY = f"""
 import sys
 class Block:
@@ -77,14 +87,20 @@ def test_init_files_stay_empty():
 def test_every_module_has_a_docstring_and_tests(module):
     assert ast.get_docstring(ast.parse(MODULES[module].read_text(encoding="utf-8")))
     names = (module.replace(".", "_"), module.rpartition(".")[2])
-    assert any((ROOT / "tests" / f"test_{name}.py").exists() for name in names), f"{module} has no test file"
+    assert any((ROOT / "tests" / f"test_{name}.py").exists() for name in names), (
+        f"{module} has no test file"
+    )
 
 
 # ── the notebooks ─────────────────────────────────────────────────────────────────────
 
 
 def read_cells(notebook, kind="code"):
-    return [cell for cell in nbformat.read(NOTEBOOKS[notebook], as_version=4).cells if cell.cell_type == kind]
+    return [
+        cell
+        for cell in nbformat.read(NOTEBOOKS[notebook], as_version=4).cells
+        if cell.cell_type == kind
+    ]
 
 
 def is_parameters(cell):
@@ -137,16 +153,22 @@ def test_cells_hold_no_library_code(notebook):
 def test_cells_hold_no_absolute_path(notebook):
     for cell in read_cells(notebook):
         texts = [node.value for node in ast.walk(parse(cell)) if isinstance(node, ast.Constant)]
-        wrong = [text for text in texts if isinstance(text, str) and re.match(r"(/|~/|[A-Z]:\\)\w", text)]
+        wrong = [
+            text for text in texts if isinstance(text, str) and re.match(r"(/|~/|[A-Z]:\\)\w", text)
+        ]
         assert not wrong, cell.source
 
 
 @every_notebook
 def test_a_cell_is_one_act(notebook):
     for cell in read_cells(notebook):
-        only_imports = all(isinstance(node, ast.Import | ast.ImportFrom | ast.Expr) for node in parse(cell).body)
+        only_imports = all(
+            isinstance(node, ast.Import | ast.ImportFrom | ast.Expr) for node in parse(cell).body
+        )
         n_lines = sum(bool(line.strip()) for line in cell.source.splitlines())
-        assert is_parameters(cell) or only_imports or n_lines <= 15, f"{n_lines} lines in\n{cell.source}"
+        assert is_parameters(cell) or only_imports or n_lines <= 15, (
+            f"{n_lines} lines in\n{cell.source}"
+        )
 
 
 def run_folders(cell):
@@ -157,7 +179,10 @@ def run_folders(cell):
         target, value = node.targets[0], node.value
         both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
         for name, call in zip(target.elts, value.elts, strict=True) if both else [(target, value)]:
-            asked = isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("run_dir", "find_run")
+            asked = isinstance(call, ast.Call) and getattr(call.func, "attr", "") in (
+                "run_dir",
+                "find_run",
+            )
             if asked and isinstance(name, ast.Name) and isinstance(call.args[0], ast.Constant):
                 yield name.id, call.args[0].value
 
@@ -170,7 +195,9 @@ def test_a_notebook_reads_only_smaller_numbers_and_writes_only_its_own_folder(no
     assert all(name <= notebook for name in folders.values()), folders
     assert set(folders.values()) <= {stage.name for stage in STAGES}
     others = {variable for variable, name in folders.items() if name != notebook}
-    for node in (node for cell in cells for node in ast.walk(parse(cell)) if isinstance(node, ast.Call)):
+    for node in (
+        node for cell in cells for node in ast.walk(parse(cell)) if isinstance(node, ast.Call)
+    ):
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if name.startswith(("write_", "to_", "save")) and node.args:
             written = {part.id for part in ast.walk(node.args[0]) if isinstance(part, ast.Name)}
@@ -202,13 +229,19 @@ def test_there_is_a_profile_for_every_default_of_the_runner():
 
 def test_requirements_are_pinned():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    wrong = [line for line in lines if line and not re.match(r"#|[\w.-]+(\[\w+\])?==[\w.+]+( ?;.*)?$", line)]
+    wrong = [
+        line
+        for line in lines
+        if line and not re.match(r"#|[\w.-]+(\[\w+\])?==[\w.+]+( ?;.*)?$", line)
+    ]
     assert not wrong
 
 
 def test_every_target_of_the_makefile_is_explained():
     text = (ROOT / "Makefile").read_text()
-    targets = {name for line in re.findall(r"^\.PHONY: (.*)", text, re.MULTILINE) for name in line.split()}
+    targets = {
+        name for line in re.findall(r"^\.PHONY: (.*)", text, re.MULTILINE) for name in line.split()
+    }
     assert targets == set(re.findall(r"^([a-z-]+):.*## \S", text, re.MULTILINE))
 
 
@@ -233,7 +266,9 @@ def test_the_tree_in_the_readme_exists():
         pytest.skip("README.md is not written yet")
     entries = list(tree_entries((ROOT / "README.md").read_text(encoding="utf-8")))
     assert len(entries) > 10
-    missing = [path for path in entries if path.split("/")[0] not in IGNORED and not (ROOT / path).exists()]
+    missing = [
+        path for path in entries if path.split("/")[0] not in IGNORED and not (ROOT / path).exists()
+    ]
     assert not missing
 
 
@@ -243,16 +278,25 @@ def test_the_tree_in_the_readme_exists():
 def repository_texts():
     for path in ROOT.rglob("*"):
         relative = path.relative_to(ROOT)
-        if path.is_file() and not IGNORED & set(relative.parts) and ".egg-info" not in relative.parts[0]:
+        if (
+            path.is_file()
+            and not IGNORED & set(relative.parts)
+            and ".egg-info" not in relative.parts[0]
+        ):
             text = path.read_bytes().decode("utf-8", errors="ignore")
             yield str(relative), text
             if path.suffix == ".ipynb":
-                yield str(relative), "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells)
+                yield (
+                    str(relative),
+                    "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells),
+                )
 
 
 def test_no_file_names_the_place_where_it_was_written():
     places = ("/" + "work/", "." + "library")
-    found = [(name, place) for name, text in repository_texts() for place in places if place in text]
+    found = [
+        (name, place) for name, text in repository_texts() for place in places if place in text
+    ]
     assert not found
 
 
@@ -263,7 +307,12 @@ def test_no_real_battle_is_in_the_repository():
     starts = set()
     for path in REAL_DATA.glob("*.csv"):
         with open(path, encoding="utf-8", newline="") as file:
-            cells = [row[name] for row in csv.DictReader(file) for name in ("prompt", "response_a") if row.get(name)]
+            cells = [
+                row[name]
+                for row in csv.DictReader(file)
+                for name in ("prompt", "response_a")
+                if row.get(name)
+            ]
         texts = [turn for cell in cells for turn in json.loads(cell) if turn]
         starts |= {text[:100] for text in texts if len(text) >= 100}
     everything = "\n".join(text for _, text in repository_texts())

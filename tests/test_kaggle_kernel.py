@@ -17,7 +17,13 @@ import pytest
 from src.utils.battles.readers import load_pairs
 from src.utils.config import BaselineConfig, DecoderConfig
 from src.utils.models import checkpoints
-from src.utils.models.baseline import embed_battles, fit_baseline, load_baseline, measure_features, save_baseline
+from src.utils.models.baseline import (
+    embed_battles,
+    fit_baseline,
+    load_baseline,
+    measure_features,
+    save_baseline,
+)
 from src.utils.paths import ROOT
 from src.utils.schema import TEXTS
 from src.utils.stats.blend import Blend
@@ -37,7 +43,10 @@ build, push, rehearse = map(load_script, ("build", "push", "rehearse"))
 @pytest.fixture
 def artifacts(tmp_path):
     folder = tmp_path / "artifacts"
-    members = {"02_baseline": {"seed": 1}, "04_qwen": {"checkpoint": "Qwen/Qwen3-4B", "lora_rank": 8}}
+    members = {
+        "02_baseline": {"seed": 1},
+        "04_qwen": {"checkpoint": "Qwen/Qwen3-4B", "lora_rank": 8},
+    }
     for name, config in members.items():
         (folder / name / "model" / "fold_0").mkdir(parents=True)
         (folder / name / "model" / "fold_0" / "model.safetensors").write_text(name)
@@ -53,7 +62,9 @@ def artifacts(tmp_path):
 
 def test_the_code_in_the_kernel_is_the_source():
     packed = build.unzip_package(build.make_kernel())
-    source = {str(path.relative_to(ROOT)): path.read_bytes() for path in (ROOT / "src").rglob("*.py")}
+    source = {
+        str(path.relative_to(ROOT)): path.read_bytes() for path in (ROOT / "src").rglob("*.py")
+    }
     assert packed == source
 
 
@@ -68,11 +79,19 @@ def test_the_kernel_is_notebook_06_with_one_more_cell():
 def test_the_first_cell_makes_the_package_importable_from_anywhere(tmp_path):
     first = build.make_kernel().cells[1].source
     # Up to the tools of Kaggle's image, which would touch this environment; -S hides the installed package.
-    script = first[: first.index("os.environ")] + "import src.utils as package\nprint(package.__file__, folder)"
+    script = (
+        first[: first.index("os.environ")]
+        + "import src.utils as package\nprint(package.__file__, folder)"
+    )
     (tmp_path / "first.py").write_text(script)
     command = [sys.executable, "-S", tmp_path / "first.py"]
     ran = subprocess.run(
-        command, cwd=tmp_path, env={"TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True
+        command,
+        cwd=tmp_path,
+        env={"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     found, folder = ran.stdout.split()
     assert found.startswith(folder)
@@ -80,9 +99,19 @@ def test_the_first_cell_makes_the_package_importable_from_anywhere(tmp_path):
 
 def test_the_build_holds_the_models_of_the_blend_and_nothing_else(artifacts, tmp_path):
     build.build(artifacts, tmp_path / "kaggle", "ada")
-    files = {str(path.relative_to(tmp_path / "kaggle")) for path in (tmp_path / "kaggle").rglob("*") if path.is_file()}
-    runs = {f"dataset/{name}/{part}" for name in ("02_baseline", "04_qwen") for part in ("config.json", "metrics.json")}
-    models = {f"dataset/{name}/model/fold_0/model.safetensors" for name in ("02_baseline", "04_qwen")}
+    files = {
+        str(path.relative_to(tmp_path / "kaggle"))
+        for path in (tmp_path / "kaggle").rglob("*")
+        if path.is_file()
+    }
+    runs = {
+        f"dataset/{name}/{part}"
+        for name in ("02_baseline", "04_qwen")
+        for part in ("config.json", "metrics.json")
+    }
+    models = {
+        f"dataset/{name}/model/fold_0/model.safetensors" for name in ("02_baseline", "04_qwen")
+    }
     blend = {"dataset/05_ensemble/blend.json", "dataset/05_ensemble/metrics.json"}
     metadata = {"dataset/dataset-metadata.json", "kernel/kernel-metadata.json"}
     assert files == runs | models | blend | metadata | {"kernel/llm-preference-arena.ipynb"}
@@ -100,7 +129,12 @@ def test_an_adapter_whose_base_is_on_the_hub_is_named(artifacts):
 
 def test_every_boolean_is_written_and_the_internet_is_off():
     metadata = json.loads((ROOT / "kaggle_kernel" / "kernel-metadata.json").read_text())
-    booleans = {"is_private": True, "enable_gpu": True, "enable_tpu": False, "enable_internet": False}
+    booleans = {
+        "is_private": True,
+        "enable_gpu": True,
+        "enable_tpu": False,
+        "enable_internet": False,
+    }
     assert {name: metadata.get(name) for name in booleans} == booleans
     assert metadata["machine_shape"] == "NvidiaTeslaT4"
     assert metadata["competition_sources"] == ["llm-classification-finetuning"]
@@ -129,7 +163,9 @@ def test_the_baseline_alone_asks_for_no_gpu():
 def test_the_baseline_makes_a_kernel_where_nothing_else_is_finished(artifacts, tmp_path):
     for name in ("04_qwen", "05_ensemble"):
         shutil.rmtree(artifacts / name)
-    assert build.build(artifacts, tmp_path / "kaggle", "ada", equal=["02_baseline"]) == ["02_baseline"]
+    assert build.build(artifacts, tmp_path / "kaggle", "ada", equal=["02_baseline"]) == [
+        "02_baseline"
+    ]
     blend = json.loads((tmp_path / "kaggle" / "dataset" / "05_ensemble" / "blend.json").read_text())
     assert Blend.from_json(blend).members == ("02_baseline",)
     assert {path.name for path in (tmp_path / "kaggle" / "dataset").iterdir() if path.is_dir()} == {
@@ -138,10 +174,14 @@ def test_the_baseline_makes_a_kernel_where_nothing_else_is_finished(artifacts, t
     }
 
 
-def test_the_checkpoint_of_the_embeddings_travels_with_the_baseline(tiny_base, demo_pairs, tmp_path):
+def test_the_checkpoint_of_the_embeddings_travels_with_the_baseline(
+    tiny_base, demo_pairs, tmp_path
+):
     pairs, run = demo_pairs[:120], tmp_path / "artifacts" / "02_baseline"
     checkpoint = shutil.copytree(tiny_base("modernbert"), tmp_path / "checkpoint")
-    config = BaselineConfig(n_hashed=256, n_trees=5, embeddings=str(checkpoint), embeddings_tokens=32)
+    config = BaselineConfig(
+        n_hashed=256, n_trees=5, embeddings=str(checkpoint), embeddings_tokens=32
+    )
     embeddings = embed_battles(pairs, config, tmp_path / "cache")
     floor = fit_baseline(pairs, config, measure_features(pairs, config, embeddings))
     save_baseline(floor, run / "model")
@@ -156,7 +196,9 @@ def test_the_checkpoint_of_the_embeddings_travels_with_the_baseline(tiny_base, d
 
 def test_embeddings_whose_checkpoint_is_nowhere_stop_the_build(artifacts, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    (artifacts / "02_baseline" / "config.json").write_text(json.dumps({"embeddings": "nobody/nothing@abc"}))
+    (artifacts / "02_baseline" / "config.json").write_text(
+        json.dumps({"embeddings": "nobody/nothing@abc"})
+    )
     with pytest.raises(FileNotFoundError):
         build.build(artifacts, tmp_path / "kaggle", "ada")
 
@@ -165,7 +207,9 @@ def test_attached_models_are_written_and_their_form_is_checked():
     source = "wowfattie/qwen3-4b-instruct-2507/transformers/default/1"
     kernel = build.make_metadata("ada", ["04_qwen"], [source])["kernel-metadata.json"]
     assert kernel["model_sources"] == [source]
-    with pytest.raises(ValueError, match="owner/model/framework/variation/version, got 'Qwen/Qwen3-4B'"):
+    with pytest.raises(
+        ValueError, match="owner/model/framework/variation/version, got 'Qwen/Qwen3-4B'"
+    ):
         build.make_metadata("ada", ["04_qwen"], ["Qwen/Qwen3-4B"])
 
 
@@ -225,7 +269,9 @@ def status(word):
 def test_the_run_is_waited_for():
     ask, asked = answering(status("QUEUED"), status("RUNNING"), status("COMPLETE"))
     waits = []
-    assert "COMPLETE" in push.wait_for_run("ada/llm-preference-arena", ask, every_s=60, sleep=waits.append)
+    assert "COMPLETE" in push.wait_for_run(
+        "ada/llm-preference-arena", ask, every_s=60, sleep=waits.append
+    )
     assert waits == [60, 60]
     assert {arguments[:2] for arguments in asked} == {("kernels", "status")}
 
@@ -233,12 +279,16 @@ def test_the_run_is_waited_for():
 @pytest.mark.parametrize("word", ["ERROR", "CANCEL_ACKNOWLEDGED"])
 def test_a_run_that_fails_is_an_error(word):
     with pytest.raises(push.PushError, match=word):
-        push.wait_for_run("ada/x", answering(status("RUNNING"), status(word))[0], sleep=lambda _: None)
+        push.wait_for_run(
+            "ada/x", answering(status("RUNNING"), status(word))[0], sleep=lambda _: None
+        )
 
 
 def test_a_run_that_never_ends_is_an_error():
     with pytest.raises(push.PushError, match="not ended"):
-        push.wait_for_run("ada/x", lambda *_: status("RUNNING"), limit_s=180, every_s=60, sleep=lambda _: None)
+        push.wait_for_run(
+            "ada/x", lambda *_: status("RUNNING"), limit_s=180, every_s=60, sleep=lambda _: None
+        )
 
 
 # ── rehearsal ─────────────────────────────────────────────────────────────────────────
@@ -268,16 +318,22 @@ def test_both_layouts_are_laid_out(artifacts, tmp_path, layout):
         "new": ("competitions", "datasets/ada/llm-preference-arena-models"),
     }
     competition, dataset = middle[layout]
-    sample = pd.read_csv(inputs / competition / "llm-classification-finetuning" / "sample_submission.csv")
+    sample = pd.read_csv(
+        inputs / competition / "llm-classification-finetuning" / "sample_submission.csv"
+    )
     assert sample["id"].tolist() == list(ids)
     assert (inputs / dataset / "05_ensemble" / "blend.json").exists()
 
 
 def test_a_tighter_deadline_comes_right_after_the_parameters(tmp_path):
     nbformat.write(build.make_kernel(), tmp_path / "kernel.ipynb")
-    changed = nbformat.read(rehearse.set_deadline(tmp_path / "kernel.ipynb", 60.0, tmp_path / "new.ipynb"), 4)
+    changed = nbformat.read(
+        rehearse.set_deadline(tmp_path / "kernel.ipynb", 60.0, tmp_path / "new.ipynb"), 4
+    )
     sources = [cell.source for cell in changed.cells]
-    place = next(i for i, cell in enumerate(changed.cells) if "parameters" in cell.metadata.get("tags", []))
+    place = next(
+        i for i, cell in enumerate(changed.cells) if "parameters" in cell.metadata.get("tags", [])
+    )
     assert sources[place + 1] == "DEADLINE_S = 60.0" and "DEADLINE_S: float" in sources[place]
 
 
@@ -316,8 +372,12 @@ def test_the_kernel_of_all_members_passes_its_rehearsal(baseline_artifacts, tiny
         "04_qwen": DecoderConfig("tiny:qwen3", lora_rank=4, **options),
     }
     for name, config in networks.items():
-        base = shutil.copytree(tiny_base(config.checkpoint.removeprefix("tiny:")), artifacts / name / "base")
-        checkpoints.save_model(*checkpoints.load_classifier(config, base), artifacts / name / "model" / "fold_0")
+        base = shutil.copytree(
+            tiny_base(config.checkpoint.removeprefix("tiny:")), artifacts / name / "base"
+        )
+        checkpoints.save_model(
+            *checkpoints.load_classifier(config, base), artifacts / name / "model" / "fold_0"
+        )
         (artifacts / name / "config.json").write_text(json.dumps(config.to_json()))
         (artifacts / name / "metrics.json").write_text("{}")
     blend = Blend(("02_baseline", *networks), (0.4, 0.3, 0.3))
@@ -332,11 +392,16 @@ def test_the_kernel_of_all_members_passes_its_rehearsal(baseline_artifacts, tiny
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["old", "new"])
-def test_an_adapter_on_an_attached_base_is_rehearsed_with_it_and_without(baseline_artifacts, tiny_base, tmp_path, layout):
+def test_an_adapter_on_an_attached_base_is_rehearsed_with_it_and_without(
+    baseline_artifacts, tiny_base, tmp_path, layout
+):
     artifacts = shutil.copytree(baseline_artifacts, tmp_path / "artifacts")
-    config = DecoderConfig("tiny:qwen3", "", quantization="none", lora_rank=4, max_tokens=192, tokens_per_batch=4096)
+    config = DecoderConfig(
+        "tiny:qwen3", "", quantization="none", lora_rank=4, max_tokens=192, tokens_per_batch=4096
+    )
     checkpoints.save_model(
-        *checkpoints.load_classifier(config, tiny_base("qwen3")), artifacts / "04_qwen" / "model" / "fold_0"
+        *checkpoints.load_classifier(config, tiny_base("qwen3")),
+        artifacts / "04_qwen" / "model" / "fold_0",
     )
     settings = config.to_json() | {"checkpoint": "Qwen/Qwen3-Tiny"}
     (artifacts / "04_qwen" / "config.json").write_text(json.dumps(settings))
@@ -345,14 +410,22 @@ def test_an_adapter_on_an_attached_base_is_rehearsed_with_it_and_without(baselin
     blend = Blend(("02_baseline", "04_qwen"), (0.5, 0.5))
     (artifacts / "05_ensemble" / "blend.json").write_text(json.dumps(blend.to_json()))
     (artifacts / "05_ensemble" / "metrics.json").write_text("{}")
-    build.build(artifacts, tmp_path / "kaggle", "ada", model_sources=["ada/qwen3-tiny/transformers/default/1"])
+    build.build(
+        artifacts,
+        tmp_path / "kaggle",
+        "ada",
+        model_sources=["ada/qwen3-tiny/transformers/default/1"],
+    )
     case, bases = rehearse.Case(20, layout), {"qwen3-tiny": tiny_base("qwen3")}
     attached = rehearse.rehearse(tmp_path / "kaggle", case, tmp_path / "with", bases=bases)
     assert attached["n_pairs_by_members"] == {"02_baseline + 04_qwen": 20}
     if layout == "new":
         alone = rehearse.rehearse(tmp_path / "kaggle", case, tmp_path / "without")
         assert alone["n_pairs_by_members"] == {"02_baseline": 20}
-        assert alone["members"][1]["status"] == "failed" and "Qwen/Qwen3-Tiny" in alone["members"][1]["note"]
+        assert (
+            alone["members"][1]["status"] == "failed"
+            and "Qwen/Qwen3-Tiny" in alone["members"][1]["note"]
+        )
 
 
 def test_a_base_is_given_by_name_and_folder(tiny_base, tmp_path):

@@ -95,14 +95,30 @@ def launched(recorder, _demo_pairs, tiny_base, tmp_path_factory):
 
     def run(config, kind, run_dir, kill_at=-1):
         def torchrun(n_processes):
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            return [*command, str(n_processes), str(recorder), str(run_dir / "launch"), str(kill_at)]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+            ]
+            return [
+                *command,
+                str(n_processes),
+                str(recorder),
+                str(run_dir / "launch"),
+                str(kill_at),
+            ]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(launch, "_torchrun", torchrun)
             patch.setenv("PYTHONHASHSEED", "0")
-            result = fit_launched(pairs, dataclasses.replace(config, n_processes=2), run_dir, tiny_base(kind))
-        return result, [json.loads((run_dir / "launch" / f"noted_{rank}.json").read_text()) for rank in range(2)]
+            result = fit_launched(
+                pairs, dataclasses.replace(config, n_processes=2), run_dir, tiny_base(kind)
+            )
+        return result, [
+            json.loads((run_dir / "launch" / f"noted_{rank}.json").read_text()) for rank in range(2)
+        ]
 
     return run
 
@@ -120,7 +136,9 @@ def both(request, launched, _demo_pairs, tiny_base, tmp_path_factory):
     config, kind = CASES[request.param]
     root = tmp_path_factory.mktemp("both")
     alone = dataclasses.replace(config, n_processes=1, sharding="none")
-    one = fit_launched(_demo_pairs[:62].reset_index(drop=True), alone, root / "one", tiny_base(kind))
+    one = fit_launched(
+        _demo_pairs[:62].reset_index(drop=True), alone, root / "one", tiny_base(kind)
+    )
     # Three batches a step do not go round in two processes: four are taken.
     two, noted = launched(dataclasses.replace(config, batches_per_step=3), kind, root / "two")
     return config, kind, one, two, noted, root
@@ -154,7 +172,9 @@ def test_what_two_processes_saved_gives_the_held_out_probabilities(both, _demo_p
     model, tokenizer = load_finetuned(root / "two" / "model" / "fold_0", config, base)
     heldout = _demo_pairs.set_index("id").loc[two.oof["id"]].reset_index()
     options = {"max_tokens": config.predict_tokens, "tokens_per_batch": config.tokens_per_batch}
-    np.testing.assert_allclose(predict_probs(model, tokenizer, heldout, **options), probs_of(two.oof), atol=1e-5)
+    np.testing.assert_allclose(
+        predict_probs(model, tokenizer, heldout, **options), probs_of(two.oof), atol=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -176,7 +196,11 @@ def test_weights_are_copied_or_parted_as_asked(both):
     assert world == {"n_processes": 2, "sharding": config.sharding, "packed": True}
     for note in noted:
         if config.sharding == "none":
-            assert (note["wrapper"], note["parted"], note["share"]) == ("DistributedDataParallel", [], 1.0)
+            assert (note["wrapper"], note["parted"], note["share"]) == (
+                "DistributedDataParallel",
+                [],
+                1.0,
+            )
         else:
             assert note["wrapper"].startswith("FSDP") and len(note["parted"]) >= 2
             assert note["share"] < 0.55
@@ -207,7 +231,9 @@ def test_a_process_that_fails_is_heard(demo_pairs, tiny_base, tmp_path, monkeypa
     real = launch._torchrun
     monkeypatch.setattr(launch, "_torchrun", lambda n_processes: real(1))
     config = dataclasses.replace(ENCODER, n_processes=2)
-    with pytest.raises(RuntimeError, match="n_processes: expected 2 processes, got 1 from the launcher"):
+    with pytest.raises(
+        RuntimeError, match="n_processes: expected 2 processes, got 1 from the launcher"
+    ):
         fit_launched(demo_pairs[:20], config, tmp_path, tiny_base("modernbert"))
 
 
@@ -226,7 +252,11 @@ def test_the_command_line_reads_notebook_profile_and_settings():
     options = launch._parse(text)
     config = launch._read_config(options)
     assert options.pairs == Path("artifacts/01_eda/pairs.parquet")
-    assert (config.checkpoint, config.sharding, config.quantization) == ("tiny:qwen3", "full", "none")
+    assert (config.checkpoint, config.sharding, config.quantization) == (
+        "tiny:qwen3",
+        "full",
+        "none",
+    )
     assert isinstance(config, DecoderConfig)
 
 

@@ -5,7 +5,14 @@ from src.utils.runs import LEADERBOARD_COLUMNS, read_leaderboard, write_json, wr
 
 def make_run(folder, loss, data="d", **more):
     write_json(folder / "config.json", {"seed": 7})
-    scores = {"log_loss": loss, "accuracy": 0.5, "n_pairs": 10, "data_hash": data, "config_hash": "c", "seconds": 1.0}
+    scores = {
+        "log_loss": loss,
+        "accuracy": 0.5,
+        "n_pairs": 10,
+        "data_hash": data,
+        "config_hash": "c",
+        "seconds": 1.0,
+    }
     write_json(folder / "metrics.json", scores | more)
 
 

@@ -26,7 +26,9 @@ def test_it_is_the_mean_of_both_divergences_and_does_not_depend_on_which_order_c
     logits = torch.randn(8, 3, dtype=torch.float64)
     one, other = logits[0::2].softmax(1), logits[1::2].softmax(1)[:, [1, 0, 2]]
     kl = [(p * (p / q).log()).sum(1) for p, q in ((one, other), (other, one))]
-    torch.testing.assert_close(order_divergence(logits).double(), (kl[0] + kl[1]) / 2, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        order_divergence(logits).double(), (kl[0] + kl[1]) / 2, atol=1e-6, rtol=0
+    )
     exchanged = logits.reshape(4, 2, 3).flip(1).reshape(8, 3)
     torch.testing.assert_close(order_divergence(exchanged), order_divergence(logits))
 

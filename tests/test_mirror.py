@@ -13,7 +13,9 @@ def test_swapping_twice_is_the_identity(demo_pairs: pd.DataFrame, ugly_pairs: pd
         pd.testing.assert_frame_equal(swap_pairs(swap_pairs(pairs)), pairs)
 
 
-def test_swapping_exchanges_answers_models_and_votes_and_nothing_else(demo_pairs: pd.DataFrame) -> None:
+def test_swapping_exchanges_answers_models_and_votes_and_nothing_else(
+    demo_pairs: pd.DataFrame,
+) -> None:
     swapped = swap_pairs(demo_pairs)
     assert swapped["response_a"].tolist() == demo_pairs["response_b"].tolist()
     assert swapped["model_b"].tolist() == demo_pairs["model_a"].tolist()
@@ -40,7 +42,9 @@ def test_the_average_is_that_of_the_worked_example() -> None:
 
 def test_the_average_is_symmetric_whatever_the_model_said() -> None:
     first, second = np.random.default_rng(0).dirichlet(np.ones(3), size=(2, 50))
-    np.testing.assert_allclose(average_over_swap(second, first), swap_probs(average_over_swap(first, second)))
+    np.testing.assert_allclose(
+        average_over_swap(second, first), swap_probs(average_over_swap(first, second))
+    )
 
 
 def test_averaging_refuses_what_is_no_probability() -> None:

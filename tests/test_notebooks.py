@@ -26,7 +26,9 @@ SUBMISSION = Path("06_kaggle_inference") / "submission.csv"
 def run_suite(artifacts, *arguments, settings=()):
     command = [sys.executable, "-m", "src.utils.suite.run", "--artifacts", artifacts, *arguments]
     command += ["--set", *settings] if settings else []
-    ran = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    ran = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=1500
+    )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-5000:]
     return ran.stdout
 
@@ -35,17 +37,24 @@ def run_suite(artifacts, *arguments, settings=()):
 def tiny_models(tiny_base):
     """Settings that give 03 and 04 tiny checkpoints with random weights, in place of making their own."""
     bases = {"03_modernbert": "modernbert", "04_qwen": "qwen3"}
-    return [*TINY, *(f"{notebook}.CHECKPOINT={tiny_base(kind)}" for notebook, kind in bases.items())]
+    return [
+        *TINY,
+        *(f"{notebook}.CHECKPOINT={tiny_base(kind)}" for notebook, kind in bases.items()),
+    ]
 
 
 def swap_answers(test):
-    return test.rename(columns={"response_a": "response_b", "response_b": "response_a"})[test.columns]
+    return test.rename(columns={"response_a": "response_b", "response_b": "response_a"})[
+        test.columns
+    ]
 
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory, tiny_models):
     artifacts = tmp_path_factory.mktemp("demo")
-    return artifacts, run_suite(artifacts, "--profile", "demo", settings=[*MINI_ARENA, *tiny_models])
+    return artifacts, run_suite(
+        artifacts, "--profile", "demo", settings=[*MINI_ARENA, *tiny_models]
+    )
 
 
 def test_every_notebook_keeps_its_promises(demo_run):
@@ -80,7 +89,9 @@ def test_exchanging_the_answers_exchanges_the_columns(demo_run, tmp_path):
     a, b, tie = LABELS
     mirrored = pd.read_csv(artifacts / SUBMISSION).rename(columns={a: b, b: a})[["id", a, b, tie]]
     np.testing.assert_allclose(mirrored[list(LABELS)], given[list(LABELS)], atol=1e-5)
-    assert not np.allclose(given[a], given[b]), "a submission that ignores the answers would pass as well"
+    assert not np.allclose(given[a], given[b]), (
+        "a submission that ignores the answers would pass as well"
+    )
 
 
 def test_real_battles_go_through(tmp_path, tiny_models):
@@ -88,7 +99,12 @@ def test_real_battles_go_through(tmp_path, tiny_models):
         pytest.skip(f"real battles are not at hand: {REAL_DATA} is missing")
     pd.read_csv(REAL_DATA / "arena_sample.csv").head(60).to_csv(tmp_path / "rows.csv", index=False)
     run_suite(
-        tmp_path / "artifacts", "--data", tmp_path / "rows.csv", "--test", REAL_DATA / "test.csv", settings=tiny_models
+        tmp_path / "artifacts",
+        "--data",
+        tmp_path / "rows.csv",
+        "--test",
+        REAL_DATA / "test.csv",
+        settings=tiny_models,
     )
     expected = pd.read_csv(REAL_DATA / "sample_submission.csv")["id"].to_numpy()
     check_submission(pd.read_csv(tmp_path / "artifacts" / SUBMISSION), expected)

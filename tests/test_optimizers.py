@@ -60,13 +60,19 @@ def test_layers_that_other_encoders_name_otherwise_are_found():
 
         def __init__(self):
             super().__init__()
-            self.deberta = nn.ModuleDict({"embeddings": nn.Embedding(2, 2), "encoder": nn.ModuleDict()})
+            self.deberta = nn.ModuleDict(
+                {"embeddings": nn.Embedding(2, 2), "encoder": nn.ModuleDict()}
+            )
             self.deberta["encoder"]["layer"] = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
             self.deberta["encoder"]["rel_embeddings"] = nn.Embedding(2, 2)
             self.pooler = nn.Linear(2, 2)
 
     depths = measure_depths(Classifier())
-    assert {name.removesuffix(".weight"): depth for name, depth in depths.items() if name.endswith("weight")} == {
+    assert {
+        name.removesuffix(".weight"): depth
+        for name, depth in depths.items()
+        if name.endswith("weight")
+    } == {
         "deberta.embeddings": 3,
         "deberta.encoder.layer.0": 2,
         "deberta.encoder.layer.1": 1,
@@ -79,11 +85,21 @@ def test_each_layer_learns_slower_than_the_one_above_and_each_weight_is_in_one_g
     model, _ = load_classifier(ENCODER, tiny_base("modernbert"))
     decaying = {name for name, _ in model.named_parameters() if "norm" not in name}
     groups = group_by_depth(model, decaying, learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
-    rate_of = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(rate_of) == len(list(model.parameters()))
+    rate_of = {
+        id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
+    assert (
+        sum(len(group["params"]) for group in groups)
+        == len(rate_of)
+        == len(list(model.parameters()))
+    )
     assert rate_of[id(model.classifier.weight)] == (1.0, 0.1) and groups[0]["lr"] == 1.0
     assert rate_of[id(model.head.norm.weight)] == (1.0, 0.0)
-    assert [rate_of[id(layer.mlp.Wi.weight)] for layer in model.model.layers] == [(0.125, 0.1), (0.25, 0.1), (0.5, 0.1)]
+    assert [rate_of[id(layer.mlp.Wi.weight)] for layer in model.model.layers] == [
+        (0.125, 0.1),
+        (0.25, 0.1),
+        (0.5, 0.1),
+    ]
     assert rate_of[id(model.model.layers[1].mlp_norm.weight)] == (0.25, 0.0)
     assert rate_of[id(model.model.embeddings.tok_embeddings.weight)] == (0.0625, 0.1)
     torch.optim.AdamW(groups)

@@ -27,7 +27,13 @@ from src.utils.models.packing import can_pack, collate_packed, enable_packing
 
 N_WORDS = 500
 WINDOW = 16  # local_attention: 8 tokens to each side
-ENDS = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "pad_token_id": 0}
+ENDS = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "pad_token_id": 0,
+}
 DECODER = {
     "vocab_size": N_WORDS,
     "hidden_size": 64,
@@ -68,7 +74,9 @@ MODELS = {
     "modernbert, last layer local": lambda: make_encoder(num_hidden_layers=3),
     "qwen3": lambda: make_decoder(Qwen3ForSequenceClassification, Qwen3Config),
     "llama": lambda: make_decoder(LlamaForSequenceClassification, LlamaConfig),
-    "mistral": lambda: make_decoder(MistralForSequenceClassification, MistralConfig, sliding_window=10),
+    "mistral": lambda: make_decoder(
+        MistralForSequenceClassification, MistralConfig, sliding_window=10
+    ),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -88,7 +96,9 @@ def read(model, batch, weights=None):
     logits = model(**batch).logits.float()
     signs = torch.linspace(-1, 1, logits.numel()).view_as(logits)
     (logits * signs + logits.square()).sum().backward()
-    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_equal_readings(packed, padded, tolerance=1e-5):
@@ -122,7 +132,9 @@ def test_a_padded_batch_reads_as_before(name):
 @every_model
 def test_a_document_sees_nothing_of_its_neighbours(name):
     model = enable_packing(MODELS[name]()).eval()
-    others = [row if place % 2 else make_rows(len(row), seed=9)[0] for place, row in enumerate(ROWS)]
+    others = [
+        row if place % 2 else make_rows(len(row), seed=9)[0] for place, row in enumerate(ROWS)
+    ]
     with torch.no_grad():
         one, two = (model(**collate_packed(rows)).logits for rows in (ROWS, others))
     torch.testing.assert_close(one[1::2], two[1::2], atol=1e-6, rtol=0)
@@ -150,7 +162,9 @@ def test_lora_adapters_get_the_same_gradients_packed(tiny_base, quantization):
             nn.init.normal_(parameter, std=0.1)
     padded = read(model, collate(ROWS, 0))
     packed = read(enable_packing(model), collate_packed(ROWS))
-    assert any("lora_A" in name for name in packed[1]) and any("score" in name for name in packed[1])
+    assert any("lora_A" in name for name in packed[1]) and any(
+        "score" in name for name in packed[1]
+    )
     assert_equal_readings(packed, padded)
 
 
@@ -174,14 +188,15 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "n_seen"), [("modernbert", len(ROWS)), ("qwen3", len(ROWS)), ("modernbert, mean", sum(map(len, ROWS)))]
+    ("name", "n_seen"),
+    [("modernbert", len(ROWS)), ("qwen3", len(ROWS)), ("modernbert, mean", sum(map(len, ROWS)))],
 )
 def test_the_last_layer_takes_only_the_tokens_that_the_head_reads(name, n_seen):
     model, seen = enable_packing(MODELS[name]()).eval(), []
     mlp = model.base_model.layers[-1].mlp
-    next(child for child in mlp.children() if isinstance(child, nn.Linear)).register_forward_pre_hook(
-        lambda linear, args: seen.append(args[0].shape[1])
-    )
+    next(
+        child for child in mlp.children() if isinstance(child, nn.Linear)
+    ).register_forward_pre_hook(lambda linear, args: seen.append(args[0].shape[1]))
     read(model, collate_packed(ROWS))
     read(model, collate(ROWS, 0))
     assert seen == [n_seen, 150]
@@ -204,7 +219,9 @@ class Largest(TorchDispatchMode):
 
 
 def test_memory_of_local_layers_grows_with_the_tokens_alone():
-    model = enable_packing(make_encoder(layer_types=["sliding_attention"] * 3, num_hidden_layers=3)).train()
+    model = enable_packing(
+        make_encoder(layer_types=["sliding_attention"] * 3, num_hidden_layers=3)
+    ).train()
 
     def largest(*lengths):
         with Largest() as spy:
@@ -228,7 +245,9 @@ def test_no_mask_of_the_whole_row_is_made():
 
 
 def test_other_architectures_and_attentions_stay_padded():
-    bert = BertForSequenceClassification(BertConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1))
+    bert = BertForSequenceClassification(
+        BertConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    )
     eager = make_encoder()
     eager.set_attn_implementation("eager")
     assert not can_pack(bert) and not can_pack(eager) and not can_pack(nn.Linear(2, 3))
@@ -251,8 +270,12 @@ def test_a_saved_model_is_one_of_its_own_class(tmp_path):
     model = enable_packing(make_encoder()).eval()
     model.save_pretrained(tmp_path)
     assert "sdpa_by_document" not in (tmp_path / "config.json").read_text()
-    again = ModernBertForSequenceClassification.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
-    assert type(again) is ModernBertForSequenceClassification and again.config.architectures == [type(again).__name__]
+    again = ModernBertForSequenceClassification.from_pretrained(
+        tmp_path, attn_implementation="sdpa"
+    ).eval()
+    assert type(again) is ModernBertForSequenceClassification and again.config.architectures == [
+        type(again).__name__
+    ]
     with torch.no_grad():
         expected = model(**collate_packed(ROWS)).logits
         torch.testing.assert_close(again(**collate(ROWS, 0)).logits, expected, atol=1e-5, rtol=0)
@@ -263,7 +286,10 @@ def test_saved_adapters_sit_on_a_plain_base(tiny_base, tmp_path):
     enable_packing(model).eval()
     folder = save_model(model, tokenizer, tmp_path / "model" / "fold_0")
     again, _ = load_finetuned(folder, config, tiny_base("qwen3"))
-    assert isinstance(again, PeftModel) and type(again.get_base_model()) is Qwen3ForSequenceClassification
+    assert (
+        isinstance(again, PeftModel)
+        and type(again.get_base_model()) is Qwen3ForSequenceClassification
+    )
     with torch.no_grad():
         expected = model(**collate_packed(ROWS)).logits
         torch.testing.assert_close(again(**collate(ROWS, 0)).logits, expected, atol=1e-5, rtol=0)
@@ -272,7 +298,9 @@ def test_saved_adapters_sit_on_a_plain_base(tiny_base, tmp_path):
 def test_the_kernel_gets_the_packed_layout(monkeypatch):
     """What a GPU's kernel is handed, with a stand-in that computes the same by a mask."""
 
-    def varlen(query, key, value, *, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa):
+    def varlen(
+        query, key, value, *, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa
+    ):
         assert cu_seq_q is cu_seq_k and max_q == max_k == max(map(len, ROWS))
         place = torch.arange(len(query))
         owner = torch.bucketize(place, cu_seq_q[1:], right=True)
@@ -295,10 +323,14 @@ def test_the_kernel_gets_the_packed_layout(monkeypatch):
 
 
 def test_the_kernel_of_an_older_torch_is_left_alone(monkeypatch):
-    def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    def of_2_10(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
+    ):
         """Without windows and scale."""
 
-    def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    def of_2_11(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
+    ):
         """Without grouped heads."""
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

@@ -26,7 +26,9 @@ def make_files(folder: Path, *names: str) -> Path:
 
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
 def test_a_folder_in_the_competitions_layout_is_understood(tmp_path: Path, suffix: str) -> None:
-    folder = make_files(tmp_path / "given", f"train{suffix}", f"test{suffix}", f"sample_submission{suffix}", "x.csv")
+    folder = make_files(
+        tmp_path / "given", f"train{suffix}", f"test{suffix}", f"sample_submission{suffix}", "x.csv"
+    )
     source = paths.find_raw_data(str(folder))
     assert source.kind == "given"
     assert source.train == (folder / f"train{suffix}",)
@@ -35,7 +37,9 @@ def test_a_folder_in_the_competitions_layout_is_understood(tmp_path: Path, suffi
 
 
 def test_a_folder_without_train_gives_its_other_tables(tmp_path: Path) -> None:
-    folder = make_files(tmp_path / "given", "b.csv", "a.csv", "test.csv", "sample_submission.csv", "README.md")
+    folder = make_files(
+        tmp_path / "given", "b.csv", "a.csv", "test.csv", "sample_submission.csv", "README.md"
+    )
     assert [path.name for path in paths.find_raw_data(str(folder)).train] == ["a.csv", "b.csv"]
 
 
@@ -55,12 +59,17 @@ def test_paths_may_hold_spaces(tmp_path: Path) -> None:
 
 
 def test_a_test_file_of_its_own_wins(tmp_path: Path) -> None:
-    folder, other = make_files(tmp_path / "given", "train.csv", "test.csv"), make_files(tmp_path / "o", "t.csv")
+    folder, other = (
+        make_files(tmp_path / "given", "train.csv", "test.csv"),
+        make_files(tmp_path / "o", "t.csv"),
+    )
     assert paths.find_raw_data(str(folder), str(other / "t.csv")).test == other / "t.csv"
 
 
 @pytest.mark.parametrize("data", ["missing", "missing.csv", "a.csv missing.csv"])
-def test_a_path_that_is_not_there_is_named(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_is_not_there_is_named(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(make_files(tmp_path / "cwd", "a.csv"))
     with pytest.raises(FileNotFoundError, match="missing"):
         paths.find_raw_data(data)
@@ -76,13 +85,21 @@ def test_with_nothing_named_raw_data_come_before_the_demo(tmp_path: Path) -> Non
     assert paths.find_raw_data().train == (raw / "train.csv",)
 
 
-@pytest.mark.parametrize("mount", ["llm-classification-finetuning", "competitions/llm-classification-finetuning"])
-def test_both_layouts_of_kaggles_inputs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: str) -> None:
+@pytest.mark.parametrize(
+    "mount", ["llm-classification-finetuning", "competitions/llm-classification-finetuning"]
+)
+def test_both_layouts_of_kaggles_inputs_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: str
+) -> None:
     monkeypatch.setattr(paths, "KAGGLE_INPUT", tmp_path / "input")
     monkeypatch.setattr(paths, "KAGGLE_WORKING", make_files(tmp_path / "working"))
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    folder = make_files(tmp_path / "input" / mount, "train.csv", "test.csv", "sample_submission.csv")
-    model = make_files(tmp_path / "input" / "datasets" / "me" / "arena" / "02_baseline", "metrics.json")
+    folder = make_files(
+        tmp_path / "input" / mount, "train.csv", "test.csv", "sample_submission.csv"
+    )
+    model = make_files(
+        tmp_path / "input" / "datasets" / "me" / "arena" / "02_baseline", "metrics.json"
+    )
     assert paths.find_raw_data().test == folder / "test.csv"
     assert paths.find_run("02_baseline") == model
     assert paths.find_run("03_modernbert") is None
@@ -108,7 +125,10 @@ def test_the_profile_follows_the_battles() -> None:
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("Qwen/Qwen3-4B-Instruct-2507", "models/wowfattie/qwen3-4b-instruct-2507/transformers/default/1"),
+        (
+            "Qwen/Qwen3-4B-Instruct-2507",
+            "models/wowfattie/qwen3-4b-instruct-2507/transformers/default/1",
+        ),
         ("Qwen/Qwen3-4B-Instruct-2507", "qwen3-4b-instruct-2507/transformers/default/1"),
         ("answerdotai/ModernBERT-base", "models/answer-ai/modernbert/transformers/base/2"),
     ],
@@ -120,7 +140,13 @@ def test_an_attached_checkpoint_is_found_by_its_name(
     monkeypatch.setattr(paths, "KAGGLE_WORKING", make_files(tmp_path / "working"))
     assert paths.find_checkpoints(name) == []
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    make_files(tmp_path / "input" / "qwen-3" / "transformers" / "4b" / "1", "config.json", "model.safetensors")
+    make_files(
+        tmp_path / "input" / "qwen-3" / "transformers" / "4b" / "1",
+        "config.json",
+        "model.safetensors",
+    )
     make_files(tmp_path / "input" / "x" / Path(place).parts[-2], "config.json")  # no weights
-    folder = make_files(tmp_path / "input" / place, "config.json", "model-00001-of-00002.safetensors")
+    folder = make_files(
+        tmp_path / "input" / place, "config.json", "model-00001-of-00002.safetensors"
+    )
     assert paths.find_checkpoints(name) == [folder]

@@ -34,7 +34,9 @@ def loaded(request, tiny_base):
 
 
 def test_rows_are_probabilities_and_differ(loaded, demo_pairs):
-    probs = check_probs(predict_probs(*loaded, demo_pairs[:20], **OPTIONS), n_pairs=20, tolerance=1e-9)
+    probs = check_probs(
+        predict_probs(*loaded, demo_pairs[:20], **OPTIONS), n_pairs=20, tolerance=1e-9
+    )
     assert probs.dtype == np.float64
     assert probs.std(axis=0).min() > 1e-4
 
@@ -54,7 +56,9 @@ def test_batch_size_row_order_and_padding_change_nothing(loaded, demo_pairs, ugl
 def test_exchanging_the_answers_exchanges_the_columns(loaded, demo_pairs, ugly_pairs):
     for pairs in (demo_pairs[:12], ugly_pairs):
         probs = predict_probs(*loaded, pairs, **OPTIONS)
-        np.testing.assert_allclose(predict_probs(*loaded, swap_pairs(pairs), **OPTIONS), swap_probs(probs), atol=1e-6)
+        np.testing.assert_allclose(
+            predict_probs(*loaded, swap_pairs(pairs), **OPTIONS), swap_probs(probs), atol=1e-6
+        )
 
 
 def test_the_swap_is_the_mean_of_both_readings(loaded, demo_pairs):
@@ -83,9 +87,15 @@ def test_a_steady_reader_says_the_same_and_never_reads_twice(loaded, monkeypatch
     model, tokenizer = loaded
     rows = [np.arange(1, 9), np.arange(1, 5)]
     steady = SteadyReader(model, tokenizer.pad_token_id)
-    np.testing.assert_allclose(steady.read(rows), LocalReader(model, tokenizer.pad_token_id).read(rows), atol=1e-6)
+    np.testing.assert_allclose(
+        steady.read(rows), LocalReader(model, tokenizer.pad_token_id).read(rows), atol=1e-6
+    )
     passes = []
-    monkeypatch.setattr(steady, "_logits", lambda rows, _: passes.append(rows) or torch.full((len(rows), 3), torch.nan))
+    monkeypatch.setattr(
+        steady,
+        "_logits",
+        lambda rows, _: passes.append(rows) or torch.full((len(rows), 3), torch.nan),
+    )
     assert np.isnan(steady.read(rows)).all()
     assert len(passes) == 1
 
@@ -150,8 +160,12 @@ def test_time_for_all_gives_what_no_deadline_gives(clock, tokenizer, demo_pairs)
     np.testing.assert_array_equal(late, whole)
 
 
-@pytest.mark.parametrize(("share", "all_reached"), [(0.75, True), (0.5, True), (0.25, False), (0.05, False)])
-def test_the_swap_is_given_up_before_any_row_and_the_clock_is_kept(clock, tokenizer, demo_pairs, share, all_reached):
+@pytest.mark.parametrize(
+    ("share", "all_reached"), [(0.75, True), (0.5, True), (0.25, False), (0.05, False)]
+)
+def test_the_swap_is_given_up_before_any_row_and_the_clock_is_kept(
+    clock, tokenizer, demo_pairs, share, all_reached
+):
     whole = predict_probs(Fake(clock), tokenizer, demo_pairs, **OPTIONS)
     seconds, clock.now = clock.now, 0.0
     probs = predict_probs(Fake(clock), tokenizer, demo_pairs, deadline=share * seconds, **OPTIONS)
@@ -165,10 +179,14 @@ def test_the_swap_is_given_up_before_any_row_and_the_clock_is_kept(clock, tokeni
     assert clock.now > share * seconds - 2 * OPTIONS["tokens_per_batch"]
 
 
-def test_second_readings_go_to_the_battles_that_the_first_left_least_certain(clock, tokenizer, demo_pairs):
+def test_second_readings_go_to_the_battles_that_the_first_left_least_certain(
+    clock, tokenizer, demo_pairs
+):
     first = predict_probs(Fake(clock), tokenizer, demo_pairs, swap=False, **OPTIONS)
     seconds, clock.now = clock.now, 0.0
-    prediction = predict_pairs(LocalReader(Fake(clock), 0), tokenizer, demo_pairs, deadline=1.5 * seconds, **OPTIONS)
+    prediction = predict_pairs(
+        LocalReader(Fake(clock), 0), tokenizer, demo_pairs, deadline=1.5 * seconds, **OPTIONS
+    )
     assert clock.now <= 1.5 * seconds
     canonical = predict.is_canonical(demo_pairs)
     swapped = predict_probs(Fake(clock), tokenizer, swap_pairs(demo_pairs), swap=False, **OPTIONS)
@@ -202,7 +220,9 @@ def test_battles_are_given_up_by_what_is_known_of_them(clock, tokenizer, demo_pa
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_the_share_that_is_read_twice_is_the_least_certain(tokenizer, demo_pairs, share):
     once = predict_pairs(LocalReader(Fake(), 0), tokenizer, demo_pairs, twice_share=0.0, **OPTIONS)
-    prediction = predict_pairs(LocalReader(Fake(), 0), tokenizer, demo_pairs, twice_share=share, **OPTIONS)
+    prediction = predict_pairs(
+        LocalReader(Fake(), 0), tokenizer, demo_pairs, twice_share=share, **OPTIONS
+    )
     twice = (prediction.n_readings == 2) & (once.n_readings == 1)
     assert abs(twice.sum() - share * len(demo_pairs)) <= (once.n_readings == 2).sum()
     if twice.any():
@@ -241,7 +261,9 @@ def test_a_single_reading_is_symmetric_too(clock, tokenizer, demo_pairs, ugly_pa
         readings = []
         for table in (pairs, swap_pairs(pairs)):
             clock.now = 0.0
-            readings.append(predict_probs(Fake(clock), tokenizer, table, deadline=seconds, **OPTIONS))
+            readings.append(
+                predict_probs(Fake(clock), tokenizer, table, deadline=seconds, **OPTIONS)
+            )
             assert clock.now == seconds
         np.testing.assert_allclose(readings[1], swap_probs(readings[0]), atol=1e-12)
         assert np.isfinite(readings[0]).all()
@@ -265,7 +287,9 @@ def long_pairs(demo_pairs):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.8, 0.65])
-def test_time_too_short_for_one_reading_costs_length_and_no_row(clock, tokenizer, long_pairs, share):
+def test_time_too_short_for_one_reading_costs_length_and_no_row(
+    clock, tokenizer, long_pairs, share
+):
     predict_probs(Fake(clock), tokenizer, long_pairs, swap=False, **LONG)
     seconds, clock.now = clock.now, 0.0
     prediction = predict_pairs(
@@ -280,7 +304,9 @@ def test_time_too_short_for_one_reading_costs_length_and_no_row(clock, tokenizer
 def test_length_is_given_up_only_after_the_swap(clock, tokenizer, long_pairs):
     predict_probs(Fake(clock), tokenizer, long_pairs, **LONG)
     seconds, clock.now = clock.now, 0.0
-    prediction = predict_pairs(LocalReader(Fake(clock), 0), tokenizer, long_pairs, deadline=0.7 * seconds, **LONG)
+    prediction = predict_pairs(
+        LocalReader(Fake(clock), 0), tokenizer, long_pairs, deadline=0.7 * seconds, **LONG
+    )
     assert not prediction.is_cut.any()
     assert set(prediction.n_readings) == {1, 2}
 
@@ -289,19 +315,25 @@ def test_a_pace_that_falls_is_noticed(clock, tokenizer, long_pairs):
     class Tiring(Fake):
         def forward(self, input_ids, attention_mask):
             self.n_calls = getattr(self, "n_calls", 0) + 1
-            clock.now += input_ids.numel() if self.n_calls > 6 else 0  # half as fast from the seventh batch on
+            clock.now += (
+                input_ids.numel() if self.n_calls > 6 else 0
+            )  # half as fast from the seventh batch on
             return super().forward(input_ids, attention_mask)
 
     predict_probs(Fake(clock), tokenizer, long_pairs, swap=False, **LONG)
     seconds, clock.now = clock.now, 0.0
-    prediction = predict_pairs(LocalReader(Tiring(clock), 0), tokenizer, long_pairs, deadline=1.5 * seconds, **LONG)
+    prediction = predict_pairs(
+        LocalReader(Tiring(clock), 0), tokenizer, long_pairs, deadline=1.5 * seconds, **LONG
+    )
     assert prediction.is_cut.any() and np.isfinite(prediction.probs).all(axis=1).mean() > 0.8
     assert clock.now <= 1.5 * seconds + LONG["tokens_per_batch"]
 
 
 def test_what_is_known_is_handed_over_each_minute(clock, tokenizer, demo_pairs):
     kept = []
-    predict_pairs(LocalReader(Fake(clock), 0), tokenizer, demo_pairs[:60], keep=kept.append, **OPTIONS)
+    predict_pairs(
+        LocalReader(Fake(clock), 0), tokenizer, demo_pairs[:60], keep=kept.append, **OPTIONS
+    )
     n_reached = [np.isfinite(prediction.probs).all(axis=1).sum() for prediction in kept]
     assert len(kept) > 5 and n_reached == sorted(n_reached) and n_reached[0] < 60
     assert kept[-1].n_readings.sum() > kept[0].n_readings.sum()
@@ -317,7 +349,9 @@ def test_a_batch_that_memory_does_not_hold_is_halved(tokenizer, demo_pairs, n_ro
 
     pairs = demo_pairs[:30]
     probs = predict_probs(Small(), tokenizer, pairs, **OPTIONS)
-    np.testing.assert_allclose(probs, predict_probs(Fake(), tokenizer, pairs, **OPTIONS), atol=1e-12)
+    np.testing.assert_allclose(
+        probs, predict_probs(Fake(), tokenizer, pairs, **OPTIONS), atol=1e-12
+    )
 
 
 def test_a_row_that_memory_does_not_hold_is_nan_and_the_others_are_not(tokenizer, demo_pairs):
@@ -347,5 +381,7 @@ def test_a_reader_that_is_lost_keeps_what_it_read(tokenizer, demo_pairs):
 
 def test_rows_that_overflow_in_32_bit_too_are_nan(tokenizer, demo_pairs):
     model = Fake()
-    model.forward = lambda input_ids, attention_mask: SimpleNamespace(logits=torch.full((len(input_ids), 3), torch.inf))
+    model.forward = lambda input_ids, attention_mask: SimpleNamespace(
+        logits=torch.full((len(input_ids), 3), torch.inf)
+    )
     assert np.isnan(predict_probs(model, tokenizer, demo_pairs[:4], **OPTIONS)).all()

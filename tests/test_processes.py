@@ -23,11 +23,18 @@ def test_every_step_has_the_rows_that_it_has_in_one_process(n_batches, world, mo
     assert len({len(batches) for batches in dealt}) == 1
     n_each = per_step // world
     for step in range(-(-n_batches // per_step)):
-        together = [batch for batches in dealt for batch in batches[step * n_each : (step + 1) * n_each] if batch]
+        together = [
+            batch
+            for batches in dealt
+            for batch in batches[step * n_each : (step + 1) * n_each]
+            if batch
+        ]
         assert sorted(together) == plan[step * per_step : (step + 1) * per_step]
 
 
-@pytest.mark.parametrize(("asked", "world", "expected"), [(5, 4, 8), (4, 2, 4), (1, 8, 8), (3, 1, 3)])
+@pytest.mark.parametrize(
+    ("asked", "world", "expected"), [(5, 4, 8), (4, 2, 4), (1, 8, 8), (3, 1, 3)]
+)
 def test_a_step_has_at_least_the_batches_asked_for(asked, world, expected, monkeypatch):
     be(monkeypatch, 0, world)
     assert processes.raise_to_world(asked) == expected
@@ -89,5 +96,7 @@ def test_a_model_that_shares_no_gradients_is_refused(monkeypatch):
     be(monkeypatch, 0, 2)
     with pytest.raises(RuntimeError, match="expected the Trainer to see 2 processes, got 1"):
         processes._check_world(1, nn.Linear(2, 2))
-    with pytest.raises(RuntimeError, match="expected DistributedDataParallel over 2 processes, got a plain Linear"):
+    with pytest.raises(
+        RuntimeError, match="expected DistributedDataParallel over 2 processes, got a plain Linear"
+    ):
         processes._check_world(2, nn.Linear(2, 2))

@@ -20,7 +20,13 @@ CONFIG = DecoderConfig(
     predict_tokens=160,
     tokens_per_batch=1024,
 )
-METRICS = {"log_loss": 1.0512, "accuracy": 0.4321, "n_pairs": 2400, "n_train_pairs": 9600, "prior_log_loss": 1.0951}
+METRICS = {
+    "log_loss": 1.0512,
+    "accuracy": 0.4321,
+    "n_pairs": 2400,
+    "n_train_pairs": 9600,
+    "prior_log_loss": 1.0951,
+}
 PARITY = {"max_abs_difference": 2e-7, "n_pairs": 200, "tolerance": 1e-4, "passed": True} | {
     "log_loss_trained": 1.05,
     "log_loss_merged": 1.06,
@@ -34,7 +40,9 @@ def published(tiny_base, demo_pairs, tmp_path):
     source = save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0")
     probs = predict_probs(model, tokenizer, pairs, max_tokens=160, tokens_per_batch=1024)
     oof = probs_table(pairs["id"], probs, fold=0)
-    parity = publish_model(source, CONFIG, pairs, oof, tmp_path / "07" / "model", tiny_base("qwen3"))
+    parity = publish_model(
+        source, CONFIG, pairs, oof, tmp_path / "07" / "model", tiny_base("qwen3")
+    )
     return parity, tmp_path / "07"
 
 
@@ -60,19 +68,33 @@ def test_a_difference_beyond_the_tolerance_fails(tiny_base, demo_pairs, tmp_path
     pairs = demo_pairs[:4].reset_index(drop=True)
     model, tokenizer = load_classifier(CONFIG, tiny_base("qwen3"))
     source = save_model(model, tokenizer, tmp_path / "fold_0")
-    oof = probs_table(pairs["id"], predict_probs(model, tokenizer, pairs, max_tokens=160, tokens_per_batch=1024))
+    oof = probs_table(
+        pairs["id"], predict_probs(model, tokenizer, pairs, max_tokens=160, tokens_per_batch=1024)
+    )
 
     def merge_badly(*args):
-        merged, tokenizer = load_classifier(dataclasses.replace(CONFIG, lora_rank=0, quantization="none"), args[2])
+        merged, tokenizer = load_classifier(
+            dataclasses.replace(CONFIG, lora_rank=0, quantization="none"), args[2]
+        )
         merged.score.weight.data *= 50
         return merged, tokenizer
 
     monkeypatch.setattr("src.utils.delivery.publish.merge", merge_badly)
-    assert not publish_model(source, CONFIG, pairs, oof, tmp_path / "model", tiny_base("qwen3"))["passed"]
+    assert not publish_model(source, CONFIG, pairs, oof, tmp_path / "model", tiny_base("qwen3"))[
+        "passed"
+    ]
 
 
 def test_the_card_states_the_measured_numbers_and_what_the_data_are():
-    real = str(make_card(dataclasses.replace(CONFIG, checkpoint="Qwen/X"), METRICS, PARITY, "me/model", is_demo=False))
+    real = str(
+        make_card(
+            dataclasses.replace(CONFIG, checkpoint="Qwen/X"),
+            METRICS,
+            PARITY,
+            "me/model",
+            is_demo=False,
+        )
+    )
     assert "1.0512" in real and "2,400" in real and "2.0e-07" in real
     assert "base_model: Qwen/X" in real and "arena-human-preference-55k" in real
     assert 'from_pretrained("me/model"' in real
@@ -84,8 +106,13 @@ def test_a_card_tells_how_to_load_a_contrast(tiny_base, demo_pairs, tmp_path):
     config = dataclasses.replace(CONFIG, head="contrast")
     model, tokenizer = load_classifier(config, tiny_base("qwen3"))
     torch.nn.init.normal_(model.get_base_model().contrast.modules_to_save["default"].weight)
-    source, pairs = save_model(model, tokenizer, tmp_path / "fold_0"), demo_pairs[:8].reset_index(drop=True)
-    oof = probs_table(pairs["id"], predict_probs(model, tokenizer, pairs, max_tokens=160, tokens_per_batch=1024))
+    source, pairs = (
+        save_model(model, tokenizer, tmp_path / "fold_0"),
+        demo_pairs[:8].reset_index(drop=True),
+    )
+    oof = probs_table(
+        pairs["id"], predict_probs(model, tokenizer, pairs, max_tokens=160, tokens_per_batch=1024)
+    )
     folder = tmp_path / "model"
     parity = publish_model(source, config, pairs, oof, folder, tiny_base("qwen3"))
     assert parity["passed"]
@@ -93,11 +120,15 @@ def test_a_card_tells_how_to_load_a_contrast(tiny_base, demo_pairs, tmp_path):
     snippets = [part.split("```")[0] for part in card.split("```python\n")[1:]]
     names = {"pairs": pairs}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.snapshot_download", lambda repo: {"me/model": str(folder)}[repo])
+        patch.setattr(
+            "huggingface_hub.snapshot_download", lambda repo: {"me/model": str(folder)}[repo]
+        )
         for snippet in snippets:
             exec(snippet, names)
     assert names["model"].contrast.weight.abs().sum() > 1
-    assert log_loss(names["probs"], pairs["label"].to_numpy()) == pytest.approx(parity["log_loss_merged"], abs=1e-5)
+    assert log_loss(names["probs"], pairs["label"].to_numpy()) == pytest.approx(
+        parity["log_loss_merged"], abs=1e-5
+    )
 
 
 def test_a_dry_run_pushes_nothing(published, monkeypatch):

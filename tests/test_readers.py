@@ -7,7 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.battles.readers import add_groups_and_folds, decode_turns, describe_health, load_pairs
+from src.utils.battles.readers import (
+    add_groups_and_folds,
+    decode_turns,
+    describe_health,
+    load_pairs,
+)
 from src.utils.schema import LABELS, TEXTS, swap_pairs
 from tests.conftest import REAL_DATA
 
@@ -27,7 +32,9 @@ def write_rows(path: Path, rows: list[dict], **columns: object) -> Path:
     return path
 
 
-def row(number: int, prompt: str = '["p"]', a: str = '["a"]', b: str = '["b"]', label: int = 0) -> dict:
+def row(
+    number: int, prompt: str = '["p"]', a: str = '["a"]', b: str = '["b"]', label: int = 0
+) -> dict:
     """One training row, texts as they stand in the file."""
     votes = {name: int(index == label) for index, name in enumerate(WINNERS)}
     return {"id": number, "prompt": prompt, "response_a": a, "response_b": b, **votes}
@@ -64,7 +71,10 @@ def test_what_does_not_decode_is_kept_and_reported(cell: str, kept: tuple) -> No
 
 @pytest.mark.parametrize("name", ["train.csv", "train.csv.gz", "train.parquet"])
 def test_every_format_gives_the_same_battles(tmp_path: Path, name: str) -> None:
-    rows = [row(5, prompt='["NA"]', a='["null"]', label=2), row(3, a='["é", null]', b='["x,y\\n"]', label=1)]
+    rows = [
+        row(5, prompt='["NA"]', a='["null"]', label=2),
+        row(3, a='["é", null]', b='["x,y\\n"]', label=1),
+    ]
     pairs, problems = load_pairs(write_rows(tmp_path / name, rows))
     assert problems.empty
     assert pairs["id"].tolist() == [5, 3]
@@ -83,13 +93,21 @@ def test_a_broken_text_is_kept_and_named_with_file_row_id_and_column(tmp_path: P
     path = write_rows(tmp_path / "bad.csv", [row(1), row(77, b="oops [not json")])
     pairs, problems = load_pairs(path)
     assert pairs["response_b"].tolist() == [("b",), ("oops [not json",)]
-    assert problems[["file", "row", "id", "column"]].values.tolist() == [["bad.csv", 2, "77", "response_b"]]
+    assert problems[["file", "row", "id", "column"]].values.tolist() == [
+        ["bad.csv", 2, "77", "response_b"]
+    ]
 
 
 @pytest.mark.parametrize("votes", [(0, 0, 0), (1, 1, 0), (2, 0, 0), ("", 0, 0), ("yes", 0, 0)])
-def test_a_row_without_exactly_one_winner_is_an_error_that_names_it(tmp_path: Path, votes: tuple) -> None:
-    path = write_rows(tmp_path / "bad.csv", [row(1), row(77) | dict(zip(WINNERS, votes, strict=True))])
-    with pytest.raises(ValueError, match=r"bad\.csv: 1 rows without exactly one winner.*row 2, id 77"):
+def test_a_row_without_exactly_one_winner_is_an_error_that_names_it(
+    tmp_path: Path, votes: tuple
+) -> None:
+    path = write_rows(
+        tmp_path / "bad.csv", [row(1), row(77) | dict(zip(WINNERS, votes, strict=True))]
+    )
+    with pytest.raises(
+        ValueError, match=r"bad\.csv: 1 rows without exactly one winner.*row 2, id 77"
+    ):
         load_pairs(path)
 
 
@@ -117,7 +135,10 @@ def test_bytes_that_are_no_text_do_not_stop_the_reading(tmp_path: Path) -> None:
 
 def test_ids_become_numbers_only_where_nothing_is_lost(tmp_path: Path) -> None:
     assert load_pairs(write_rows(tmp_path / "n.csv", [row(12)]))[0]["id"].dtype == np.int64
-    assert load_pairs(write_rows(tmp_path / "z.csv", [row("007"), row("8")]))[0]["id"].tolist() == ["007", "8"]
+    assert load_pairs(write_rows(tmp_path / "z.csv", [row("007"), row("8")]))[0]["id"].tolist() == [
+        "007",
+        "8",
+    ]
 
 
 def test_test_rows_need_no_votes_and_may_be_none(tmp_path: Path) -> None:
@@ -139,7 +160,12 @@ def test_repeated_and_mirrored_battles_share_a_group() -> None:
     pairs = pd.DataFrame(
         {
             "id": [1, 2, 3, 4],
-            "prompt": [("What is  love?",), ("what is love? ",), ("What is love?", "And hate?"), ("Other",)],
+            "prompt": [
+                ("What is  love?",),
+                ("what is love? ",),
+                ("What is love?", "And hate?"),
+                ("Other",),
+            ],
             "response_a": [("a",), ("b",), ("a", "c"), ("a",)],
             "response_b": [("b",), ("a",), ("b", "d"), ("b",)],
             "label": [0, 1, 2, 0],
@@ -150,9 +176,14 @@ def test_repeated_and_mirrored_battles_share_a_group() -> None:
 
 
 def test_folds_do_not_depend_on_row_order_or_position(demo_pairs: pd.DataFrame) -> None:
-    again = add_groups_and_folds(demo_pairs.sample(frac=1, random_state=0), n_folds=5, seed=7).sort_index()
+    again = add_groups_and_folds(
+        demo_pairs.sample(frac=1, random_state=0), n_folds=5, seed=7
+    ).sort_index()
     pd.testing.assert_frame_equal(again, demo_pairs)
-    assert (add_groups_and_folds(swap_pairs(demo_pairs), n_folds=5, seed=7)["group"] == demo_pairs["group"]).all()
+    assert (
+        add_groups_and_folds(swap_pairs(demo_pairs), n_folds=5, seed=7)["group"]
+        == demo_pairs["group"]
+    ).all()
     assert (add_groups_and_folds(demo_pairs, n_folds=5, seed=8)["fold"] != demo_pairs["fold"]).any()
 
 
@@ -169,7 +200,9 @@ def test_a_handful_of_battles_still_gets_folds(demo_pairs: pd.DataFrame, n_pairs
 
 def test_the_health_table_counts_what_was_planted(ugly_pairs: pd.DataFrame, tmp_path: Path) -> None:
     battle = ugly_pairs.iloc[[9]]
-    again = pd.concat([ugly_pairs, battle.assign(id=98), swap_pairs(battle).assign(id=99)], ignore_index=True)
+    again = pd.concat(
+        [ugly_pairs, battle.assign(id=98), swap_pairs(battle).assign(id=99)], ignore_index=True
+    )
     _, problems = load_pairs(write_rows(tmp_path / "p.csv", [row(1, a="broken")]))
     counts = describe_health(again, problems).set_index("check")["count"]
     assert counts["text that is no JSON list"] == 1
@@ -189,13 +222,21 @@ def test_the_health_table_counts_what_was_planted(ugly_pairs: pd.DataFrame, tmp_
 def test_a_duplicate_with_another_vote_is_counted(ugly_pairs: pd.DataFrame) -> None:
     battle = ugly_pairs.iloc[[9]]
     other = battle.assign(id=98, label=(battle["label"] + 1) % 3)
-    health = describe_health(pd.concat([ugly_pairs, other], ignore_index=True), pd.DataFrame({"id": []}))
+    health = describe_health(
+        pd.concat([ugly_pairs, other], ignore_index=True), pd.DataFrame({"id": []})
+    )
     assert health.set_index("check").at["duplicate with another vote", "count"] == 2
 
 
 def test_real_rows_are_read_whole(real_pairs: pd.DataFrame) -> None:
-    raw = pd.concat([pd.read_csv(REAL_DATA / name) for name in ("arena_sample.csv", "arena_extra.csv")])
+    raw = pd.concat(
+        [pd.read_csv(REAL_DATA / name) for name in ("arena_sample.csv", "arena_extra.csv")]
+    )
     assert real_pairs["id"].tolist() == raw["id"].tolist()
-    assert np.bincount(real_pairs["label"]).tolist() == raw[WINNERS].sum().tolist() == [313, 311, 274]
+    assert (
+        np.bincount(real_pairs["label"]).tolist() == raw[WINNERS].sum().tolist() == [313, 311, 274]
+    )
     for name in TEXTS:
-        assert [list(turns) for turns in real_pairs[name]] == [json.loads(cell) for cell in raw[name]]
+        assert [list(turns) for turns in real_pairs[name]] == [
+            json.loads(cell) for cell in raw[name]
+        ]

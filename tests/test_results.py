@@ -8,7 +8,9 @@ import pytest
 
 from src.utils.paths import ROOT
 
-SPEC = importlib.util.spec_from_file_location("record", ROOT / "benchmarks" / "results" / "record.py")
+SPEC = importlib.util.spec_from_file_location(
+    "record", ROOT / "benchmarks" / "results" / "record.py"
+)
 record = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(record)
 
@@ -26,7 +28,9 @@ def test_committed_results_say_how_they_were_made(name):
         assert run["n_pairs"] > 0
         assert run["versions"]["python"], notebook
         assert run["machine"] and run["data_hash"] and run["config_hash"]
-        assert run["log_loss"] < run["prior_log_loss"], f"{notebook} is worse than the class prior; README must say so"
+        assert run["log_loss"] < run["prior_log_loss"], (
+            f"{notebook} is worse than the class prior; README must say so"
+        )
 
 
 def test_the_baseline_and_the_blend_come_within_two_hundredths_of_the_best_on_the_demo():

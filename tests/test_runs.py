@@ -51,7 +51,9 @@ def test_the_hash_of_battles_sees_every_part(demo_pairs: pd.DataFrame) -> None:
     assert runs.hash_pairs(demo_pairs.copy()) == whole
     for name, value in {"label": 2, "fold": 4, "id": 1, "prompt": ("x",)}.items():
         changed = demo_pairs.copy()
-        changed.at[0, name] = (0 if changed.at[0, name] == value else value) if name != "prompt" else value
+        changed.at[0, name] = (
+            (0 if changed.at[0, name] == value else value) if name != "prompt" else value
+        )
         assert runs.hash_pairs(changed) != whole, name
 
 
@@ -59,15 +61,29 @@ def test_metrics_are_written_last_and_hold_the_fixed_fields(tmp_path: Path) -> N
     oof = probs_table([1, 2], np.full((2, 3), 1 / 3), fold=[0, 1])
     config = {"seed": 1}
     metrics = runs.make_metrics(
-        {"log_loss": np.float32(1.0), "accuracy": 0.5}, n_pairs=2, seconds=1.234, data_hash="d", config=config
+        {"log_loss": np.float32(1.0), "accuracy": 0.5},
+        n_pairs=2,
+        seconds=1.234,
+        data_hash="d",
+        config=config,
     )
     runs.write_run(tmp_path, config=config, oof=oof, metrics=metrics)
     written = runs.read_json(tmp_path / "metrics.json")
-    assert {"log_loss", "accuracy", "n_pairs", "seconds", "peak_mib", "versions", "data_hash", "config_hash"} <= set(
-        written
-    )
+    assert {
+        "log_loss",
+        "accuracy",
+        "n_pairs",
+        "seconds",
+        "peak_mib",
+        "versions",
+        "data_hash",
+        "config_hash",
+    } <= set(written)
     assert written["peak_mib"] > 10
-    times = [(tmp_path / name).stat().st_mtime_ns for name in ("config.json", "oof.parquet", "metrics.json")]
+    times = [
+        (tmp_path / name).stat().st_mtime_ns
+        for name in ("config.json", "oof.parquet", "metrics.json")
+    ]
     assert times == sorted(times)
 
 

@@ -4,7 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.schema import LABELLED_COLUMNS, LABELS, check_pairs, check_probs, probs_of, probs_table
+from src.utils.schema import (
+    LABELLED_COLUMNS,
+    LABELS,
+    check_pairs,
+    check_probs,
+    probs_of,
+    probs_table,
+)
 
 
 def test_whole_tables_pass_unchanged(demo_pairs: pd.DataFrame, ugly_pairs: pd.DataFrame) -> None:
@@ -19,7 +26,9 @@ def test_a_missing_column_is_named(demo_pairs: pd.DataFrame) -> None:
 
 def test_a_text_that_is_no_tuple_is_named_with_its_id(demo_pairs: pd.DataFrame) -> None:
     demo_pairs.at[3, "prompt"] = "plain text"
-    with pytest.raises(ValueError, match=rf"id {demo_pairs.at[3, 'id']}, column prompt: expected a tuple"):
+    with pytest.raises(
+        ValueError, match=rf"id {demo_pairs.at[3, 'id']}, column prompt: expected a tuple"
+    ):
         check_pairs(demo_pairs)
 
 

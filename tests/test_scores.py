@@ -45,13 +45,15 @@ def test_log_loss_equals_that_of_scikit_learn():
 
 
 def test_log_loss_of_a_hand_worked_example():
-    assert log_loss(np.array([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]), np.array([0, 2])) == pytest.approx(
-        -(np.log(0.5) + np.log(0.6)) / 2
-    )
+    assert log_loss(
+        np.array([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]), np.array([0, 2])
+    ) == pytest.approx(-(np.log(0.5) + np.log(0.6)) / 2)
 
 
 def test_a_vote_held_impossible_costs_what_the_competition_charges():
-    assert row_losses(np.array([[1.0, 0.0, 0.0]]), np.array([1]))[0] == pytest.approx(-np.log(1e-15), abs=1e-9)
+    assert row_losses(np.array([[1.0, 0.0, 0.0]]), np.array([1]))[0] == pytest.approx(
+        -np.log(1e-15), abs=1e-9
+    )
 
 
 def test_rows_that_sum_to_another_value_are_renormalised():
@@ -92,13 +94,17 @@ def test_the_prior_of_a_fold_comes_from_the_other_folds():
 def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     values = np.random.default_rng(0).normal(size=400)
     low, high = bootstrap_interval(values, np.arange(400), n_boot=2000)
-    assert [low, high] == pytest.approx(values.mean() + 1.96 * np.array([-1, 1]) * values.std() / 20, abs=0.02)
+    assert [low, high] == pytest.approx(
+        values.mean() + 1.96 * np.array([-1, 1]) * values.std() / 20, abs=0.02
+    )
 
 
 def test_repeating_every_row_in_its_group_adds_no_certainty():
     values = np.random.default_rng(0).normal(size=100)
     once = bootstrap_interval(values, np.arange(100), seed=3)
-    assert bootstrap_interval(np.repeat(values, 5), np.repeat(np.arange(100), 5), seed=3) == pytest.approx(once)
+    assert bootstrap_interval(
+        np.repeat(values, 5), np.repeat(np.arange(100), 5), seed=3
+    ) == pytest.approx(once)
 
 
 def test_a_paired_difference_sees_what_single_intervals_cannot():
@@ -109,7 +115,9 @@ def test_a_paired_difference_sees_what_single_intervals_cannot():
 
 def test_models_are_compared_with_the_reference():
     truth, labels = make_votes(400)
-    table = compare_models({"truth": truth, "blurred": blur(truth, 1.0)}, labels, np.arange(400), "truth", n_boot=200)
+    table = compare_models(
+        {"truth": truth, "blurred": blur(truth, 1.0)}, labels, np.arange(400), "truth", n_boot=200
+    )
     table = table.set_index("model")
     assert table.loc["truth", "difference"] == 0
     assert table.loc["blurred", "difference_low"] > 0
@@ -125,7 +133,11 @@ def test_a_calibrated_model_lies_on_the_diagonal():
 
 
 def test_a_constant_model_has_one_bin_a_class():
-    assert reliability_curve(np.full((200, 3), 1 / 3), np.arange(200) % 3)["n_rows"].tolist() == [200, 200, 200]
+    assert reliability_curve(np.full((200, 3), 1 / 3), np.arange(200) % 3)["n_rows"].tolist() == [
+        200,
+        200,
+        200,
+    ]
 
 
 def test_preference_share_of_hand_worked_examples():
@@ -167,7 +179,11 @@ def test_a_blend_undoes_overconfidence():
 
 def test_a_blend_trusts_the_better_member_more():
     truth, labels = make_votes(3000)
-    members = {"good": blur(truth, 0.3), "poor": blur(truth, 1.5, seed=2), "prior": np.full((3000, 3), 1 / 3)}
+    members = {
+        "good": blur(truth, 0.3),
+        "poor": blur(truth, 1.5, seed=2),
+        "prior": np.full((3000, 3), 1 / 3),
+    }
     weights = dict(zip(members, fit_blend(members, labels).weights, strict=True))
     assert weights["good"] > 0.6 and weights["good"] > weights["poor"]
 
@@ -176,7 +192,10 @@ def test_two_members_of_independent_errors_beat_each_alone():
     truth, labels = make_votes(4000)
     members = {"one": blur(truth, 0.8, seed=1), "two": blur(truth, 0.8, seed=2)}
     blended = cross_fit_blend(members, labels, np.arange(4000))
-    assert log_loss(blended, labels) < min(log_loss(probs, labels) for probs in members.values()) - 0.02
+    assert (
+        log_loss(blended, labels)
+        < min(log_loss(probs, labels) for probs in members.values()) - 0.02
+    )
 
 
 def test_a_blend_is_symmetric_whatever_it_was_fitted_to():
@@ -185,7 +204,9 @@ def test_a_blend_is_symmetric_whatever_it_was_fitted_to():
     blend = fit_blend(members, labels)
     swapped = apply_blend(blend, {name: swap_probs(probs) for name, probs in members.items()})
     np.testing.assert_allclose(swap_probs(swapped), apply_blend(blend, members), atol=1e-14)
-    mirrored = fit_blend({name: swap_probs(probs) for name, probs in members.items()}, swap_labels(labels))
+    mirrored = fit_blend(
+        {name: swap_probs(probs) for name, probs in members.items()}, swap_labels(labels)
+    )
     assert mirrored.weights == pytest.approx(blend.weights, abs=1e-3)
 
 
@@ -262,10 +283,14 @@ def test_slices_name_where_the_model_is_worse():
     losses, groups = rng.normal(1, 0.1, 400), np.arange(400)
     first = groups < 200
     reference = losses + np.where(first, -0.2, 0.2) + rng.normal(0, 0.1, 400)
-    table = compare_slices(losses, reference, {"first": first, "last": ~first, "one": groups == 0}, groups, 200)
+    table = compare_slices(
+        losses, reference, {"first": first, "last": ~first, "one": groups == 0}, groups, 200
+    )
     assert table["slice"].tolist() == ["first", "last"] and table["n_pairs"].tolist() == [200, 200]
     assert table["verdict"].tolist() == ["worse", "better"]
     assert table["difference"].to_numpy() == pytest.approx([0.2, -0.2], abs=0.03)
-    assert (table["log_loss"] - table["reference"]).to_numpy() == pytest.approx(table["difference"].to_numpy())
+    assert (table["log_loss"] - table["reference"]).to_numpy() == pytest.approx(
+        table["difference"].to_numpy()
+    )
     same = compare_slices(losses, losses, {"all": first | ~first}, groups, 50)
     assert same["verdict"].tolist() == ["no different"]

@@ -29,7 +29,10 @@ def make_trainer(demo_pairs, tiny_base, tmp_path):
         config = dataclasses.replace(CONFIG, **changes)
         folders = {"model_dir": tmp_path / "model", "checkpoint_dir": tmp_path / "checkpoints"}
         model_and_tokenizer = load_classifier(config, tiny_base("modernbert"))
-        train_pairs, heldout = demo_pairs[:48].reset_index(drop=True), demo_pairs[48:60].reset_index(drop=True)
+        train_pairs, heldout = (
+            demo_pairs[:48].reset_index(drop=True),
+            demo_pairs[48:60].reset_index(drop=True),
+        )
         return FoldTrainer(*model_and_tokenizer, train_pairs, heldout, 0, config, **folders)
 
     return make
@@ -69,10 +72,17 @@ def test_a_batch_that_memory_does_not_hold_is_split_and_the_weights_are_the_same
         trainer = make_trainer(both_orders=both_orders)
         passes = limit_memory(trainer.model, n_tok, place, n_spared)
         trainer.train()
-        return trainer, torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), passes
+        return (
+            trainer,
+            torch.cat([p.detach().flatten() for p in trainer.model.parameters()]),
+            passes,
+        )
 
     whole, expected, _ = train(10_000)
-    with pytest.warns(UserWarning, match="memory does not hold a batch of 512 tokens; from here on each is read in 2 "):
+    with pytest.warns(
+        UserWarning,
+        match="memory does not hold a batch of 512 tokens; from here on each is read in 2 ",
+    ):
         parts, found, passes = train(n_tok=300)
     assert parts.n_parts >= 2 and max(passes) > 300
     # A twentieth of a step of Adam, which the last bit of a small gradient can be worth.
@@ -106,5 +116,7 @@ def test_several_processes_are_told_what_to_do_when_memory_runs_out(make_trainer
     trainer = make_trainer()
     limit_memory(trainer.model, 10)
     monkeypatch.setattr(splitting, "world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match=r"2 processes can not split .* lower tokens_per_batch \(512\)"):
+    with pytest.raises(
+        RuntimeError, match=r"2 processes can not split .* lower tokens_per_batch \(512\)"
+    ):
         trainer.train()

@@ -24,7 +24,9 @@ from src.utils.schema import swap_pairs
 
 
 def make_pairs(*battles: tuple) -> pd.DataFrame:
-    texts = [[text if isinstance(text, tuple) else (text,) for text in battle] for battle in battles]
+    texts = [
+        [text if isinstance(text, tuple) else (text,) for text in battle] for battle in battles
+    ]
     table = pd.DataFrame({"id": range(len(battles))})
     for position, name in enumerate(("prompt", "response_a", "response_b")):
         table[name] = pd.Series([row[position] for row in texts], dtype=object)
@@ -162,11 +164,17 @@ def test_overlap_counts_the_prompts_content_words():
 
 def test_the_last_turn_is_matched_with_the_last_answer():
     row = measure_one(("bread recipe", "moon phases"), ("moon phases", "bread recipe"))
-    assert (row["prompt_overlap_a"], row["prompt_overlap_first_a"], row["prompt_overlap_last_a"]) == (1, 1, 0)
+    assert (
+        row["prompt_overlap_a"],
+        row["prompt_overlap_first_a"],
+        row["prompt_overlap_last_a"],
+    ) == (1, 1, 0)
 
 
 def test_word_overlap_of_the_answers_is_their_jaccard_index():
-    style = measure_style(make_pairs(("x", "red green", "green blue"), ("x", "a", "a"), ("x", "", (None,))))
+    style = measure_style(
+        make_pairs(("x", "red green", "green blue"), ("x", "a", "a"), ("x", "", (None,)))
+    )
     assert style["word_jaccard"].tolist() == pytest.approx([1 / 3, 1, 1])
     assert style["is_identical"].tolist() == [0, 1, 0]
 
@@ -187,7 +195,9 @@ def test_the_script_of_a_prompt_is_recognised(prompt, script):
     assert script in SCRIPTS
 
 
-@pytest.mark.parametrize("text", ["*", " ", "\n", "!", "**a", "\n- ", "`", "#", "\n ", "1.", "\ud83d", "天"])
+@pytest.mark.parametrize(
+    "text", ["*", " ", "\n", "!", "**a", "\n- ", "`", "#", "\n ", "1.", "\ud83d", "天"]
+)
 def test_no_text_makes_measuring_slow(text):
     pairs = make_pairs(("hi", text * (50_000 // len(text)) + "x", "ok"))
     start = time.process_time()
@@ -221,13 +231,17 @@ def test_a_tokenizer_of_two_files_merges_as_told(tmp_path):
 
 
 # Mean and longest battle of the 898 real rows, as measured with the models' own tokenizers.
-@pytest.mark.parametrize(("name", "mean", "longest"), [("qwen2_5", 670, 6371), ("olmo_bpe", 714, 6412)])
+@pytest.mark.parametrize(
+    ("name", "mean", "longest"), [("qwen2_5", 670, 6371), ("olmo_bpe", 714, 6412)]
+)
 def test_real_vocabularies_give_the_known_lengths(name, mean, longest, real_pairs):
     folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers" / name
     if not folder.exists():
         pytest.skip(f"real vocabularies are not at hand: {folder} is missing")
     counts = count_tokens(real_pairs, load_tokenizer(folder))
-    assert counts.mean() == pytest.approx(mean, rel=0.005) and counts.max() == pytest.approx(longest, abs=5)
+    assert counts.mean() == pytest.approx(mean, rel=0.005) and counts.max() == pytest.approx(
+        longest, abs=5
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,11 +253,15 @@ def test_an_apology_is_found_anywhere(answer, expected):
 
 
 def test_slices_of_one_kind_part_the_battles_and_ignore_the_positions(ugly_pairs):
-    slices, swapped = (slice_battles(measure_style(pairs)) for pairs in (ugly_pairs, swap_pairs(ugly_pairs)))
+    slices, swapped = (
+        slice_battles(measure_style(pairs)) for pairs in (ugly_pairs, swap_pairs(ugly_pairs))
+    )
     kinds = {name.split(":")[0] for name in slices}
     assert kinds == {"length", "turns", "language", "code", "refusal"}
     for kind in kinds:
-        np.testing.assert_array_equal(sum(mask for name, mask in slices.items() if name.startswith(kind)), 1)
+        np.testing.assert_array_equal(
+            sum(mask for name, mask in slices.items() if name.startswith(kind)), 1
+        )
     for name, mask in slices.items():
         np.testing.assert_array_equal(swapped[name], mask, err_msg=name)
     assert slices["refusal: one answer"].sum() == 1 and slices["turns: several"].sum() == 2

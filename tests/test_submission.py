@@ -28,7 +28,9 @@ def test_missing_and_unasked_ids_are_named() -> None:
 
 
 def test_no_rows_are_a_valid_submission() -> None:
-    submission = make_submission(np.array([], dtype=int), np.empty((0, 3)), sample_ids=np.array([], dtype=int))
+    submission = make_submission(
+        np.array([], dtype=int), np.empty((0, 3)), sample_ids=np.array([], dtype=int)
+    )
     assert check_submission(submission, np.array([])).empty
 
 

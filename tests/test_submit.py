@@ -79,7 +79,9 @@ def members(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Members that answer the same for every battle, in place of trained ones."""
     if "trained" in request.fixturenames:
         return
-    monkeypatch.setattr(submit, "_predict_baseline", lambda run, pairs: np.tile(BASELINE_PROBS, (len(pairs), 1)))
+    monkeypatch.setattr(
+        submit, "_predict_baseline", lambda run, pairs: np.tile(BASELINE_PROBS, (len(pairs), 1))
+    )
     monkeypatch.setattr(submit, "_predict_network", answer)
 
 
@@ -90,7 +92,9 @@ def read(submission: Submission, pairs: pd.DataFrame) -> np.ndarray:
     return table[list(LABELS)].to_numpy()[::-1]
 
 
-def test_the_blend_of_both_is_what_is_written(runs: dict, submission: Submission, demo_pairs: pd.DataFrame) -> None:
+def test_the_blend_of_both_is_what_is_written(
+    runs: dict, submission: Submission, demo_pairs: pd.DataFrame
+) -> None:
     outcome = predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60)
     expected = np.sqrt(BASELINE_PROBS * NETWORK_PROBS)
     np.testing.assert_allclose(outcome.probs[0], expected / expected.sum(), atol=1e-9)
@@ -100,7 +104,11 @@ def test_the_blend_of_both_is_what_is_written(runs: dict, submission: Submission
 
 @pytest.mark.parametrize("order", [(BASELINE, NETWORK), (NETWORK, BASELINE)])
 def test_the_baseline_answers_first_and_is_on_disk_before_any_network(
-    runs: dict, submission: Submission, demo_pairs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, order: tuple
+    runs: dict,
+    submission: Submission,
+    demo_pairs: pd.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
+    order: tuple,
 ) -> None:
     seen = []
 
@@ -122,13 +130,20 @@ def test_a_member_that_fails_costs_no_row(
     monkeypatch.setattr(submit, "_predict_network", fail)
     outcome = predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60)
     np.testing.assert_allclose(outcome.probs, np.tile(BASELINE_PROBS, (300, 1)), atol=1e-9)
-    assert (outcome.timings[1].status, outcome.timings[1].note) == ("failed", "RuntimeError: damaged weights")
+    assert (outcome.timings[1].status, outcome.timings[1].note) == (
+        "failed",
+        "RuntimeError: damaged weights",
+    )
     read(submission, demo_pairs)
 
 
 @pytest.mark.parametrize("damage", ["{", '{"checkpoint": "tiny:modernbert", "n_epoch": 1}'])
 def test_damaged_settings_cost_no_row(
-    runs: dict, submission: Submission, demo_pairs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, damage: str
+    runs: dict,
+    submission: Submission,
+    demo_pairs: pd.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
 ) -> None:
     real = submit.read_json
     monkeypatch.undo()
@@ -164,28 +179,43 @@ def test_battles_that_nobody_reached_for_want_of_a_baseline_get_the_mean_of_the_
         return say(np.where(np.arange(len(pairs))[:, None] < 150, BASELINE_PROBS, np.nan))
 
     monkeypatch.setattr(submit, "_predict_network", reach_half)
-    outcome = predict_submission(demo_pairs, runs | {BASELINE: None}, BLEND, submission, deadline_s=60)
+    outcome = predict_submission(
+        demo_pairs, runs | {BASELINE: None}, BLEND, submission, deadline_s=60
+    )
     np.testing.assert_allclose(outcome.probs[150:], np.tile([0.4, 0.4, 0.2], (150, 1)), atol=1e-9)
     assert outcome.n_pairs_by_members["mean of the others"] == 150
     read(submission, demo_pairs)
 
 
-def test_an_absent_member_is_told_and_left_out(runs: dict, submission: Submission, demo_pairs: pd.DataFrame) -> None:
-    outcome = predict_submission(demo_pairs, runs | {NETWORK: None}, BLEND, submission, deadline_s=60)
+def test_an_absent_member_is_told_and_left_out(
+    runs: dict, submission: Submission, demo_pairs: pd.DataFrame
+) -> None:
+    outcome = predict_submission(
+        demo_pairs, runs | {NETWORK: None}, BLEND, submission, deadline_s=60
+    )
     np.testing.assert_allclose(outcome.probs, np.tile(BASELINE_PROBS, (300, 1)), atol=1e-9)
-    assert {timing.member: timing.status for timing in outcome.timings} == {BASELINE: "whole", NETWORK: "absent"}
+    assert {timing.member: timing.status for timing in outcome.timings} == {
+        BASELINE: "whole",
+        NETWORK: "absent",
+    }
 
 
-def test_without_any_member_the_error_says_why(runs: dict, submission: Submission, demo_pairs: pd.DataFrame) -> None:
+def test_without_any_member_the_error_says_why(
+    runs: dict, submission: Submission, demo_pairs: pd.DataFrame
+) -> None:
     with pytest.raises(RuntimeError, match="03_modernbert: no finished run"):
         predict_submission(demo_pairs, dict.fromkeys(runs), BLEND, submission, deadline_s=60)
 
 
-def test_a_network_without_weight_is_not_run(runs: dict, submission: Submission, demo_pairs: pd.DataFrame) -> None:
+def test_a_network_without_weight_is_not_run(
+    runs: dict, submission: Submission, demo_pairs: pd.DataFrame
+) -> None:
     blend = Blend((BASELINE, NETWORK), (1.0, 0.0))
     outcome = predict_submission(demo_pairs, runs, blend, submission, deadline_s=60)
     assert outcome.timings[1].status == "without weight"
-    without_baseline = predict_submission(demo_pairs, runs | {BASELINE: None}, blend, submission, deadline_s=60)
+    without_baseline = predict_submission(
+        demo_pairs, runs | {BASELINE: None}, blend, submission, deadline_s=60
+    )
     np.testing.assert_allclose(without_baseline.probs, np.tile(NETWORK_PROBS, (300, 1)), atol=1e-9)
 
 
@@ -194,7 +224,9 @@ def test_the_deadline_reaches_the_networks_as_a_moment(
 ) -> None:
     given = []
 
-    def note_deadline(folder: Path, pairs: pd.DataFrame, ask: Ask, means: Means, *_: object) -> Prediction:
+    def note_deadline(
+        folder: Path, pairs: pd.DataFrame, ask: Ask, means: Means, *_: object
+    ) -> Prediction:
         given.append(means.deadline - time.monotonic())
         return answer(folder, pairs)
 
@@ -227,9 +259,15 @@ def test_the_refit_is_one_more_model_and_comes_first(tmp_path: Path) -> None:
 
 
 def test_the_network_worth_least_per_second_is_given_up_first(
-    runs: dict, tmp_path: Path, submission: Submission, demo_pairs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+    runs: dict,
+    tmp_path: Path,
+    submission: Submission,
+    demo_pairs: pd.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runs["04_qwen"] = make_run(tmp_path / "04_qwen", {"checkpoint": "tiny:qwen3"}, n_folds=1, n_bytes=8000)
+    runs["04_qwen"] = make_run(
+        tmp_path / "04_qwen", {"checkpoint": "tiny:qwen3"}, n_folds=1, n_bytes=8000
+    )
     now = [0.0]
     monkeypatch.setattr(submit.time, "monotonic", lambda: now[0])
 
@@ -246,7 +284,9 @@ def test_the_network_worth_least_per_second_is_given_up_first(
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, demo_pairs: pd.DataFrame) -> dict[str, tuple[set, float]]:
+def asked(
+    monkeypatch: pytest.MonkeyPatch, demo_pairs: pd.DataFrame
+) -> dict[str, tuple[set, float]]:
     """Ids that each network is asked to read, and the share of them to be read twice; battle 0 is surest, 299 least."""
     sureness = np.linspace(0.95, 0.34, 300)
     floor = np.column_stack([sureness, (1 - sureness) / 2, (1 - sureness) / 2])
@@ -275,7 +315,9 @@ def test_in_a_cascade_the_only_network_reads_the_battles_that_the_baseline_is_le
 def test_in_a_cascade_of_two_networks_the_cheap_one_reads_all_once_and_the_costly_one_a_share_twice(
     runs: dict, tmp_path: Path, submission: Submission, demo_pairs: pd.DataFrame, asked: dict
 ) -> None:
-    runs["04_qwen"] = make_run(tmp_path / "04_qwen", {"checkpoint": "tiny:qwen3"}, n_folds=2, n_bytes=9000)
+    runs["04_qwen"] = make_run(
+        tmp_path / "04_qwen", {"checkpoint": "tiny:qwen3"}, n_folds=2, n_bytes=9000
+    )
     blend = Blend((BASELINE, NETWORK, "04_qwen"), (0.4, 0.3, 0.3))
     outcome = predict_submission(demo_pairs, runs, blend, submission, deadline_s=60, cascade=0.25)
     ids, twice_share = asked[NETWORK]
@@ -290,12 +332,16 @@ def test_without_a_cascade_and_without_a_baseline_every_battle_is_read(
 ) -> None:
     predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60)
     assert len(asked[NETWORK][0]) == 300
-    predict_submission(demo_pairs, runs | {BASELINE: None}, BLEND, submission, deadline_s=60, cascade=0.25)
+    predict_submission(
+        demo_pairs, runs | {BASELINE: None}, BLEND, submission, deadline_s=60, cascade=0.25
+    )
     assert len(asked[NETWORK][0]) == 300
 
 
 @pytest.mark.parametrize("cascade", [0.0, 1.1])
-def test_a_cascade_is_a_share(runs: dict, submission: Submission, demo_pairs: pd.DataFrame, cascade: float) -> None:
+def test_a_cascade_is_a_share(
+    runs: dict, submission: Submission, demo_pairs: pd.DataFrame, cascade: float
+) -> None:
     with pytest.raises(ValueError, match="cascade: expected a share"):
         predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60, cascade=cascade)
 
@@ -316,7 +362,9 @@ def test_the_timing_is_json_and_says_what_the_battles_got(
     runs: dict, submission: Submission, demo_pairs: pd.DataFrame
 ) -> None:
     outcome = predict_submission(demo_pairs, runs, BLEND, submission, deadline_s=60)
-    timing = json.loads(json.dumps(describe_timing(outcome, n_pairs=300, seconds=1.0, deadline_s=60)))
+    timing = json.loads(
+        json.dumps(describe_timing(outcome, n_pairs=300, seconds=1.0, deadline_s=60))
+    )
     assert [member["n_reached"] for member in timing["members"]] == [300, 300]
     assert [member["n_twice"] for member in timing["members"]] == [300, 300]
     assert timing["n_pairs_by_members"] == {f"{BASELINE} + {NETWORK}": 300}
@@ -355,7 +403,9 @@ def test_two_processes_say_what_this_one_says(trained: dict, demo_pairs: pd.Data
         folder, pairs = trained[name] / "model" / "fold_0", demo_pairs[:60]
         options = {"max_tokens": config.predict_tokens, "tokens_per_batch": config.tokens_per_batch}
         model, tokenizer = checkpoints.load_finetuned(folder, config)
-        local = predict_pairs(LocalReader(model, tokenizer.pad_token_id), tokenizer, pairs, **options)
+        local = predict_pairs(
+            LocalReader(model, tokenizer.pad_token_id), tokenizer, pairs, **options
+        )
         with open_reader(folder, config, None, n_workers=2, deadline=later()) as reader:
             assert isinstance(reader, submit.Pool) and reader.capacity == 4
             far = predict_pairs(reader, checkpoints.load_tokenizer(folder), pairs, **options)
@@ -364,7 +414,9 @@ def test_two_processes_say_what_this_one_says(trained: dict, demo_pairs: pd.Data
 
 
 @pytest.mark.slow
-def test_the_batches_of_a_process_that_is_killed_are_read_by_the_other(trained: dict, demo_pairs: pd.DataFrame) -> None:
+def test_the_batches_of_a_process_that_is_killed_are_read_by_the_other(
+    trained: dict, demo_pairs: pd.DataFrame
+) -> None:
     config, folder = TINY[NETWORK], trained[NETWORK] / "model" / "fold_0"
     with open_reader(folder, config, None, n_workers=2, deadline=later()) as reader:
         victim, send, sent = reader._workers[0].process, reader.send, []
@@ -377,13 +429,17 @@ def test_the_batches_of_a_process_that_is_killed_are_read_by_the_other(trained: 
 
         reader.send = kill_at_the_fifth
         tokenizer = checkpoints.load_tokenizer(folder)
-        far = predict_pairs(reader, tokenizer, demo_pairs[:60], max_tokens=192, tokens_per_batch=1024)
+        far = predict_pairs(
+            reader, tokenizer, demo_pairs[:60], max_tokens=192, tokens_per_batch=1024
+        )
     assert np.isfinite(far.probs).all() and far.note == ""
     assert victim.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.slow
-def test_where_all_processes_are_killed_what_was_read_is_kept(trained: dict, demo_pairs: pd.DataFrame) -> None:
+def test_where_all_processes_are_killed_what_was_read_is_kept(
+    trained: dict, demo_pairs: pd.DataFrame
+) -> None:
     config, folder = TINY[NETWORK], trained[NETWORK] / "model" / "fold_0"
     with open_reader(folder, config, None, n_workers=1, deadline=later()) as reader:
         receive, heard = reader.receive, []
@@ -396,7 +452,9 @@ def test_where_all_processes_are_killed_what_was_read_is_kept(trained: dict, dem
 
         reader.receive = kill_at_the_fifth
         tokenizer = checkpoints.load_tokenizer(folder)
-        far = predict_pairs(reader, tokenizer, demo_pairs[:60], max_tokens=192, tokens_per_batch=1024)
+        far = predict_pairs(
+            reader, tokenizer, demo_pairs[:60], max_tokens=192, tokens_per_batch=1024
+        )
     assert "ended with code -9" in far.note
     assert 0 < np.isfinite(far.probs).all(axis=1).sum() < 60
 
@@ -414,7 +472,9 @@ def test_where_no_process_can_be_started_this_one_reads(
         open_reader(folder, TINY[NETWORK], None, deadline=later()) as reader,
     ):
         tokenizer = checkpoints.load_tokenizer(folder)
-        near = predict_pairs(reader, tokenizer, demo_pairs[:5], max_tokens=192, tokens_per_batch=1024)
+        near = predict_pairs(
+            reader, tokenizer, demo_pairs[:5], max_tokens=192, tokens_per_batch=1024
+        )
     assert isinstance(reader, LocalReader) and np.isfinite(near.probs).all()
 
 
@@ -443,7 +503,9 @@ def test_an_attached_base_is_found_in_both_layouts_and_checked(
     folder = trained["04_qwen"] / "model" / "fold_0"
     config = dataclasses.replace(TINY["04_qwen"], checkpoint="Qwen/Qwen3-4B-Instruct-2507")
     assert submit.find_base(folder, config, paths.find_checkpoints) is None
-    place = tmp_path / "input" / layout / "qwen3-4b-instruct-2507" / "transformers" / "default" / "1"
+    place = (
+        tmp_path / "input" / layout / "qwen3-4b-instruct-2507" / "transformers" / "default" / "1"
+    )
     shutil.copytree(trained["04_qwen"] / "base", place)
     assert submit.find_base(folder, config, paths.find_checkpoints) == place
     tiny.make_tiny_checkpoint("qwen3", ["some words"], place, 7)
@@ -471,14 +533,20 @@ def test_each_gpu_gets_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_deadline_of_the_notebook_holds_a_margin_of_15_percent() -> None:
-    deadline_s = read_parameters(paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb")["DEADLINE_S"]
+    deadline_s = read_parameters(paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb")[
+        "DEADLINE_S"
+    ]
     assert 0.8 <= deadline_s / (9 * 3600) <= 0.85 + 1e-9
 
 
 @pytest.mark.slow
 def test_a_model_that_loads_too_slowly_leaves_no_process_and_no_warning(trained: dict) -> None:
     ran = subprocess.run(
-        [sys.executable, "-c", HURRIED, trained[NETWORK]], cwd=paths.ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", HURRIED, trained[NETWORK]],
+        cwd=paths.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert ran.stdout.split() == ["late"] * 3 + ["0"], ran.stderr
     assert "leaked" not in ran.stderr
@@ -530,12 +598,16 @@ predict_submission(pairs, runs, Blend(tuple(runs), (0.5, 0.5)), submission, dead
 
 
 @pytest.mark.slow
-def test_sigkill_at_any_moment_after_the_baseline_leaves_a_valid_submission(runs: dict, tmp_path: Path) -> None:
+def test_sigkill_at_any_moment_after_the_baseline_leaves_a_valid_submission(
+    runs: dict, tmp_path: Path
+) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
     moments = random.Random(0)
     for _ in range(4):
         (tmp_path / "submission.csv").unlink(missing_ok=True)
-        process = subprocess.Popen([sys.executable, tmp_path / "killed.py", tmp_path], cwd=paths.ROOT)
+        process = subprocess.Popen(
+            [sys.executable, tmp_path / "killed.py", tmp_path], cwd=paths.ROOT
+        )
         while not (tmp_path / "submission.csv").exists():
             assert process.poll() is None
             time.sleep(0.01)

@@ -1,8 +1,21 @@
 import nbformat
 import pytest
 
-from src.utils.config import SuiteError, check_parameter, make_parameters, read_parameters, split_settings
-from src.utils.suite.pipeline import STAGES, HashCache, River, Stage, absolute_data, choose_notebooks
+from src.utils.config import (
+    SuiteError,
+    check_parameter,
+    make_parameters,
+    read_parameters,
+    split_settings,
+)
+from src.utils.suite.pipeline import (
+    STAGES,
+    HashCache,
+    River,
+    Stage,
+    absolute_data,
+    choose_notebooks,
+)
 
 NAMES = ("01_eda", "02_baseline", "03_modernbert", "04_qwen", "05_ensemble")
 DEFAULTS = {
@@ -39,9 +52,14 @@ def test_an_unknown_notebook_is_an_error(only):
 
 def test_parameters_are_read_without_running_anything(tmp_path):
     write_notebook(
-        tmp_path / "a.ipynb", 'NAME: str = "a # b"  # text\nFOLDS: tuple[int, ...] = (0, 1)\nRATE: float = -1e-3'
+        tmp_path / "a.ipynb",
+        'NAME: str = "a # b"  # text\nFOLDS: tuple[int, ...] = (0, 1)\nRATE: float = -1e-3',
     )
-    assert read_parameters(tmp_path / "a.ipynb") == {"NAME": "a # b", "FOLDS": (0, 1), "RATE": -1e-3}
+    assert read_parameters(tmp_path / "a.ipynb") == {
+        "NAME": "a # b",
+        "FOLDS": (0, 1),
+        "RATE": -1e-3,
+    }
 
 
 def test_a_parameter_that_is_no_literal_is_named(tmp_path):
@@ -51,7 +69,9 @@ def test_a_parameter_that_is_no_literal_is_named(tmp_path):
 
 
 def test_kernels_see_only_what_is_injected():
-    parameters = make_parameters(DEFAULTS, profile={"02_baseline": {"RIDGE": 2}}, data="/x", settings=["SEED=7"])
+    parameters = make_parameters(
+        DEFAULTS, profile={"02_baseline": {"RIDGE": 2}}, data="/x", settings=["SEED=7"]
+    )
     assert parameters["01_eda"] == {"PROFILE": "none", "DATA": "/x", "SEED": 7}
     assert parameters["02_baseline"] == {"PROFILE": "none", "RIDGE": 2.0, "SEED": 7}
 
@@ -105,7 +125,10 @@ def test_data_paths_are_made_absolute_and_may_hold_spaces(tmp_path, monkeypatch)
     (tmp_path / "my rows.csv").touch()
     assert absolute_data(["my rows.csv"]) == str(tmp_path / "my rows.csv")
     assert absolute_data(["a.csv b.csv"]) == f"{tmp_path / 'a.csv'} | {tmp_path / 'b.csv'}"
-    assert absolute_data(["a.csv", "my rows.csv"]) == f"{tmp_path / 'a.csv'} | {tmp_path / 'my rows.csv'}"
+    assert (
+        absolute_data(["a.csv", "my rows.csv"])
+        == f"{tmp_path / 'a.csv'} | {tmp_path / 'my rows.csv'}"
+    )
     assert absolute_data([""]) == ""
 
 
@@ -132,12 +155,19 @@ def test_a_changed_file_changes_its_hash_also_across_calls(tmp_path):
 
 def test_a_notebook_needs_only_the_models_that_it_was_told_to_use(tmp_path):
     stage = Stage(
-        "05_e", ("x",), "x", reads=dict.fromkeys(("02_baseline", "03_modernbert"), ("oof",)), chosen_by="MEMBERS"
+        "05_e",
+        ("x",),
+        "x",
+        reads=dict.fromkeys(("02_baseline", "03_modernbert"), ("oof",)),
+        chosen_by="MEMBERS",
     )
     write_notebook(tmp_path / "05_e.ipynb", "MEMBERS: list[str] = []")
     river = River(tmp_path / "artifacts", {"05_e": {"MEMBERS": ["02_baseline"]}}, tmp_path, [stage])
     assert list(river.needs(stage)) == ["02_baseline"]
-    assert list(River(tmp_path / "artifacts", {}, tmp_path, [stage]).needs(stage)) == ["02_baseline", "03_modernbert"]
+    assert list(River(tmp_path / "artifacts", {}, tmp_path, [stage]).needs(stage)) == [
+        "02_baseline",
+        "03_modernbert",
+    ]
 
 
 def test_the_river_flows_down():

@@ -21,7 +21,12 @@ from src.utils.suite.run import run_suite
 
 STAGES = (
     Stage("01_words", ("words.txt", "bias.json"), "bias.json"),
-    Stage("02_count", ("model/", "count.txt", "metrics.json"), "metrics.json", reads={"01_words": ("words.txt",)}),
+    Stage(
+        "02_count",
+        ("model/", "count.txt", "metrics.json"),
+        "metrics.json",
+        reads={"01_words": ("words.txt",)},
+    ),
     Stage("03_report", ("report.txt",), "report.txt", reads={"02_count": ("count.txt",)}),
 )
 NAMES = [stage.name for stage in STAGES]
@@ -32,7 +37,9 @@ WRITE_COUNT = """words = (root / '01_words/words.txt').read_text()
 (root / '02_count/model/words.safetensors').write_text(words)
 (root / '02_count/count.txt').write_text(str(len(words)))
 (root / '02_count/metrics.json').write_text(json.dumps({'log_loss': 1.0, 'seconds': time.time()}))"""
-WRITE_REPORT = "(root / '03_report/report.txt').write_text((root / '02_count/count.txt').read_text())"
+WRITE_REPORT = (
+    "(root / '03_report/report.txt').write_text((root / '02_count/count.txt').read_text())"
+)
 
 
 def write_notebook(path, parameters, *cells):
@@ -47,7 +54,9 @@ def write_count(folder, *cells):
 
 
 def make_river(folder, force=False, **parameters):
-    return River(folder / "artifacts", {"01_words": parameters}, folder / "notebooks", STAGES, force)
+    return River(
+        folder / "artifacts", {"01_words": parameters}, folder / "notebooks", STAGES, force
+    )
 
 
 def run(folder, names=NAMES, force=False, **parameters):
@@ -97,11 +106,16 @@ def test_changed_content_flows_down_only_as_far_as_it_is_read(river_folder):
     (river_folder / "artifacts/01_words/words.txt").write_text("xyz")
     river = make_river(river_folder)
     reasons = {name: river.why_run(river.by_name[name]) for name in NAMES}
-    assert reasons == {"01_words": "words.txt is changed", "02_count": "01_words/words.txt changed", "03_report": ""}
+    assert reasons == {
+        "01_words": "words.txt is changed",
+        "02_count": "01_words/words.txt changed",
+        "03_report": "",
+    }
 
 
 @pytest.mark.parametrize(
-    ("parameters", "reason"), [({"SEED": 2}, "SEED was its default, is 2"), ({"force": True}, "FORCE=1")]
+    ("parameters", "reason"),
+    [({"SEED": 2}, "SEED was its default, is 2"), ({"force": True}, "FORCE=1")],
 )
 def test_parameters_and_force_remake(finished, parameters, reason):
     river = make_river(finished, **parameters)
@@ -160,9 +174,16 @@ def test_a_failing_cell_stops_the_suite_and_is_shown(river_folder):
     write_count(river_folder, "wages = {}\nwages['Ada']", WRITE_COUNT)
     with pytest.raises(SuiteError) as error:
         run(river_folder)
-    for part in ("02_count failed in cell [3]", "    wages['Ada']", "KeyError: 'Ada'", "notebooks/02_count.ipynb"):
+    for part in (
+        "02_count failed in cell [3]",
+        "    wages['Ada']",
+        "KeyError: 'Ada'",
+        "notebooks/02_count.ipynb",
+    ):
         assert part in str(error.value)
-    assert not (river_folder / "artifacts/02_count/metrics.json").exists(), "the mark of the old run was left"
+    assert not (river_folder / "artifacts/02_count/metrics.json").exists(), (
+        "the mark of the old run was left"
+    )
     assert make_river(river_folder).why_run(STAGES[1]) == "there is no finished run"
 
 
@@ -189,10 +210,16 @@ def test_a_run_that_only_seems_to_end_well_fails(river_folder, cells, message):
 def test_the_kernel_is_this_python_whatever_is_registered(river_folder, tmp_path, monkeypatch):
     other = tmp_path / "kernels" / "python3"
     other.mkdir(parents=True)
-    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "other", "language": "python"}
+    spec = {
+        "argv": ["/bin/false", "{connection_file}"],
+        "display_name": "other",
+        "language": "python",
+    }
     (other / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    write_count(river_folder, WRITE_COUNT + "\n(root / '02_count/count.txt').write_text(sys.executable)")
+    write_count(
+        river_folder, WRITE_COUNT + "\n(root / '02_count/count.txt').write_text(sys.executable)"
+    )
     run(river_folder, ["02_count"])
     assert (river_folder / "artifacts/02_count/count.txt").read_text() == sys.executable
 
@@ -209,7 +236,9 @@ def start_slow_suite(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
 def test_a_killed_run_ends_its_kernel_and_is_not_taken_for_whole(river_folder, number, code):
     process, kernels = start_slow_suite(river_folder)
     process.send_signal(number)
@@ -266,7 +295,9 @@ def test_a_terminal_sees_the_kernels_own_bar_without_its_blocks():
     with runner.Monitor("02_count", 3, terminal) as monitor:
         monitor.cell_starts(nbformat.v4.new_code_cell("fit()"), 1)
         monitor.write("\r\x1b[32mtraining:  85%|████▌  | 34/40 [00:06<00:01]\x1b[0m\r")
-    assert re.search(r"02_count .* 1/3 cells  00:0\d, training:  85% 34/40 \[00:06<00:01\]", terminal.getvalue())
+    assert re.search(
+        r"02_count .* 1/3 cells  00:0\d, training:  85% 34/40 \[00:06<00:01\]", terminal.getvalue()
+    )
 
 
 def test_a_notebook_that_needs_test_battles_is_left_out_without_them(river_folder, tmp_path):
@@ -289,4 +320,7 @@ def test_the_ladder_of_a_notebook_is_told_rung_by_rung(tmp_path):
     rungs = [{"model": "class prior", "log_loss": 1.1, "low": 1.09, "high": 1.11}]
     (tmp_path / "metrics.json").write_text(json.dumps({"n_pairs": 1234, "ladder": rungs}))
     told = runner.format_ladder(result)
-    assert told == "02_baseline: log loss on 1,234 held-out battles\n  class prior  1.1000 (1.0900 to 1.1100)"
+    assert (
+        told
+        == "02_baseline: log loss on 1,234 held-out battles\n  class prior  1.1000 (1.0900 to 1.1100)"
+    )

@@ -40,7 +40,9 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, capsys, text, e
 
 def test_folder_names_tell_the_parameters_and_never_meet():
     assert name_point({"RIDGE": 0.5, "SEED": 1}) == "RIDGE=0.5,SEED=1"
-    names = {name_point({"CHECKPOINT": value}) for value in ("a/b", "a_b", "a b", "x" * 300, "x" * 301)}
+    names = {
+        name_point({"CHECKPOINT": value}) for value in ("a/b", "a_b", "a b", "x" * 300, "x" * 301)
+    }
     assert len(names) == 5 and all("/" not in name and len(name) < 100 for name in names)
 
 
@@ -51,8 +53,15 @@ def test_every_point_is_a_run_of_the_suite_in_its_own_folder(tmp_path, monkeypat
 
     def run(command, **options):
         commands.append(command)
-        folder = tmp_path / "sweeps" / "t" / name_point({"RIDGE": 2.0 if "02.RIDGE=2.0" in command else 1.0})
-        assert (folder / "01_eda" / "run.json").exists() and command[command.index("--artifacts") + 1] == str(folder)
+        folder = (
+            tmp_path
+            / "sweeps"
+            / "t"
+            / name_point({"RIDGE": 2.0 if "02.RIDGE=2.0" in command else 1.0})
+        )
+        assert (folder / "01_eda" / "run.json").exists() and command[
+            command.index("--artifacts") + 1
+        ] == str(folder)
         if "02.RIDGE=1.0" in command:
             return subprocess.CompletedProcess(command, 1, "", "it broke")
         scores = {"log_loss": 1.03, "accuracy": 0.5, "data_hash": "d"}

@@ -58,7 +58,9 @@ def test_a_field_with_tokens_never_loses_them_all():
 def test_cut_fields_stay_within_the_budget_and_every_answer_keeps_a_part():
     rng = np.random.default_rng(1)
     for _ in range(300):
-        fields = [[list("x" * int(n)) for n in rng.integers(0, 60, rng.integers(1, 4))] for _ in range(3)]
+        fields = [
+            [list("x" * int(n)) for n in rng.integers(0, 60, rng.integers(1, 4))] for _ in range(3)
+        ]
         budget = int(rng.integers(9, 200))
         cut = cut_fields(fields, budget, "~", 2)
         n_tok = sum(sum(map(len, turns)) + 2 * (len(turns) - 1) for turns in cut if turns)
@@ -76,5 +78,7 @@ def test_the_same_words_are_cut_when_the_answers_are_exchanged():
 
 
 def test_a_budget_without_room_is_refused_by_name():
-    with pytest.raises(ValueError, match="budget: expected at least one token for each of 3 fields, got 2"):
+    with pytest.raises(
+        ValueError, match="budget: expected at least one token for each of 3 fields, got 2"
+    ):
         cut_fields([[[1]], [[2]], [[3]]], 2)

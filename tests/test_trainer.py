@@ -53,8 +53,12 @@ def pairs(demo_pairs):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
-def test_an_8bit_optimizer_keeps_its_state_in_bytes_and_learns(pairs, tiny_base, tmp_path, optimizer):
-    trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path, optimizer=optimizer, n_epochs=4.0)
+def test_an_8bit_optimizer_keeps_its_state_in_bytes_and_learns(
+    pairs, tiny_base, tmp_path, optimizer
+):
+    trainer = make_trainer(
+        pairs, tiny_base("modernbert"), tmp_path, optimizer=optimizer, n_epochs=4.0
+    )
     trainer.train()
     layer = trainer.model.model.layers[0].mlp.Wi.weight
     state = trainer.optimizer.optimizer.state[layer]
@@ -67,7 +71,9 @@ def test_an_8bit_optimizer_keeps_its_state_in_bytes_and_learns(pairs, tiny_base,
 def test_layers_learn_at_rates_of_their_own_and_only_matrices_decay(pairs, tiny_base, tmp_path):
     trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path, layer_decay=0.5)
     groups, model = trainer.create_optimizer().param_groups, trainer.model
-    group_of = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    group_of = {
+        id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
     assert group_of[id(model.classifier.weight)] == (1e-3, 0.01)
     assert group_of[id(model.classifier.bias)] == (1e-3, 0.0)
     assert group_of[id(model.model.layers[0].attn.Wo.weight)] == (1e-3 / 8, 0.01)
@@ -79,7 +85,9 @@ def test_layers_learn_at_rates_of_their_own_and_only_matrices_decay(pairs, tiny_
 # ---- logs --------------------------------------------------------------------
 
 
-def test_tensorboard_reads_what_was_logged_and_nothing_that_a_killed_run_logged_too_late(pairs, tiny_base, tmp_path):
+def test_tensorboard_reads_what_was_logged_and_nothing_that_a_killed_run_logged_too_late(
+    pairs, tiny_base, tmp_path
+):
     def curve(name):
         events = EventAccumulator(str(tmp_path / "logs"))
         events.Reload()
@@ -90,9 +98,16 @@ def test_tensorboard_reads_what_was_logged_and_nothing_that_a_killed_run_logged_
     trainer.go_on(None)
     history = trainer.describe()["history"]
     assert len(history) == 3
-    for shown, name in (("held_out", "log_loss"), ("train_loss", "train_loss"), ("padding_share", "padding_share")):
+    for shown, name in (
+        ("held_out", "log_loss"),
+        ("train_loss", "train_loss"),
+        ("padding_share", "padding_share"),
+    ):
         assert curve(shown) == [(row["step"], row[name]) for row in history]
-    oldest = min((tmp_path / "checkpoints" / "fold_0").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    oldest = min(
+        (tmp_path / "checkpoints" / "fold_0").iterdir(),
+        key=lambda path: int(path.name.split("-")[1]),
+    )
     again = make_trainer(pairs, tiny_base("modernbert"), tmp_path, **options)
     again.go_on(oldest)
     assert curve("held_out") == [(row["step"], row["log_loss"]) for row in history]
@@ -114,9 +129,7 @@ def test_swap_gap_is_that_of_the_two_readings(pairs, tiny_base, tmp_path):
 def test_the_bar_tells_throughput_memory_losses_and_time_left(pairs, tiny_base, tmp_path, capsys):
     make_trainer(pairs, tiny_base("modernbert"), tmp_path, n_epochs=1.0, n_evals=1).train()
     line = capsys.readouterr().out.split("\r")[-1]
-    found = (
-        r"fold 0: 100%.*\[\d+:\d+<\d+:\d+, .*train \d\.\d{4}, held out \d\.\d{4}, [\d.]+k tok/s, \d+ % padding, \d+ MiB"
-    )
+    found = r"fold 0: 100%.*\[\d+:\d+<\d+:\d+, .*train \d\.\d{4}, held out \d\.\d{4}, [\d.]+k tok/s, \d+ % padding, \d+ MiB"
     assert re.search(found, line)
 
 
@@ -130,7 +143,9 @@ def test_validations_are_spread_evenly_and_the_last_step_has_one():
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_gradient_does_not_depend_on_how_rows_fall_into_batches(packing, demo_pairs, tiny_base, tmp_path):
+def test_a_gradient_does_not_depend_on_how_rows_fall_into_batches(
+    packing, demo_pairs, tiny_base, tmp_path
+):
     pairs = demo_pairs[:6].assign(fold=[0, 1, 1, 1, 1, 1]).reset_index(drop=True)
 
     def gradient(tokens_per_batch, batches_per_step):
@@ -190,14 +205,23 @@ def test_a_wide_model_computes_in_bf16_on_a_cpu_that_has_it_and_says_so(
 @pytest.mark.slow
 def test_consistency_brings_the_two_orders_together(demo_pairs, tiny_base, tmp_path):
     pairs = demo_pairs[:60].reset_index(drop=True)
-    heldout, options = pairs[pairs["fold"] == 0], {"max_tokens": 96, "tokens_per_batch": 512, "swap": False}
+    heldout, options = (
+        pairs[pairs["fold"] == 0],
+        {"max_tokens": 96, "tokens_per_batch": 512, "swap": False},
+    )
 
     def inconsistency(weight):
-        config = dataclasses.replace(ENCODER, both_orders=True, consistency=weight, n_evals=1, n_epochs=4.0)
+        config = dataclasses.replace(
+            ENCODER, both_orders=True, consistency=weight, n_evals=1, n_epochs=4.0
+        )
         model, tokenizer = load_classifier(config, tiny_base("modernbert"))
         folders = {"model_dir": tmp_path / f"{weight}", "checkpoint_dir": tmp_path / "checkpoints"}
-        FoldTrainer(model, tokenizer, pairs[pairs["fold"] != 0], heldout, 0, config, **folders).train()
-        given, swapped = (predict_probs(model, tokenizer, p, **options) for p in (heldout, swap_pairs(heldout)))
+        FoldTrainer(
+            model, tokenizer, pairs[pairs["fold"] != 0], heldout, 0, config, **folders
+        ).train()
+        given, swapped = (
+            predict_probs(model, tokenizer, p, **options) for p in (heldout, swap_pairs(heldout))
+        )
         return swap_gap(given, swapped)
 
     assert inconsistency(10.0) < 0.5 * inconsistency(0.0)

@@ -9,7 +9,9 @@ from src.utils.config import FinetuneConfig
 from src.utils.schema import LABELS, TEXTS, probs_table
 from src.utils.training.data import NO_VOTE, add_extra_battles, make_targets, plan_batches
 
-BY_TURNS = FinetuneConfig(max_tokens=96, predict_tokens=96, tokens_per_batch=512, n_epochs=2.0, both_orders=False)
+BY_TURNS = FinetuneConfig(
+    max_tokens=96, predict_tokens=96, tokens_per_batch=512, n_epochs=2.0, both_orders=False
+)
 
 
 def test_every_epoch_has_every_battle_once_and_the_next_has_it_mirrored():
@@ -63,7 +65,9 @@ def soft_file(folder, pairs, probs):
 def test_targets_are_the_votes_mixed_with_soft_labels_where_there_are_some(demo_pairs, tmp_path):
     pairs, soft = demo_pairs.head(6), np.tile([0.2, 0.3, 0.5], (4, 1))
     votes = np.eye(3)[pairs["label"]]
-    config = FinetuneConfig(soft_labels=str(soft_file(tmp_path, pairs.iloc[[3, 2, 1, 0]], soft)), soft_weight=0.25)
+    config = FinetuneConfig(
+        soft_labels=str(soft_file(tmp_path, pairs.iloc[[3, 2, 1, 0]], soft)), soft_weight=0.25
+    )
     targets = make_targets(pairs, config)
     np.testing.assert_allclose(targets[:4], 0.75 * votes[:4] + 0.25 * soft, atol=1e-6)
     np.testing.assert_array_equal(targets[4:], votes[4:])
@@ -107,14 +111,17 @@ def test_extra_battles_join_the_training_side_alone_and_none_whose_prompt_is_hel
     arena, extra = arena_and_extra
     is_heldout = (arena["fold"] == 0).to_numpy()
     question = arena["prompt"][is_heldout].iloc[0][0]
-    extra["prompt"] = pd.Series([(f"  {question.upper()} \n", "more"), *extra["prompt"][1:]], dtype=object)
+    extra["prompt"] = pd.Series(
+        [(f"  {question.upper()} \n", "more"), *extra["prompt"][1:]], dtype=object
+    )
     config = FinetuneConfig(extra_battles=(battle_file(tmp_path / "extra.csv", extra),))
     train_pairs = add_extra_battles(arena, is_heldout, config)
     assert train_pairs["id"].tolist() == [*arena["id"][~is_heldout], *extra["id"][1:]]
     assert not set(train_pairs["group"]) & set(arena["group"][is_heldout])
     assert train_pairs["label"].tolist()[-39:] == extra["label"].tolist()[1:]
     assert (
-        "40 read, 39 added (39 with a vote); 0 stand in the arena, 1 have a held-out prompt" in capsys.readouterr().out
+        "40 read, 39 added (39 with a vote); 0 stand in the arena, 1 have a held-out prompt"
+        in capsys.readouterr().out
     )
     # A model that holds nothing out takes all.
     assert len(add_extra_battles(arena, np.zeros(200, dtype=bool), config)) == 240
@@ -125,7 +132,9 @@ def test_battles_without_votes_learn_from_a_submission(arena_and_extra, tmp_path
     soft = np.random.default_rng(0).dirichlet(np.ones(3), len(extra))
     probs_table(extra["id"], soft).to_csv(tmp_path / "submission.csv", index=False)
     files = (battle_file(tmp_path / "extra.csv", extra, labelled=False),)
-    config = FinetuneConfig(extra_battles=files, soft_labels=str(tmp_path / "submission.csv"), soft_weight=0.25)
+    config = FinetuneConfig(
+        extra_battles=files, soft_labels=str(tmp_path / "submission.csv"), soft_weight=0.25
+    )
     train_pairs = add_extra_battles(arena, np.zeros(200, dtype=bool), config)
     assert (train_pairs["label"][200:] == NO_VOTE).all()
     targets = make_targets(train_pairs, config)
@@ -136,24 +145,40 @@ def test_battles_without_votes_learn_from_a_submission(arena_and_extra, tmp_path
 def test_a_battle_that_has_nothing_to_teach_is_named(arena_and_extra, tmp_path):
     arena, extra = arena_and_extra
     files = (battle_file(tmp_path / "extra.csv", extra, labelled=False),)
-    with pytest.raises(ValueError, match=r"extra\.csv, row 1, id 10000: expected a vote or a soft label.*40 battles"):
+    with pytest.raises(
+        ValueError,
+        match=r"extra\.csv, row 1, id 10000: expected a vote or a soft label.*40 battles",
+    ):
         add_extra_battles(arena, np.zeros(200, dtype=bool), FinetuneConfig(extra_battles=files))
     soft = soft_file(tmp_path, extra.drop(index=[7]), np.full((39, 3), 1 / 3))
     with pytest.raises(ValueError, match=r"extra\.csv, row 8, id 10007"):
-        add_extra_battles(arena, np.zeros(200, dtype=bool), FinetuneConfig(extra_battles=files, soft_labels=str(soft)))
+        add_extra_battles(
+            arena,
+            np.zeros(200, dtype=bool),
+            FinetuneConfig(extra_battles=files, soft_labels=str(soft)),
+        )
 
 
-def test_an_id_of_another_battle_is_refused_and_a_battle_of_the_arena_is_not_taken_twice(arena_and_extra, tmp_path):
+def test_an_id_of_another_battle_is_refused_and_a_battle_of_the_arena_is_not_taken_twice(
+    arena_and_extra, tmp_path
+):
     arena, extra = arena_and_extra
     is_heldout = np.zeros(200, dtype=bool)
     again = battle_file(tmp_path / "again.csv", pd.concat([extra[:3], arena[5:9]]))
-    assert len(add_extra_battles(arena, is_heldout, FinetuneConfig(extra_battles=(again, again)))) == 203
+    assert (
+        len(add_extra_battles(arena, is_heldout, FinetuneConfig(extra_battles=(again, again))))
+        == 203
+    )
     extra.loc[4, "id"] = arena["id"][0]
     clash = battle_file(tmp_path / "clash.csv", extra)
-    with pytest.raises(ValueError, match=rf"clash\.csv, row 5, id {arena['id'][0]}: expected an id of its own"):
+    with pytest.raises(
+        ValueError, match=rf"clash\.csv, row 5, id {arena['id'][0]}: expected an id of its own"
+    ):
         add_extra_battles(arena, is_heldout, FinetuneConfig(extra_battles=(clash,)))
 
 
 def test_a_missing_file_of_extra_battles_is_named(demo_pairs):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):
-        add_extra_battles(demo_pairs, np.zeros(300, dtype=bool), FinetuneConfig(extra_battles=("nowhere.csv",)))
+        add_extra_battles(
+            demo_pairs, np.zeros(300, dtype=bool), FinetuneConfig(extra_battles=("nowhere.csv",))
+        )

@@ -82,9 +82,16 @@ def format_heads(results: dict) -> str:
     for name, run in results["runs"].items():
         model, chosen = CAPTIONS[name.split(", ")[0]], run["parameters"]
         loss = f"{run['log_loss']:.3f} (+{run['excess_log_loss']:.3f})"
-        rows.setdefault((model, BASES[chosen.get("QUANTIZATION", "none")]), {})[chosen["HEAD"]] = loss
+        rows.setdefault((model, BASES[chosen.get("QUANTIZATION", "none")]), {})[chosen["HEAD"]] = (
+            loss
+        )
     head = ["model", "weights", "joint head", "with contrast"]
-    return _join([head, *([*row, losses["joint"], f"**{losses['contrast']}**"] for row, losses in rows.items())])
+    return _join(
+        [
+            head,
+            *([*row, losses["joint"], f"**{losses['contrast']}**"] for row, losses in rows.items()),
+        ]
+    )
 
 
 def _join(lines: list[list[str]]) -> str:
@@ -96,7 +103,14 @@ def _join(lines: list[list[str]]) -> str:
 def format_table(results: dict) -> str:
     """One line a model, as Markdown."""
     known = results["runs"]["05_ensemble"].get("oracle_log_loss") is not None
-    head = ["model", "log loss", "class prior", *(["best reachable"] if known else []), "accuracy", "held-out battles"]
+    head = [
+        "model",
+        "log loss",
+        "class prior",
+        *(["best reachable"] if known else []),
+        "accuracy",
+        "held-out battles",
+    ]
     lines = [head]
     for notebook, run in results["runs"].items():
         best = [f"{run['oracle_log_loss']:.3f}"] if known else []
@@ -154,7 +168,9 @@ def main() -> None:
     if options.name == "heads":
         write_json(RESULTS / "heads.json", collect_sweeps(options.artifacts))
     elif options.name != "eda":
-        write_json(RESULTS / f"{options.name}.json", collect_results(options.name, options.artifacts))
+        write_json(
+            RESULTS / f"{options.name}.json", collect_results(options.name, options.artifacts)
+        )
     for source, target in FIGURES[options.name].items():
         (ROOT / "assets").mkdir(exist_ok=True)
         shutil.copyfile(options.artifacts / source, ROOT / "assets" / target)

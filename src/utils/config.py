@@ -38,8 +38,12 @@ def read_profile(profile: str) -> dict[str, dict[str, Any]]:
         names = sorted(file.stem for file in PROFILES.glob("*.yaml"))
         raise FileNotFoundError(f"profile {profile!r}: expected a YAML file or one of {names}")
     sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
-        raise ValueError(f"{path}: expected one section of parameters per notebook, got {sections!r:.100}")
+    if not isinstance(sections, dict) or not all(
+        isinstance(section, dict) for section in sections.values()
+    ):
+        raise ValueError(
+            f"{path}: expected one section of parameters per notebook, got {sections!r:.100}"
+        )
     return sections
 
 
@@ -53,7 +57,9 @@ class Config:
     """What every settings class can do."""
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping[str, Any], notebook: str, profile: str = "none") -> Self:
+    def from_parameters(
+        cls, parameters: Mapping[str, Any], notebook: str, profile: str = "none"
+    ) -> Self:
         """Take the settings from a notebook's globals.
 
         Args:
@@ -67,7 +73,11 @@ class Config:
         for field in dataclasses.fields(cls):
             name = field.name.upper()
             value = parameters[name]
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            default = (
+                field.default
+                if field.default is not dataclasses.MISSING
+                else field.default_factory()
+            )
             untouched = value == default or (isinstance(value, list) and tuple(value) == default)
             values[field.name] = chosen.get(name, value) if untouched else value
         return cls.from_json(values)
@@ -84,13 +94,22 @@ class Config:
             if key not in names:
                 near = difflib.get_close_matches(key, names, 1)
                 raise ValueError(
-                    f"{cls.__name__}: unknown setting {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
+                    f"{cls.__name__}: unknown setting {key!r}"
+                    + (f", did you mean {near[0]!r}?" if near else "")
                 )
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+        return cls(
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in content.items()
+            }
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+        return {
+            key: list(v) if isinstance(v, tuple) else v
+            for key, v in dataclasses.asdict(self).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -100,8 +119,12 @@ class EdaConfig(Config):
     n_folds: int = 5
     min_battles: int = 30  # a chatbot with fewer is not ranked
     n_bootstrap: int = 200  # resamples of each band and interval
-    tokenizers: tuple[str, ...] = ()  # folders of tokenizers; none estimates four characters a token
-    n_demo_battles: int = 12_000  # training battles of the demo arena, where no other data are found
+    tokenizers: tuple[
+        str, ...
+    ] = ()  # folders of tokenizers; none estimates four characters a token
+    n_demo_battles: int = (
+        12_000  # training battles of the demo arena, where no other data are found
+    )
     n_demo_test: int = 600
     seed: int = 20240501  # of the demo arena and the folds
 
@@ -119,7 +142,9 @@ class BaselineConfig(Config):
     """Settings of 02, the CPU baseline."""
 
     n_hashed: int = 131_072  # width of each hashed text block
-    ridge: float = 1.0  # strength of the linear models' penalty; doubling it halves every prior variance
+    ridge: float = (
+        1.0  # strength of the linear models' penalty; doubling it halves every prior variance
+    )
     n_trees: int = 200  # boosting rounds at most; one for every 15 battles where these are few
     learning_rate: float = 0.05  # shrinkage of each tree
     embeddings: str = ""  # none, or a frozen checkpoint: a folder, or a hub id, also id@commit
@@ -133,7 +158,9 @@ class BaselineConfig(Config):
         _expect(self.ridge > 0, "ridge", "above 0", self.ridge)
         _expect(self.n_trees >= 1, "n_trees", "at least 1", self.n_trees)
         _expect(0 < self.learning_rate <= 1, "learning_rate", "in (0, 1]", self.learning_rate)
-        _expect(self.embeddings_tokens >= 8, "embeddings_tokens", "at least 8", self.embeddings_tokens)
+        _expect(
+            self.embeddings_tokens >= 8, "embeddings_tokens", "at least 8", self.embeddings_tokens
+        )
         _expect(self.n_bootstrap >= 1, "n_bootstrap", "at least 1", self.n_bootstrap)
 
 
@@ -144,7 +171,9 @@ class EnsembleConfig(Config):
     n_folds: int = 5  # parts in which the blend is fitted and scored in turn
     seed: int = 20240501
     n_bootstrap: int = 1000  # resamples of each interval
-    write_soft_labels: bool = False  # the blend's held-out probabilities, for SOFT_LABELS of 03 and 04
+    write_soft_labels: bool = (
+        False  # the blend's held-out probabilities, for SOFT_LABELS of 03 and 04
+    )
     members: tuple[str, ...] = ("02_baseline", "03_modernbert", "04_qwen")
 
     def __post_init__(self) -> None:
@@ -158,8 +187,12 @@ class EnsembleConfig(Config):
 class FinetuneConfig(Config):
     """Settings of 03 (an encoder, every weight trained); `DecoderConfig` has those of 04."""
 
-    checkpoint: str = "answerdotai/ModernBERT-base"  # hub id, a folder, or tiny:modernbert / tiny:qwen3
-    revision: str = "8949b909ec900327062f0ebf497f51aef5e6f0c8"  # commit on the hub; empty resolves main
+    checkpoint: str = (
+        "answerdotai/ModernBERT-base"  # hub id, a folder, or tiny:modernbert / tiny:qwen3
+    )
+    revision: str = (
+        "8949b909ec900327062f0ebf497f51aef5e6f0c8"  # commit on the hub; empty resolves main
+    )
     head: str = "joint"  # joint reads one state, contrast also the mean state of A less that of B
     quantization: str = "none"  # none, 8bit or 4bit (NF4, double quantisation)
     lora_rank: int = 0  # 0 trains every weight
@@ -173,7 +206,9 @@ class FinetuneConfig(Config):
     packing: bool = True  # no padding, for the architectures that can do without
     gradient_checkpointing: bool = False  # computes activations twice instead of keeping them
     n_epochs: float = 2.0
-    both_orders: bool = True  # an epoch has each battle in both orders, side by side; else in one, by turns
+    both_orders: bool = (
+        True  # an epoch has each battle in both orders, side by side; else in one, by turns
+    )
     consistency: float = 0.0  # weight of the divergence between the two orders; wants both_orders
     learning_rate: float = 5e-5  # peak
     layer_decay: float = 1.0  # learning rate of a layer as a multiple of that of the layer above
@@ -184,20 +219,33 @@ class FinetuneConfig(Config):
     patience: int = 0  # validations without a better loss before training stops; 0 goes to the end
     folds: tuple[int, ...] = (0,)  # folds held out, one model each
     n_seeds: int = 1  # models a fold, whose probabilities are averaged
-    refit: bool = False  # one more model, on every battle, for as many steps as served the folds best
+    refit: bool = (
+        False  # one more model, on every battle, for as many steps as served the folds best
+    )
     max_pairs: int = 0  # training battles at most, 0 takes all
-    extra_battles: tuple[str, ...] = ()  # files of further training battles in the competition's layout
-    soft_labels: str = ""  # none, or probabilities to learn from: a soft_labels.parquet of 05, or a submission.csv
+    extra_battles: tuple[
+        str, ...
+    ] = ()  # files of further training battles in the competition's layout
+    soft_labels: str = (
+        ""  # none, or probabilities to learn from: a soft_labels.parquet of 05, or a submission.csv
+    )
     soft_weight: float = 0.5  # share of the soft labels where there is a vote, too
     n_processes: int = 0  # that train together; 0 takes one a GPU, 1 trains in this one
-    sharding: str = "none"  # none gives each process the whole model (DDP), full parts it over them (FSDP)
+    sharding: str = (
+        "none"  # none gives each process the whole model (DDP), full parts it over them (FSDP)
+    )
     seed: int = 20240501
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _expect(bool(self.checkpoint), "checkpoint", "a hub id or a folder", self.checkpoint)
         _expect(self.head in ("joint", "contrast"), "head", "joint or contrast", self.head)
-        _expect(self.quantization in ("none", "8bit", "4bit"), "quantization", "none, 8bit or 4bit", self.quantization)
+        _expect(
+            self.quantization in ("none", "8bit", "4bit"),
+            "quantization",
+            "none, 8bit or 4bit",
+            self.quantization,
+        )
         self._check_lora()
         self._check_batches()
         self._check_processes()
@@ -228,7 +276,10 @@ class FinetuneConfig(Config):
             self.lora_rank,
         )
         _expect(
-            self.lora_variant in ("plain", "rslora", "dora"), "lora_variant", "plain, rslora or dora", self.lora_variant
+            self.lora_variant in ("plain", "rslora", "dora"),
+            "lora_variant",
+            "plain, rslora or dora",
+            self.lora_variant,
         )
 
     def _check_batches(self) -> None:
@@ -247,14 +298,21 @@ class FinetuneConfig(Config):
         _expect(self.n_processes >= 0, "n_processes", "0 or more", self.n_processes)
         _expect(self.sharding in ("none", "full"), "sharding", "none or full", self.sharding)
         is_whole = self.sharding == "none"
-        _expect(is_whole or self.n_processes != 1, "sharding", "none for one process", self.sharding)
+        _expect(
+            is_whole or self.n_processes != 1, "sharding", "none for one process", self.sharding
+        )
         _expect(
             is_whole or self.quantization == "none",
             "sharding",
             "none for a quantised base: it is small, and its packed weights can not be parted",
             self.sharding,
         )
-        _expect(is_whole or self.optimizer == "adamw", "optimizer", "adamw for parted weights", self.optimizer)
+        _expect(
+            is_whole or self.optimizer == "adamw",
+            "optimizer",
+            "adamw for parted weights",
+            self.optimizer,
+        )
 
 
 @dataclass(frozen=True)
@@ -303,7 +361,9 @@ def read_parameters(notebook: Path) -> dict[str, Any]:
     if not notebook.exists():
         raise SuiteError(f"{notebook}: no such notebook")
     cells = _read_cells(notebook)
-    source = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
+    source = next(
+        (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), ""
+    )
     defaults = {}
     for node in ast.parse(source).body:
         target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
@@ -311,7 +371,9 @@ def read_parameters(notebook: Path) -> dict[str, Any]:
             defaults[target.id] = ast.literal_eval(node.value)
         except ValueError as error:
             line = ast.unparse(node)
-            raise SuiteError(f"{notebook}: parameters: expected NAME: type = literal, got {line}") from error
+            raise SuiteError(
+                f"{notebook}: parameters: expected NAME: type = literal, got {line}"
+            ) from error
     return defaults
 
 
@@ -322,14 +384,20 @@ def check_parameter(notebook: str, name: str, value: Any, defaults: Mapping[str,
         SuiteError: the name is unknown (the nearest is suggested) or the type is another.
     """
     if name not in defaults:
-        raise _unknown("parameter", name, list(defaults)) if defaults else SuiteError(f"{notebook} has no parameters")
+        raise (
+            _unknown("parameter", name, list(defaults))
+            if defaults
+            else SuiteError(f"{notebook} has no parameters")
+        )
     kind = type(defaults[name])
     if kind is float and type(value) is int:
         return float(value)
     if kind in (tuple, list) and isinstance(value, list):
         return value
     if type(value) is not kind:
-        raise SuiteError(f"{notebook}.{name}: expected {kind.__name__}, got {value!r} ({type(value).__name__})")
+        raise SuiteError(
+            f"{notebook}.{name}: expected {kind.__name__}, got {value!r} ({type(value).__name__})"
+        )
     return value
 
 
@@ -380,7 +448,9 @@ def make_parameters(
     Raises:
         SuiteError: an unknown notebook or parameter, or a value of another type.
     """
-    given = {"PROFILE": "none"} | ({"DATA": data} if data else {}) | ({"TEST": test} if test else {})
+    given = (
+        {"PROFILE": "none"} | ({"DATA": data} if data else {}) | ({"TEST": test} if test else {})
+    )
     chosen = {
         notebook: {name: value for name, value in given.items() if name in known}
         for notebook, known in defaults.items()
@@ -390,9 +460,15 @@ def make_parameters(
         for name, value in values.items():
             chosen[notebook][name] = check_parameter(notebook, name, value, defaults[notebook])
     for notebook, name, text in map(_parse_setting, settings):
-        targets = [find_name(notebook, list(defaults))] if notebook else [n for n in defaults if name in defaults[n]]
+        targets = (
+            [find_name(notebook, list(defaults))]
+            if notebook
+            else [n for n in defaults if name in defaults[n]]
+        )
         if not targets:
-            raise _unknown("parameter", name, sorted({known for names in defaults.values() for known in names}))
+            raise _unknown(
+                "parameter", name, sorted({known for names in defaults.values() for known in names})
+            )
         for target in targets:
             value = _parse_value(text, defaults[target].get(name))
             chosen[target][name] = check_parameter(target, name, value, defaults[target])

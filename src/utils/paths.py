@@ -66,7 +66,11 @@ def find_checkpoints(name: str) -> list[Path]:
     wanted = _letters(name.rsplit("/", 1)[-1])
     found = []
     for config in sorted(KAGGLE_INPUT.rglob("config.json")):
-        parts = [_letters(part) for part in config.parent.relative_to(KAGGLE_INPUT).parts if part != "transformers"]
+        parts = [
+            _letters(part)
+            for part in config.parent.relative_to(KAGGLE_INPUT).parts
+            if part != "transformers"
+        ]
         if wanted in "".join(parts) and any(config.parent.glob("*.safetensors")):
             found.append((wanted not in parts, config.parent))
     return [folder for _, folder in sorted(found)]
@@ -100,7 +104,9 @@ class RawData:
 
 def find_table(folder: Path, stem: str) -> Path | None:
     """The table `stem` in a folder, whichever of the accepted endings it has; None when absent."""
-    return next((path for suffix in TABLE_SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None)
+    return next(
+        (path for suffix in TABLE_SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None
+    )
 
 
 def find_raw_data(data: str = "", test: str = "") -> RawData:
@@ -127,7 +133,10 @@ def find_raw_data(data: str = "", test: str = "") -> RawData:
         return _with_test(_folder_data(raw, "raw"), test)
     if on_kaggle():
         tests = sorted(KAGGLE_INPUT.rglob("test.csv"))
-        folder = next((path.parent for path in tests if (path.parent / "sample_submission.csv").exists()), None)
+        folder = next(
+            (path.parent for path in tests if (path.parent / "sample_submission.csv").exists()),
+            None,
+        )
         if folder:
             return _with_test(_folder_data(folder, "kaggle"), test)
     return _with_test(_folder_data(artifacts_dir() / "01_eda" / "arena", "demo"), test)
@@ -139,14 +148,21 @@ def _given_data(data: str) -> RawData:
         source = _folder_data(whole, "given")
         if source.train or source.test:
             return source
-        raise FileNotFoundError(f"{whole}: expected train{TABLE_SUFFIXES[0]} or another table, found none")
+        raise FileNotFoundError(
+            f"{whole}: expected train{TABLE_SUFFIXES[0]} or another table, found none"
+        )
     words = data.split("|") if "|" in data else [data] if whole.exists() else data.split()
     files = tuple(Path(word.strip()).expanduser() for word in words)
     for path in files:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such data file or folder (looked from {Path.cwd()})")
+            raise FileNotFoundError(
+                f"{path}: no such data file or folder (looked from {Path.cwd()})"
+            )
     return RawData(
-        "given", files, find_table(files[0].parent, "test"), find_table(files[0].parent, "sample_submission")
+        "given",
+        files,
+        find_table(files[0].parent, "test"),
+        find_table(files[0].parent, "sample_submission"),
     )
 
 

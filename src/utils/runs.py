@@ -26,7 +26,16 @@ import pandas as pd
 from src.utils.schema import LABELS, TEXTS, Turns, probs_of
 
 _MANIFEST = "manifest.json"
-_TRACKED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "scikit-learn", "lightgbm", "pandas", "numpy")
+_TRACKED_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "scikit-learn",
+    "lightgbm",
+    "pandas",
+    "numpy",
+)
 
 
 @contextmanager
@@ -101,7 +110,9 @@ def encode_turns(turns: Turns) -> str:
 
 def write_pairs(path: Path, pairs: pd.DataFrame) -> Path:
     """Write battles to parquet, each text as the JSON list that the competition uses."""
-    return write_table(path, pairs.assign(**{name: pairs[name].map(encode_turns) for name in TEXTS}))
+    return write_table(
+        path, pairs.assign(**{name: pairs[name].map(encode_turns) for name in TEXTS})
+    )
 
 
 def read_pairs(path: Path) -> pd.DataFrame:
@@ -111,9 +122,14 @@ def read_pairs(path: Path) -> pd.DataFrame:
         FileNotFoundError: the file is missing; the message says which notebook makes it.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: not found. Run notebooks/01_eda.ipynb first, or `make run NB=01`.")
+        raise FileNotFoundError(
+            f"{path}: not found. Run notebooks/01_eda.ipynb first, or `make run NB=01`."
+        )
     table = pd.read_parquet(path)
-    decoded = {name: pd.Series([tuple(json.loads(text)) for text in table[name]], dtype=object) for name in TEXTS}
+    decoded = {
+        name: pd.Series([tuple(json.loads(text)) for text in table[name]], dtype=object)
+        for name in TEXTS
+    }
     return table.assign(**decoded)
 
 
@@ -143,7 +159,9 @@ def hash_file(path: Path) -> str:
 def write_manifest(folder: Path) -> Path:
     """Note the size and the hash of every file in a folder, in `manifest.json`; the last file to be written there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
-    return write_json(folder / _MANIFEST, {path.relative_to(folder).as_posix(): _identify(path) for path in files})
+    return write_json(
+        folder / _MANIFEST, {path.relative_to(folder).as_posix(): _identify(path) for path in files}
+    )
 
 
 def find_damage(folder: Path) -> str | None:
@@ -180,7 +198,11 @@ def hash_pairs(pairs: pd.DataFrame) -> str:
     digest = hashlib.blake2b(digest_size=8)
     extra = [name for name in ("label", "fold") if name in pairs.columns]
     for row in pairs[["id", *TEXTS, *extra]].itertuples(index=False):
-        digest.update(json.dumps([value if isinstance(value, tuple) else str(value) for value in row]).encode())
+        digest.update(
+            json.dumps(
+                [value if isinstance(value, tuple) else str(value) for value in row]
+            ).encode()
+        )
     return digest.hexdigest()
 
 
@@ -246,7 +268,9 @@ def make_metrics(
     }
 
 
-def write_run(run_dir: Path, *, config: dict[str, Any], oof: pd.DataFrame, metrics: dict[str, Any]) -> None:
+def write_run(
+    run_dir: Path, *, config: dict[str, Any], oof: pd.DataFrame, metrics: dict[str, Any]
+) -> None:
     """Write `config.json`, `oof.parquet`, then `metrics.json`, in this order.
 
     Args:
@@ -281,7 +305,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 LEADERBOARD_COLUMNS = (
-    *("run", "data_hash", "config_hash", "n_pairs", "seed", "log_loss", "log_loss_low", "log_loss_high"),
+    *(
+        "run",
+        "data_hash",
+        "config_hash",
+        "n_pairs",
+        "seed",
+        "log_loss",
+        "log_loss_low",
+        "log_loss_high",
+    ),
     *("accuracy", "seconds", "peak_mib"),
 )
 _SKIPPED = ("checkpoints", "model")  # folders inside a run
@@ -300,8 +333,14 @@ def read_leaderboard(artifacts: Path) -> pd.DataFrame:
         different battles cannot be compared.
     """
     artifacts = Path(artifacts)
-    rows = [_read_run(path, artifacts) for path in sorted(artifacts.rglob("metrics.json")) if _is_run(path, artifacts)]
-    table = pd.DataFrame(rows, columns=list(LEADERBOARD_COLUMNS)).astype({"seed": "Int64", "n_pairs": "Int64"})
+    rows = [
+        _read_run(path, artifacts)
+        for path in sorted(artifacts.rglob("metrics.json"))
+        if _is_run(path, artifacts)
+    ]
+    table = pd.DataFrame(rows, columns=list(LEADERBOARD_COLUMNS)).astype(
+        {"seed": "Int64", "n_pairs": "Int64"}
+    )
     return table.sort_values(["data_hash", "log_loss", "run"], ignore_index=True)
 
 
@@ -313,11 +352,16 @@ def write_leaderboard(artifacts: Path) -> pd.DataFrame:
 
 
 def _is_run(path: Path, artifacts: Path) -> bool:
-    return not set(path.relative_to(artifacts).parts) & set(_SKIPPED) and "log_loss" in read_json(path)
+    return not set(path.relative_to(artifacts).parts) & set(_SKIPPED) and "log_loss" in read_json(
+        path
+    )
 
 
 def _read_run(path: Path, artifacts: Path) -> dict[str, object]:
     metrics, config = read_json(path), path.with_name("config.json")
     settings = read_json(config) if config.exists() else {}
-    known = metrics | {"run": path.parent.relative_to(artifacts).as_posix(), "seed": settings.get("seed")}
+    known = metrics | {
+        "run": path.parent.relative_to(artifacts).as_posix(),
+        "seed": settings.get("seed"),
+    }
     return {name: known.get(name) for name in LEADERBOARD_COLUMNS}

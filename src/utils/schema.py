@@ -42,10 +42,14 @@ def check_pairs(pairs: pd.DataFrame, columns: tuple[str, ...] = PAIR_COLUMNS) ->
     """
     missing = [name for name in columns if name not in pairs.columns]
     if missing:
-        raise ValueError(f"pairs: expected columns {list(columns)}, missing {missing}, got {list(pairs.columns)}")
+        raise ValueError(
+            f"pairs: expected columns {list(columns)}, missing {missing}, got {list(pairs.columns)}"
+        )
     for name in TEXTS:
         for battle_id, turns in zip(pairs["id"], pairs[name], strict=True):
-            if not isinstance(turns, tuple) or not all(turn is None or isinstance(turn, str) for turn in turns):
+            if not isinstance(turns, tuple) or not all(
+                turn is None or isinstance(turn, str) for turn in turns
+            ):
                 raise ValueError(
                     f"pairs: id {battle_id}, column {name}: expected a tuple of str or None, got {turns!r:.80}"
                 )
@@ -53,11 +57,15 @@ def check_pairs(pairs: pd.DataFrame, columns: tuple[str, ...] = PAIR_COLUMNS) ->
         wrong = ~pairs["label"].isin(range(len(LABELS)))
         if wrong.any():
             row = pairs[wrong].iloc[0]
-            raise ValueError(f"pairs: id {row['id']}, column label: expected 0, 1 or 2, got {row['label']!r}")
+            raise ValueError(
+                f"pairs: id {row['id']}, column label: expected 0, 1 or 2, got {row['label']!r}"
+            )
     return pairs
 
 
-def check_probs(probs: np.ndarray, n_pairs: int | None = None, tolerance: float = 1e-4) -> np.ndarray:
+def check_probs(
+    probs: np.ndarray, n_pairs: int | None = None, tolerance: float = 1e-4
+) -> np.ndarray:
     """Assert that an array holds probabilities, and hand it back.
 
     Args:
@@ -80,7 +88,9 @@ def check_probs(probs: np.ndarray, n_pairs: int | None = None, tolerance: float 
     bad |= ~(np.abs(probs.sum(axis=1) - 1) <= tolerance)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise ValueError(f"probs: row {row}: expected values in [0, 1] that sum to 1, got {probs[row].tolist()}")
+        raise ValueError(
+            f"probs: row {row}: expected values in [0, 1] that sum to 1, got {probs[row].tolist()}"
+        )
     return probs
 
 

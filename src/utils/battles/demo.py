@@ -135,7 +135,9 @@ def measure_answer(prompt: Turns, answer: Turns) -> np.ndarray:
     text = "\n".join(turn for turn in answer if turn)
     words = _WORD.findall(text.lower())
     n_words = max(len(words), 1)
-    asked = {word for turn in prompt for word in _WORD.findall((turn or "").lower())} & _CONTENT_WORDS
+    asked = {
+        word for turn in prompt for word in _WORD.findall((turn or "").lower())
+    } & _CONTENT_WORDS
     strong = sum(word in STRONG_WORDS for word in words)
     weak = sum(word in WEAK_WORDS for word in words)
     return np.array(
@@ -150,13 +152,18 @@ def measure_answer(prompt: Turns, answer: Turns) -> np.ndarray:
     )
 
 
-def true_probs(prompt: Turns, response_a: Turns, response_b: Turns, effects: Effects = EFFECTS) -> np.ndarray:
+def true_probs(
+    prompt: Turns, response_a: Turns, response_b: Turns, effects: Effects = EFFECTS
+) -> np.ndarray:
     """The probabilities by which the demo's votes are drawn: (C,) in `LABELS` order."""
     weights = np.array([getattr(effects, name) for name in MEASURES])
     utility_a = weights @ measure_answer(prompt, response_a) + effects.position
     utility_b = weights @ measure_answer(prompt, response_b)
     odds = np.empty(len(LABELS))
-    odds[A_WINS], odds[B_WINS] = np.exp((utility_a - utility_b) / 2), np.exp((utility_b - utility_a) / 2)
+    odds[A_WINS], odds[B_WINS] = (
+        np.exp((utility_a - utility_b) / 2),
+        np.exp((utility_b - utility_a) / 2),
+    )
     odds[TIE] = effects.nu
     return odds / odds.sum()
 
@@ -178,12 +185,17 @@ class _Writer:
         n_turns = int(self._rng.choice([1, 2, 3], p=[0.86, 0.11, 0.03]))
         templates = [PROMPTS[self._rng.integers(len(PROMPTS))]]
         templates += [FOLLOW_UPS[self._rng.integers(len(FOLLOW_UPS))] for _ in range(n_turns - 1)]
-        return topic, tuple(text.format(*self._rng.choice(self._topics[topic], 3, replace=False)) for text in templates)
+        return topic, tuple(
+            text.format(*self._rng.choice(self._topics[topic], 3, replace=False))
+            for text in templates
+        )
 
     def write_answer(self, chatbot: Chatbot, topic: str, prompt: Turns) -> Turns:
         """One turn per turn of the prompt; now and then a null."""
         length = chatbot.n_words * np.exp(self._rng.normal(0, 0.45)) / len(prompt) ** 0.7
-        turns = [self._write_turn(chatbot, topic, turn, int(np.clip(length, 6, 110))) for turn in prompt]
+        turns = [
+            self._write_turn(chatbot, topic, turn, int(np.clip(length, 6, 110))) for turn in prompt
+        ]
         if self._rng.random() < 0.006:
             turns[-1] = None if self._rng.random() < 0.7 else ""
         return tuple(turns)
@@ -195,7 +207,10 @@ class _Writer:
         asked = [word for word in _WORD.findall(prompt.lower()) if word in _CONTENT_WORDS]
         words = [word for word in asked if rng.random() < chatbot.focus]
         mood = np.clip(chatbot.skill + rng.normal(0, 0.18), 0, 1)
-        n_strong, n_weak = rng.binomial(n_words, 0.20 * mood), rng.binomial(n_words, 0.20 * (1 - mood))
+        n_strong, n_weak = (
+            rng.binomial(n_words, 0.20 * mood),
+            rng.binomial(n_words, 0.20 * (1 - mood)),
+        )
         others = [word for word in self._topics[topic] if word not in asked]
         words += self._pick(self._strong, n_strong) + self._pick(self._weak, n_weak)
         words += self._pick(others, n_words // 6) + self._pick(
@@ -211,7 +226,12 @@ class _Writer:
         sentences = [self._punctuate(list(chunk), commas, ending) for chunk in chunks]
         if rng.random() < chatbot.listing:
             head = "## Summary\n\n" if rng.random() < 0.3 else ""
-            return head + sentences[0] + "\n" + "\n".join(f"- {text}" for text in sentences[1:] or sentences)
+            return (
+                head
+                + sentences[0]
+                + "\n"
+                + "\n".join(f"- {text}" for text in sentences[1:] or sentences)
+            )
         text = " ".join(sentences)
         if topic == "python" and rng.random() < 0.5:
             text += f"\n```python\nprint({words[0]!r})  # a/b\n```"
@@ -220,7 +240,9 @@ class _Writer:
     def _punctuate(self, words: list[str], commas: float, ending: str) -> str:
         marks = self._rng.random(len(words)) < commas
         bold = self._rng.random() < 0.1
-        words = [f"{word}," if mark else word for word, mark in zip(words[:-1], marks[:-1], strict=True)] + words[-1:]
+        words = [
+            f"{word}," if mark else word for word, mark in zip(words[:-1], marks[:-1], strict=True)
+        ] + words[-1:]
         if bold:
             words[0] = f"**{words[0]}**"
         sentence = " ".join(words)
@@ -246,7 +268,11 @@ def make_battles(n_battles: int, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
         if rows and rng.random() < _AGAIN_SHARE:
             battle = _fight_again(rows[rng.integers(len(rows))], mirrored=rng.random() < 0.5)
         else:
-            asked.append(asked[rng.integers(len(asked))] if asked and rng.random() < 0.07 else writer.write_prompt())
+            asked.append(
+                asked[rng.integers(len(asked))]
+                if asked and rng.random() < 0.07
+                else writer.write_prompt()
+            )
             battle = _fight(writer, rng, *asked[-1])
         rows.append(battle)
     probs = np.array([true_probs(*row[2:]) for row in rows]).reshape(-1, len(LABELS))
@@ -258,9 +284,14 @@ def make_battles(n_battles: int, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
 
 def _fight(writer: _Writer, rng: np.random.Generator, topic: str, prompt: Turns) -> tuple:
     first, second = (CHATBOTS[i] for i in rng.choice(len(CHATBOTS), 2, replace=False))
-    answer_a, answer_b = (writer.write_answer(chatbot, topic, prompt) for chatbot in (first, second))
+    answer_a, answer_b = (
+        writer.write_answer(chatbot, topic, prompt) for chatbot in (first, second)
+    )
     if rng.random() < 0.003:
-        answer_a = (*answer_a[:-1], (answer_a[-1] or "") + " \ud83d")  # half an emoji, as real rows hold
+        answer_a = (
+            *answer_a[:-1],
+            (answer_a[-1] or "") + " \ud83d",
+        )  # half an emoji, as real rows hold
     return first.name, second.name, prompt, answer_a, answer_b
 
 
@@ -269,7 +300,9 @@ def _fight_again(battle: tuple, mirrored: bool) -> tuple:
     return (model_b, model_a, prompt, answer_b, answer_a) if mirrored else battle
 
 
-def make_arena(folder: Path, n_battles: int = 12_000, n_test: int = 600, seed: int = 20240501) -> Path:
+def make_arena(
+    folder: Path, n_battles: int = 12_000, n_test: int = 600, seed: int = 20240501
+) -> Path:
     """Write an arena in the competition's layout, and beside it the truth.
 
     Args:
@@ -290,7 +323,10 @@ def make_arena(folder: Path, n_battles: int = 12_000, n_test: int = 600, seed: i
         encoded[name] = (battles["label"] == index).astype(int)
     train, test = encoded[:n_battles], encoded[n_battles:]
     _write_csv(folder / "test.csv", test[["id", *TEXTS]])
-    _write_csv(folder / "sample_submission.csv", test[["id"]].assign(**dict.fromkeys(LABELS, 1 / len(LABELS))))
+    _write_csv(
+        folder / "sample_submission.csv",
+        test[["id"]].assign(**dict.fromkeys(LABELS, 1 / len(LABELS))),
+    )
     truth = pd.DataFrame({"id": battles["id"], **dict(zip(LABELS, probs.T, strict=True))})
     truth.to_parquet(folder / "truth.parquet", index=False)
     battles[n_battles:][["id", "label"]].to_parquet(folder / "votes_test.parquet", index=False)

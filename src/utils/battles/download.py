@@ -36,7 +36,9 @@ def download_from_kaggle(folder: Path) -> None:
     from kagglehub.config import get_kaggle_credentials
 
     if get_kaggle_credentials() is None:
-        raise PermissionError("no Kaggle credentials (KAGGLE_API_TOKEN, or kaggle.json from your account's settings)")
+        raise PermissionError(
+            "no Kaggle credentials (KAGGLE_API_TOKEN, or kaggle.json from your account's settings)"
+        )
     kagglehub.competition_download(COMPETITION, output_dir=str(folder))
 
 
@@ -99,13 +101,18 @@ def fetch(folder: Path, sources: Mapping[str, Downloader] = SOURCES) -> str:
                 failures.append(f"  {name}: {str(error).strip() or type(error).__name__}")
             else:
                 return name
-    raise ConnectionError("no source could be reached:\n" + "\n".join(failures) + "\n" + BY_HAND.format(folder=folder))
+    raise ConnectionError(
+        "no source could be reached:\n" + "\n".join(failures) + "\n" + BY_HAND.format(folder=folder)
+    )
 
 
 def _move_tables(staging: Path, folder: Path) -> None:
     for archive in list(staging.rglob("*.zip")):
         zipfile.ZipFile(archive).extractall(staging)
-    found = {stem: next(staging.rglob(f"{stem}.csv"), None) for stem in ("sample_submission", "test", "train")}
+    found = {
+        stem: next(staging.rglob(f"{stem}.csv"), None)
+        for stem in ("sample_submission", "test", "train")
+    }
     if found["train"] is None:
         raise FileNotFoundError("expected train.csv in the download, found none")
     _check_header(found["train"])
@@ -119,7 +126,9 @@ def _check_header(train: Path) -> None:
         names = file.readline().strip().replace('"', "").split(",")
     missing = [name for name in (*PAIR_COLUMNS, *MODELS, *LABELS) if name not in names]
     if missing:
-        raise ValueError(f"train.csv: expected the competition's columns, missing {missing}, got {names[:12]}")
+        raise ValueError(
+            f"train.csv: expected the competition's columns, missing {missing}, got {names[:12]}"
+        )
 
 
 def main() -> int:
@@ -130,7 +139,9 @@ def main() -> int:
     except ConnectionError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{folder}: fetched from {source}" if source else f"{folder}: the battles are already there")
+    print(
+        f"{folder}: fetched from {source}" if source else f"{folder}: the battles are already there"
+    )
     if not paths.find_table(folder, "test"):
         print("There are no test rows: without TEST=<file> notebook 06 is left out.")
     return 0

@@ -47,7 +47,9 @@ def decode_turns(cell: Any) -> tuple[Turns, str | None]:
     else:
         turns = list(cell) if isinstance(cell, (list, tuple, np.ndarray)) else cell
     if isinstance(turns, list) and turns:
-        kept = tuple(turn if turn is None or isinstance(turn, str) else json.dumps(turn) for turn in turns)
+        kept = tuple(
+            turn if turn is None or isinstance(turn, str) else json.dumps(turn) for turn in turns
+        )
         return kept, None if kept == tuple(turns) else expected
     return (cell if isinstance(cell, str) and turns is not None else None,), expected
 
@@ -64,12 +66,18 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
-        return pd.read_csv(path, dtype=object, keep_default_na=False, encoding_errors="surrogateescape")
+        return pd.read_csv(
+            path, dtype=object, keep_default_na=False, encoding_errors="surrogateescape"
+        )
     except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise ValueError(f"{path}: expected a readable table, got {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{path}: expected a readable table, got {type(error).__name__}: {error}"
+        ) from error
 
 
-def load_pairs(paths: Sequence[Path] | Path, labelled: bool = True) -> tuple[pd.DataFrame, pd.DataFrame]:
+def load_pairs(
+    paths: Sequence[Path] | Path, labelled: bool = True
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read battles from one or several files.
 
     Args:
@@ -104,16 +112,22 @@ def load_pairs(paths: Sequence[Path] | Path, labelled: bool = True) -> tuple[pd.
     if labelled:
         _check_unique_ids(pairs)
     pairs["id"] = _as_integers(pairs["id"])
-    return check_pairs(pairs.drop(columns="file")), pd.DataFrame(problems, columns=list(PROBLEM_COLUMNS))
+    return check_pairs(pairs.drop(columns="file")), pd.DataFrame(
+        problems, columns=list(PROBLEM_COLUMNS)
+    )
 
 
 def _check_columns(path: Path, raw: pd.DataFrame, expected: Sequence[str]) -> None:
     missing = [name for name in expected if name not in raw.columns]
     if missing:
-        raise ValueError(f"{path}: expected columns {list(expected)}, missing {missing}, got {list(raw.columns)}")
+        raise ValueError(
+            f"{path}: expected columns {list(expected)}, missing {missing}, got {list(raw.columns)}"
+        )
 
 
-def _decode_column(path: Path, raw: pd.DataFrame, column: str, problems: list[dict[str, Any]]) -> pd.Series:
+def _decode_column(
+    path: Path, raw: pd.DataFrame, column: str, problems: list[dict[str, Any]]
+) -> pd.Series:
     decoded = [decode_turns(cell) for cell in raw[column]]
     for position, (_, expected) in enumerate(decoded):
         if expected:
@@ -148,7 +162,9 @@ def _check_unique_ids(pairs: pd.DataFrame) -> None:
     again = pairs["id"].duplicated(keep=False)
     if again.any():
         shown = pairs.loc[again, ["id", "file"]].sort_values("id").head(_N_SHOWN).to_dict("records")
-        raise ValueError(f"training data: expected every id once, got {int(again.sum())} rows that share one: {shown}")
+        raise ValueError(
+            f"training data: expected every id once, got {int(again.sum())} rows that share one: {shown}"
+        )
 
 
 def _as_integers(ids: pd.Series) -> pd.Series:
@@ -160,7 +176,9 @@ def _as_integers(ids: pd.Series) -> pd.Series:
     return integers if (integers.astype(str) == ids).all() else ids
 
 
-def add_groups_and_folds(pairs: pd.DataFrame, n_folds: int = 5, seed: int = 20240501) -> pd.DataFrame:
+def add_groups_and_folds(
+    pairs: pd.DataFrame, n_folds: int = 5, seed: int = 20240501
+) -> pd.DataFrame:
     """Freeze which battles stay together and which fold holds each out.
 
     Battles whose prompts begin alike (case and spacing aside) share a group: repeated
@@ -222,27 +240,65 @@ def describe_health(pairs: pd.DataFrame, problems: pd.DataFrame) -> pd.DataFrame
     answers = list(zip(pairs["response_a"], pairs["response_b"], strict=True))
     full = [(prompt, *pair) for prompt, pair in zip(pairs["prompt"], answers, strict=True)]
     unordered = pd.Series(
-        [hash((prompt, frozenset(pair))) for prompt, pair in zip(pairs["prompt"], answers, strict=True)]
+        [
+            hash((prompt, frozenset(pair)))
+            for prompt, pair in zip(pairs["prompt"], answers, strict=True)
+        ]
     )
     ordered = pd.Series([hash(row) for row in full])
     # A battle as its first-named answer sees it, so that mirrored votes compare equal.
-    vote = pd.Series([_vote_by_content(a, b, label) for (a, b), label in zip(answers, pairs["label"], strict=True)])
+    vote = pd.Series(
+        [
+            _vote_by_content(a, b, label)
+            for (a, b), label in zip(answers, pairs["label"], strict=True)
+        ]
+    )
     same = unordered.duplicated(keep=False)
     conflicting = same & (vote.groupby(unordered).transform("nunique") > 1)
     checks = {
-        "text that is no JSON list": (problems["id"].nunique(), "kept as one turn, listed in problems"),
-        "null turn": (sum(_any_turn(row, lambda turn: turn is None) for row in full), "an answer that was never given"),
-        "empty answer": (sum(_is_empty(a) or _is_empty(b) for a, b in answers), "the other side should win"),
+        "text that is no JSON list": (
+            problems["id"].nunique(),
+            "kept as one turn, listed in problems",
+        ),
+        "null turn": (
+            sum(_any_turn(row, lambda turn: turn is None) for row in full),
+            "an answer that was never given",
+        ),
+        "empty answer": (
+            sum(_is_empty(a) or _is_empty(b) for a, b in answers),
+            "the other side should win",
+        ),
         "identical answers": (sum(a == b for a, b in answers), "a tie, unless people disagree"),
-        "more than one turn": (sum(len(prompt) > 1 for prompt in pairs["prompt"]), "turns are kept apart"),
-        "unequal turn counts": (sum(len({len(text) for text in row}) > 1 for row in full), "a conversation cut short"),
+        "more than one turn": (
+            sum(len(prompt) > 1 for prompt in pairs["prompt"]),
+            "turns are kept apart",
+        ),
+        "unequal turn counts": (
+            sum(len({len(text) for text in row}) > 1 for row in full),
+            "a conversation cut short",
+        ),
         f"over {_LONG_CHARS:,} characters": (sum(map(_is_long, full)), "cut to a model's budget"),
-        "not in ASCII": (sum(_any_turn(row, _is_not_ascii) for row in full), "another script, or typographic signs"),
-        "lone surrogate": (sum(_any_turn(row, _has_surrogate) for row in full), "half of a broken emoji"),
+        "not in ASCII": (
+            sum(_any_turn(row, _is_not_ascii) for row in full),
+            "another script, or typographic signs",
+        ),
+        "lone surrogate": (
+            sum(_any_turn(row, _has_surrogate) for row in full),
+            "half of a broken emoji",
+        ),
         "exact duplicate": (int(ordered.duplicated().sum()), "the same battle again"),
-        "mirrored duplicate": (int((same & ~ordered.duplicated(keep=False)).sum()), "the same battle, positions exchanged"),
-        "duplicate with another vote": (int(conflicting.sum()), "people disagree: a limit for any model"),
-        "prompt seen before": (int(pairs["group"].duplicated().sum()), "would leak across a random split"),
+        "mirrored duplicate": (
+            int((same & ~ordered.duplicated(keep=False)).sum()),
+            "the same battle, positions exchanged",
+        ),
+        "duplicate with another vote": (
+            int(conflicting.sum()),
+            "people disagree: a limit for any model",
+        ),
+        "prompt seen before": (
+            int(pairs["group"].duplicated().sum()),
+            "would leak across a random split",
+        ),
     }
     table = pd.DataFrame([(check, count, meaning) for check, (count, meaning) in checks.items()])
     table.columns = ["check", "count", "meaning"]

@@ -30,7 +30,9 @@ from src.utils.schema import TEXTS, Turns
 class Feature(NamedTuple):
     """One thing measured in an answer."""
 
-    kind: str  # "count" is compared as a log ratio, "share" (0 to 1, or a mean) as a plain difference
+    kind: (
+        str  # "count" is compared as a log ratio, "share" (0 to 1, or a mean) as a plain difference
+    )
     caption: str
 
 
@@ -67,7 +69,14 @@ STYLE_FEATURES = {
 }
 
 # Latin text counts as English when enough of its words are common English ones.
-SCRIPTS = ("English", "other Latin", "Cyrillic", "Chinese or Japanese", "other script", "no letters")
+SCRIPTS = (
+    "English",
+    "other Latin",
+    "Cyrillic",
+    "Chinese or Japanese",
+    "other script",
+    "no letters",
+)
 _ENGLISH, _LATIN, _CYRILLIC, _CJK, _OTHER_SCRIPT, _NO_LETTERS = range(len(SCRIPTS))
 
 PAIR_FEATURES = {
@@ -106,7 +115,19 @@ STOPWORDS = frozenset(
     b"to up us was we were what when where which who whom whose why will with would write you your s t".split()
 )
 
-(_OTHER, _SPACE, _NEWLINE, _LOWER, _UPPER, _DIGIT, _MARK, _COMMA, _QUESTION, _EXCLAMATION, _CONTINUATION) = range(11)
+(
+    _OTHER,
+    _SPACE,
+    _NEWLINE,
+    _LOWER,
+    _UPPER,
+    _DIGIT,
+    _MARK,
+    _COMMA,
+    _QUESTION,
+    _EXCLAMATION,
+    _CONTINUATION,
+) = range(11)
 (_LEAD_LATIN, _LEAD_CYRILLIC, _LEAD_CJK, _LEAD_OTHER) = range(11, 15)
 _N_CLASSES = 15
 
@@ -141,15 +162,26 @@ _BOLD = re.compile(r"\*\*[^*\n]{1,300}\*\*")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\Z)|[。！？]")
 # Chinese and Japanese write no spaces: each character counts as a word.
 _CJK_CHAR = re.compile(r"([\u3040-\u30ff\u3400-\u9fff])")
-_UNICODE_MARKS = re.compile(r"[\u2010-\u2027\u3000-\u303f\uff01-\uff0f\uff1a-\uff20]")  # quotes, dashes, wide marks
-_CODE_SIGNS = ("```", "def ", "import ", "#include", "</", "{\n", "();", "SELECT ", "function ", "public class")
+_UNICODE_MARKS = re.compile(
+    r"[\u2010-\u2027\u3000-\u303f\uff01-\uff0f\uff1a-\uff20]"
+)  # quotes, dashes, wide marks
+_CODE_SIGNS = (
+    "```",
+    "def ",
+    "import ",
+    "#include",
+    "</",
+    "{\n",
+    "();",
+    "SELECT ",
+    "function ",
+    "public class",
+)
 
 
 _CACHE_KEY = b"style_key"
 # How Qwen2 cuts text before its merges apply (tokenizer.json of the released checkpoints).
-_QWEN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class _Text(NamedTuple):
@@ -183,7 +215,9 @@ def _split_words(text: str) -> list[bytes]:
 
 def _tally_bytes(data: bytes) -> np.ndarray:
     """Count the bytes of each class: (15,) int64."""
-    return np.bincount(np.frombuffer(data.translate(_BYTE_CLASSES), dtype=np.uint8), minlength=_N_CLASSES)
+    return np.bincount(
+        np.frombuffer(data.translate(_BYTE_CLASSES), dtype=np.uint8), minlength=_N_CLASSES
+    )
 
 
 def _has_phrase(text: str, phrases: Iterable[str]) -> bool:
@@ -225,7 +259,9 @@ def _measure_answer(turns: Turns) -> tuple[np.ndarray, _Text]:
         _has_phrase(lowered, DISCLAIMERS),
         _has_phrase(lowered, APOLOGIES),
     )
-    return tally, _Text(counts, distinct, distinct if len(turns) == 1 else _distinct_words(turns[-1:]))
+    return tally, _Text(
+        counts, distinct, distinct if len(turns) == 1 else _distinct_words(turns[-1:])
+    )
 
 
 def _distinct_words(turns: Turns) -> frozenset[bytes]:
@@ -280,14 +316,25 @@ def _answer_row(prompt: _Prompt, answer: _Text) -> tuple[float, ...]:
     return (*answer.counts, overlap, first, _overlap(prompt.content_last, answer.last_words))
 
 
-def _pair_row(prompt: _Prompt, turns_a: Turns, turns_b: Turns, a: _Text, b: _Text) -> tuple[float, ...]:
+def _pair_row(
+    prompt: _Prompt, turns_a: Turns, turns_b: Turns, a: _Text, b: _Text
+) -> tuple[float, ...]:
     n_shared = len(a.words & b.words)
     n_distinct = len(a.words) + len(b.words) - n_shared
     jaccard = n_shared / n_distinct if n_distinct else 1.0
-    return (prompt.n_chars, prompt.n_turns, prompt.has_code, jaccard, turns_a == turns_b, prompt.script)
+    return (
+        prompt.n_chars,
+        prompt.n_turns,
+        prompt.has_code,
+        jaccard,
+        turns_a == turns_b,
+        prompt.script,
+    )
 
 
-def _answer_columns(tallies: list[np.ndarray], rows: list[tuple[float, ...]], side: str) -> dict[str, np.ndarray]:
+def _answer_columns(
+    tallies: list[np.ndarray], rows: list[tuple[float, ...]], side: str
+) -> dict[str, np.ndarray]:
     tally = np.array(tallies, dtype=np.float64).reshape(-1, _N_CLASSES)
     names = (*_COUNTS, "prompt_overlap", "prompt_overlap_first", "prompt_overlap_last")
     counts = np.array(rows, dtype=np.float64).reshape(-1, len(names))
@@ -332,9 +379,14 @@ def measure_style(pairs: pd.DataFrame) -> pd.DataFrame:
         prompt ("Hi",), answers ("Hello!",) and ("I cannot.",): n_words_a is 1, is_refusal_b is 1.
     """
     # Texts repeat close together (the same prompt, mirrored rows), so a short memory is enough.
-    measure_answer, measure_prompt = lru_cache(4096)(_measure_answer), lru_cache(4096)(_measure_prompt)
+    measure_answer, measure_prompt = (
+        lru_cache(4096)(_measure_answer),
+        lru_cache(4096)(_measure_prompt),
+    )
     tallies_a, tallies_b, rows_a, rows_b, rows = [], [], [], [], []
-    for turns, turns_a, turns_b in zip(pairs["prompt"], pairs["response_a"], pairs["response_b"], strict=True):
+    for turns, turns_a, turns_b in zip(
+        pairs["prompt"], pairs["response_a"], pairs["response_b"], strict=True
+    ):
         prompt = measure_prompt(turns)
         (tally_a, a), (tally_b, b) = measure_answer(turns_a), measure_answer(turns_b)
         tallies_a.append(tally_a)
@@ -366,7 +418,9 @@ def load_or_measure_style(pairs: pd.DataFrame, path: Path, data_hash: str) -> pd
     style = measure_style(pairs)
     table = pa.Table.from_pandas(style, preserve_index=False)
     tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, _CACHE_KEY: key.encode()}), tmp)
+    pq.write_table(
+        table.replace_schema_metadata({**table.schema.metadata, _CACHE_KEY: key.encode()}), tmp
+    )
     tmp.replace(path)
     return style
 
@@ -412,7 +466,10 @@ def count_tokens(pairs: pd.DataFrame, tokenizer: Tokenizer | None = None) -> np.
         if tokenizer is None:
             counts += [-(-len(text) // 4) for text in texts]
         else:
-            counts += [len(found.ids) for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            counts += [
+                len(found.ids)
+                for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ]
     return counts
 
 
@@ -465,7 +522,10 @@ def style_shared(style: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
         difference, and `mean_<name>`, the average of the two. The same for the swapped battles.
     """
     columns = {name: _scaled(style[name], feature.kind) for name, feature in PAIR_FEATURES.items()}
-    columns |= {f"script_{script}": (style["script_prompt"] == script).to_numpy(dtype=np.float64) for script in SCRIPTS}
+    columns |= {
+        f"script_{script}": (style["script_prompt"] == script).to_numpy(dtype=np.float64)
+        for script in SCRIPTS
+    }
     for name, feature in STYLE_FEATURES.items():
         a, b = _scaled(style[f"{name}_a"], feature.kind), _scaled(style[f"{name}_b"], feature.kind)
         columns[f"gap_{name}"] = np.abs(a - b)
@@ -486,7 +546,9 @@ def slice_battles(style: pd.DataFrame) -> dict[str, np.ndarray]:
     gap = np.abs(_scaled(style["n_chars_a"], "count") - _scaled(style["n_chars_b"], "count"))
     length = np.digitize(gap, np.log([1.25, 2]))
     refusals = (style["is_refusal_a"] + style["is_refusal_b"]).to_numpy().astype(int)
-    code = (style["has_code_prompt"] + style["n_code_blocks_a"] + style["n_code_blocks_b"]).to_numpy() > 0
+    code = (
+        style["has_code_prompt"] + style["n_code_blocks_a"] + style["n_code_blocks_b"]
+    ).to_numpy() > 0
     several = (style["n_turns"] > 1).to_numpy()
     kinds = {
         "length": (length, ("about equal", "up to twice", "more than twice")),
@@ -496,5 +558,7 @@ def slice_battles(style: pd.DataFrame) -> dict[str, np.ndarray]:
         "refusal": (refusals, ("none", "one answer", "both answers")),
     }
     return {
-        f"{kind}: {name}": codes == code for kind, (codes, names) in kinds.items() for code, name in enumerate(names)
+        f"{kind}: {name}": codes == code
+        for kind, (codes, names) in kinds.items()
+        for code, name in enumerate(names)
     }

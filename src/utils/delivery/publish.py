@@ -121,7 +121,12 @@ model, tokenizer = load_finetuned(folder, FinetuneConfig(checkpoint=folder, head
 
 
 def publish_model(
-    source: Path, config: FinetuneConfig, pairs: pd.DataFrame, oof: pd.DataFrame, folder: Path, base: Path | None = None
+    source: Path,
+    config: FinetuneConfig,
+    pairs: pd.DataFrame,
+    oof: pd.DataFrame,
+    folder: Path,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """Merge a fine-tuned model, save it, and compare what lies on disk with the unmerged model.
 
@@ -155,7 +160,9 @@ def publish_model(
         "tolerance": tolerance,
         "passed": bool(difference <= tolerance),
         "log_loss_merged": log_loss(merged, labels),
-        "log_loss_trained": log_loss(oof.set_index("id").loc[pairs["id"], list(LABELS)].to_numpy(), labels),
+        "log_loss_trained": log_loss(
+            oof.set_index("id").loc[pairs["id"], list(LABELS)].to_numpy(), labels
+        ),
     }
 
 
@@ -170,7 +177,11 @@ def _reload(folder: Path, config: FinetuneConfig) -> tuple[nn.Module, Any]:
 
 
 def make_card(
-    config: FinetuneConfig, metrics: Mapping[str, Any], parity: Mapping[str, Any], repo_id: str, is_demo: bool
+    config: FinetuneConfig,
+    metrics: Mapping[str, Any],
+    parity: Mapping[str, Any],
+    repo_id: str,
+    is_demo: bool,
 ) -> ModelCard:
     """Write the model card from what the run measured.
 
@@ -195,16 +206,28 @@ def make_card(
         datasets=None if is_demo else [DATASET],
         eval_results=_eval_results(metrics, is_demo),
     )
-    names = ("log_loss", "accuracy", "brier", "ece", "prior_log_loss", "oracle_log_loss", "swap_gap")
+    names = (
+        "log_loss",
+        "accuracy",
+        "brier",
+        "ece",
+        "prior_log_loss",
+        "oracle_log_loss",
+        "swap_gap",
+    )
     text = _CARD.format(
         title=data.model_name,
         checkpoint=config.checkpoint,
         head=_HEADS[config.head],
         loading=_LOADING[config.head].format(repo=repo_id or "OWNER/NAME"),
-        adapters=f"; LoRA adapters of rank {config.lora_rank} are merged into it" if config.lora_rank else "",
+        adapters=f"; LoRA adapters of rank {config.lora_rank} are merged into it"
+        if config.lora_rank
+        else "",
         n_pairs=metrics["n_pairs"],
         n_train_pairs=metrics["n_train_pairs"],
-        results="\n".join(f"| {_MEASURES[name]} | {metrics[name]:.4f} |" for name in names if name in metrics),
+        results="\n".join(
+            f"| {_MEASURES[name]} | {metrics[name]:.4f} |" for name in names if name in metrics
+        ),
         difference=parity["max_abs_difference"],
         n_parity=parity["n_pairs"],
         tolerance=parity["tolerance"],
@@ -227,7 +250,8 @@ def _eval_results(metrics: Mapping[str, Any], is_demo: bool) -> list[EvalResult]
         "dataset_name": "demo arena" if is_demo else "LLM Classification Finetuning",
     }
     return [
-        EvalResult(metric_type=name, metric_value=round(metrics[name], 4), **where) for name in ("log_loss", "accuracy")
+        EvalResult(metric_type=name, metric_value=round(metrics[name], 4), **where)
+        for name in ("log_loss", "accuracy")
     ]
 
 
@@ -247,7 +271,9 @@ def push_model(run_dir: Path, repo_id: str, dry_run: bool) -> str:
     """
     files = sorted(path for path in (run_dir / "model").iterdir() if path.is_file())
     if not files or not (run_dir / "README.md").exists():
-        raise ValueError(f"{run_dir}: expected model/ and README.md, got {len(files)} files of a model")
+        raise ValueError(
+            f"{run_dir}: expected model/ and README.md, got {len(files)} files of a model"
+        )
     size_mib = sum(path.stat().st_size for path in files) / 2**20
     what = f"{len(files) + 1} files, {size_mib:.1f} MiB"
     if dry_run:
@@ -257,5 +283,7 @@ def push_model(run_dir: Path, repo_id: str, dry_run: bool) -> str:
     api = HfApi()
     api.create_repo(repo_id, exist_ok=True, private=True)
     api.upload_folder(repo_id=repo_id, folder_path=run_dir / "model")
-    api.upload_file(repo_id=repo_id, path_or_fileobj=run_dir / "README.md", path_in_repo="README.md")
+    api.upload_file(
+        repo_id=repo_id, path_or_fileobj=run_dir / "README.md", path_in_repo="README.md"
+    )
     return f"pushed {what} to {repo_id} (private)"

@@ -53,7 +53,9 @@ class MemberTiming:
     """What one member of the blend did for the submission."""
 
     member: str
-    status: str  # "whole", "partly" (time ran out), "given up", "failed", "absent" or "without weight"
+    status: (
+        str  # "whole", "partly" (time ran out), "given up", "failed", "absent" or "without weight"
+    )
     n_asked: int  # battles that it was to predict: all, or the least certain share
     n_reached: int  # battles that it predicted
     seconds: float
@@ -158,7 +160,9 @@ def predict_submission(
     timings = [board.members[name].timing() for name in blend.members]
     if not board.is_reached.any() and len(pairs):
         notes = "; ".join(f"{timing.member}: {timing.note}" for timing in timings)
-        raise RuntimeError(f"submission: expected at least one member of the blend to predict, got none ({notes})")
+        raise RuntimeError(
+            f"submission: expected at least one member of the blend to predict, got none ({notes})"
+        )
     return Outcome(board.blend(), timings, board.count_members())
 
 
@@ -178,7 +182,9 @@ def order_networks(
         found = [*(run / "model").glob("refit"), *sorted((run / "model").glob("fold_*"))]
         # Where none is there, the first is still asked for, and says that it is missing.
         for place, folder in enumerate(found or [run / "model" / "fold_0"]):
-            worth[name, folder] = weight / (place + 1) / max(_weights_mib(run, folder, find_checkpoints), 1e-6)
+            worth[name, folder] = (
+                weight / (place + 1) / max(_weights_mib(run, folder, find_checkpoints), 1e-6)
+            )
     return sorted(worth, key=worth.get, reverse=True)
 
 
@@ -194,8 +200,13 @@ def _weights_mib(run: Path, folder: Path, find_checkpoints: FindCheckpoints) -> 
     config = read_json(run / "config.json")
     checkpoint, folders = str(config["checkpoint"]), [folder]
     if config.get("lora_rank"):
-        folders += [run / "base"] if checkpoint.startswith(TINY) else [*find_checkpoints(checkpoint)]
-    return sum(file.stat().st_size for place in folders[:2] for file in place.glob("*.safetensors")) / 2**20
+        folders += (
+            [run / "base"] if checkpoint.startswith(TINY) else [*find_checkpoints(checkpoint)]
+        )
+    return (
+        sum(file.stat().st_size for place in folders[:2] for file in place.glob("*.safetensors"))
+        / 2**20
+    )
 
 
 @dataclass(frozen=True)
@@ -229,8 +240,14 @@ class _Member:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self._total, self._n_read = np.zeros((self.n_pairs, len(LABELS))), np.zeros((self.n_pairs, 1))
-        self._n_readings, self._is_cut = np.zeros(self.n_pairs, dtype=int), np.zeros(self.n_pairs, dtype=bool)
+        self._total, self._n_read = (
+            np.zeros((self.n_pairs, len(LABELS))),
+            np.zeros((self.n_pairs, 1)),
+        )
+        self._n_readings, self._is_cut = (
+            np.zeros(self.n_pairs, dtype=int),
+            np.zeros(self.n_pairs, dtype=bool),
+        )
 
     def add(self, prediction: Prediction) -> None:
         self._total, self._n_read = self._sums_with(prediction)
@@ -259,7 +276,14 @@ class _Member:
         n_twice = int((self._n_readings >= 2 * max(self.n_models, 1)).sum())
         note = "; ".join(self.notes)
         return MemberTiming(
-            self.name, status, n_asked, n_reached, round(self.seconds, 2), note, n_twice, int(self._is_cut.sum())
+            self.name,
+            status,
+            n_asked,
+            n_reached,
+            round(self.seconds, 2),
+            note,
+            n_twice,
+            int(self._is_cut.sum()),
         )
 
 
@@ -311,7 +335,11 @@ class _Board:
         with self._surviving(member):
             part = self._pairs.iloc[ask.rows]
             prediction = _predict_network(
-                folder, part, ask, means, lambda early: self.write({name: member.probs(self._spread(early, ask.rows))})
+                folder,
+                part,
+                ask,
+                means,
+                lambda early: self.write({name: member.probs(self._spread(early, ask.rows))}),
             )
             member.add(self._spread(prediction, ask.rows))
             self.write()
@@ -321,7 +349,11 @@ class _Board:
         n_pairs = len(self._pairs)
         probs, n_readings = np.full((n_pairs, len(LABELS)), np.nan), np.zeros(n_pairs, dtype=int)
         is_cut = np.zeros(n_pairs, dtype=bool)
-        probs[rows], n_readings[rows], is_cut[rows] = prediction.probs, prediction.n_readings, prediction.is_cut
+        probs[rows], n_readings[rows], is_cut[rows] = (
+            prediction.probs,
+            prediction.n_readings,
+            prediction.is_cut,
+        )
         return Prediction(probs, n_readings, is_cut, prediction.note)
 
     @contextlib.contextmanager
@@ -354,7 +386,9 @@ class _Board:
             return np.zeros((0, len(LABELS)))
         reached = np.any([np.isfinite(probs).all(axis=1) for probs in known.values()], axis=0)
         probs = np.empty((len(self._pairs), len(LABELS)))
-        probs[reached] = apply_blend(self._blend, {name: rows[reached] for name, rows in known.items()})
+        probs[reached] = apply_blend(
+            self._blend, {name: rows[reached] for name, rows in known.items()}
+        )
         if not reached.all():
             a, b, tie = probs[reached].mean(axis=0)
             probs[~reached] = ((a + b) / 2, (a + b) / 2, tie)
@@ -362,7 +396,9 @@ class _Board:
 
     def write(self, early: Mapping[str, np.ndarray] | None = None) -> None:
         known = self._known() | dict(early or {})
-        if not len(self._pairs) or any(np.isfinite(probs).all(axis=1).any() for probs in known.values()):
+        if not len(self._pairs) or any(
+            np.isfinite(probs).all(axis=1).any() for probs in known.values()
+        ):
             self._submission.write(self.blend(early))
 
     def count_members(self) -> dict[str, int]:
@@ -387,7 +423,9 @@ def _predict_network(
     config = DecoderConfig.from_json(read_json(run / "config.json"))
     tokenizer = load_tokenizer(folder)
     base = find_base(folder, config, means.find_checkpoints)
-    with open_reader(folder, config, base, n_workers=means.n_workers, deadline=means.deadline) as reader:
+    with open_reader(
+        folder, config, base, n_workers=means.n_workers, deadline=means.deadline
+    ) as reader:
         return predict_pairs(
             reader,
             tokenizer,
@@ -402,7 +440,9 @@ def _predict_network(
         )
 
 
-def find_base(folder: Path, config: DecoderConfig, find_checkpoints: FindCheckpoints) -> Path | None:
+def find_base(
+    folder: Path, config: DecoderConfig, find_checkpoints: FindCheckpoints
+) -> Path | None:
     """Find the attached base of an adapter: the one that it was trained on, by its weights.
 
     Returns:
@@ -433,7 +473,12 @@ class CannotStart(Exception):
 
 @contextlib.contextmanager
 def open_reader(
-    folder: Path, config: DecoderConfig, base: Path | None, *, n_workers: int | None = None, deadline: float
+    folder: Path,
+    config: DecoderConfig,
+    base: Path | None,
+    *,
+    n_workers: int | None = None,
+    deadline: float,
 ) -> Iterator[Reader]:
     """Give a reader of one model: in processes of its own, or in this one where none can be started.
 
@@ -450,7 +495,9 @@ def open_reader(
     try:
         pool = Pool(folder, config, base, _plan_workers(n_workers), deadline)
     except CannotStart as error:
-        warnings.warn(f"{folder}: read in this process, as no other can be started ({error})", stacklevel=2)
+        warnings.warn(
+            f"{folder}: read in this process, as no other can be started ({error})", stacklevel=2
+        )
         model, tokenizer = load_finetuned(folder, config, base)
         yield LocalReader(model, tokenizer.pad_token_id, packing=config.packing)
         return
@@ -488,7 +535,12 @@ class Pool:
     """
 
     def __init__(
-        self, folder: Path, config: DecoderConfig, base: Path | None, devices: list[int | None], deadline: float
+        self,
+        folder: Path,
+        config: DecoderConfig,
+        base: Path | None,
+        devices: list[int | None],
+        deadline: float,
     ) -> None:
         n_threads = max(1, (os.cpu_count() or 1) // len(devices)) if len(devices) > 1 else 0
         self._workers: list[_Worker] = []
@@ -524,7 +576,9 @@ class Pool:
         waiting = list(self._workers)
         n_started = 0
         while waiting:
-            ready = wait([worker.connection for worker in waiting], max(0.0, deadline - time.monotonic()))
+            ready = wait(
+                [worker.connection for worker in waiting], max(0.0, deadline - time.monotonic())
+            )
             if not ready:
                 raise RuntimeError("time ran out while the model was being loaded")
             for worker in [worker for worker in waiting if worker.connection in ready]:
@@ -593,9 +647,13 @@ class Pool:
 def _start_worker(
     folder: Path, config: DecoderConfig, base: Path | None, device: int | None, n_threads: int
 ) -> _Worker:
-    context = multiprocessing.get_context("spawn")  # a fork would share the state of CUDA and of threads
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a fork would share the state of CUDA and of threads
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, folder, config, base, device, n_threads), daemon=True)
+    process = context.Process(
+        target=_serve, args=(there, folder, config, base, device, n_threads), daemon=True
+    )
     try:
         process.start()
     except (OSError, RuntimeError) as error:
@@ -605,7 +663,12 @@ def _start_worker(
 
 
 def _serve(
-    connection: Connection, folder: Path, config: DecoderConfig, base: Path | None, device: int | None, n_threads: int
+    connection: Connection,
+    folder: Path,
+    config: DecoderConfig,
+    base: Path | None,
+    device: int | None,
+    n_threads: int,
 ) -> None:
     """The life of a worker: load, then read what comes, until the other end is closed."""
     try:
@@ -680,9 +743,13 @@ def check_submission(submission: pd.DataFrame, sample_ids: np.ndarray) -> pd.Dat
         ValueError: other columns, other ids or order, or a row that is no probability.
     """
     if tuple(submission.columns) != SUBMISSION_COLUMNS:
-        raise ValueError(f"submission: expected columns {list(SUBMISSION_COLUMNS)}, got {list(submission.columns)}")
+        raise ValueError(
+            f"submission: expected columns {list(SUBMISSION_COLUMNS)}, got {list(submission.columns)}"
+        )
     if submission["id"].astype(str).tolist() != [str(value) for value in sample_ids]:
-        raise ValueError("submission: expected the ids of sample_submission in its order, got others")
+        raise ValueError(
+            "submission: expected the ids of sample_submission in its order, got others"
+        )
     if len(submission):
         check_probs(submission[list(LABELS)].to_numpy(dtype=np.float64), tolerance=1e-6)
     return submission

@@ -22,7 +22,17 @@ STYLE_FAMILIES = {
         *("n_punctuation", "n_commas", "punctuation_per_char", "share_digits", "share_uppercase"),
         *("share_non_ascii", "lexical_diversity", "mean_word_length"),
     ),
-    "layout": (*("n_list_items", "n_headers", "n_bold", "n_code_blocks", "n_inline_code", "n_table_rows", "n_urls"),),
+    "layout": (
+        *(
+            "n_list_items",
+            "n_headers",
+            "n_bold",
+            "n_code_blocks",
+            "n_inline_code",
+            "n_table_rows",
+            "n_urls",
+        ),
+    ),
     "tone": ("n_question_marks", "n_exclamation_marks", "n_hedges", "is_refusal", "has_disclaimer"),
     "apologies": ("has_apology",),
     "overlap with the prompt": ("prompt_overlap", "prompt_overlap_first", "prompt_overlap_last"),
@@ -32,7 +42,11 @@ _RANK_TOLERANCE = 1e-7  # of the largest eigenvalue; smaller ones are rounding
 
 
 def ablate(
-    pairs: pd.DataFrame, features: Features, config: BaselineConfig, max_pairs: int = 1000, seed: int = 0
+    pairs: pd.DataFrame,
+    features: Features,
+    config: BaselineConfig,
+    max_pairs: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Fit the text member without each family of features in turn, on held-out folds.
 
@@ -57,12 +71,20 @@ def ablate(
     whole, table = _losses(*roots, labels, folds, config.ridge), []
     for name, left_out in _left_out(decide, tie).items():
         of_tie = left_out <= set(tie)
-        part = _root(sum(kernel for key, kernel in (tie if of_tie else decide).items() if key not in left_out))
-        losses = _losses(*((roots[0], part) if of_tie else (part, roots[1])), labels, folds, config.ridge)
+        part = _root(
+            sum(
+                kernel for key, kernel in (tie if of_tie else decide).items() if key not in left_out
+            )
+        )
+        losses = _losses(
+            *((roots[0], part) if of_tie else (part, roots[1])), labels, folds, config.ridge
+        )
         gap = paired_difference(losses, whole, groups, config.n_bootstrap, config.seed)
         table.append((name, "tie" if of_tie else "A against B", losses.mean(), *gap.values()))
     columns = ["family", "of", "log_loss", "difference", "low", "high"]
-    return pd.DataFrame(table, columns=columns).sort_values("difference", ascending=False, ignore_index=True)
+    return pd.DataFrame(table, columns=columns).sort_values(
+        "difference", ascending=False, ignore_index=True
+    )
 
 
 def _draw_groups(groups: np.ndarray, max_pairs: int, seed: int) -> np.ndarray:
@@ -76,12 +98,23 @@ def _draw_groups(groups: np.ndarray, max_pairs: int, seed: int) -> np.ndarray:
 def _family_kernels(features: Features) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Inner products by family: for the odds of A against B, and for those of a tie."""
     scaling, prior = Scaling.of(features), LINEAR_MEMBERS[_MEMBER]
-    differences, shared = scaling.differences_of(features, prior), scaling.shared_of(features, prior)
+    differences, shared = (
+        scaling.differences_of(features, prior),
+        scaling.shared_of(features, prior),
+    )
     (style, scales), names = differences.parts[0], list(STYLE_FEATURES)
-    columns = {family: [names.index(name) for name in members] for family, members in STYLE_FAMILIES.items()}
+    columns = {
+        family: [names.index(name) for name in members]
+        for family, members in STYLE_FAMILIES.items()
+    }
     decide = {family: _kernel(style[:, c], scales[c]) for family, c in columns.items()}
-    decide |= {name: _kernel(*part) for name, part in zip(prior.texts, differences.parts[1:], strict=True)}
-    unsigned = {f"{name}, unsigned": part for name, part in zip(prior.tie_texts, shared.parts[1:], strict=True)}
+    decide |= {
+        name: _kernel(*part) for name, part in zip(prior.texts, differences.parts[1:], strict=True)
+    }
+    unsigned = {
+        f"{name}, unsigned": part
+        for name, part in zip(prior.tie_texts, shared.parts[1:], strict=True)
+    }
     tie = {"gaps of style, prompt": shared.parts[0], **unsigned}
     return decide, {name: _kernel(*part) for name, part in tie.items()}
 
@@ -103,7 +136,9 @@ def _losses(
     """Row losses of the model that reads these, each fold held out in turn: (N,)."""
     probs = np.empty((len(labels), len(LABELS)))
     for held_out in (folds == fold for fold in np.unique(folds)):
-        fit_inputs, held_inputs = ([_block(x[rows]) for x in (differences, shared)] for rows in (~held_out, held_out))
+        fit_inputs, held_inputs = (
+            [_block(x[rows]) for x in (differences, shared)] for rows in (~held_out, held_out)
+        )
         probs[held_out] = fit_davidson(*fit_inputs, labels[~held_out], ridge).predict(*held_inputs)
     return row_losses(probs, labels)
 

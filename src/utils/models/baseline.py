@@ -66,14 +66,21 @@ class Prior:
     style: float
     shared: float
     texts: dict[str, float] = field(default_factory=dict)  # text block -> variance
-    tie_texts: dict[str, float] = field(default_factory=dict)  # text block, without its signs -> variance
+    tie_texts: dict[str, float] = field(
+        default_factory=dict
+    )  # text block, without its signs -> variance
 
 
 # Chosen by repeated grouped cross-validation, see notebooks/LOG.md.
 LINEAR_MEMBERS = {
     "style": Prior(style=0.4, shared=0.3),
     "words": Prior(style=0.4, shared=0.3, texts={"words": 1.0}),
-    "text": Prior(style=0.05, shared=0.15, texts={"words": 0.7, "characters": 1.2}, tie_texts={"characters": 0.8}),
+    "text": Prior(
+        style=0.05,
+        shared=0.15,
+        texts={"words": 0.7, "characters": 1.2},
+        tie_texts={"characters": 0.8},
+    ),
 }
 EMBEDDER = "embedder"  # folder of the checkpoint of embeddings, where a model carries it
 LINEAR_MEMBERS["embeddings"] = Prior(
@@ -86,7 +93,9 @@ LINEAR_MEMBERS["embeddings"] = Prior(
 _CUE_VARIANCE = {"has_apology": 0.05}
 
 _N_GRAMS = (2, 3, 4)  # bytes
-_SALT = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: Fibonacci hashing, Knuth volume 3, 6.4
+_SALT = np.uint64(
+    0x9E3779B97F4A7C15
+)  # 2^64 over the golden ratio: Fibonacci hashing, Knuth volume 3, 6.4
 _MEANS = ("mean_n_chars", "mean_is_refusal", "mean_n_list_items")
 _CHUNK = 4096  # battles whose predictions are made at once, bounds memory
 _MAX_DEVIATION = 4.0  # standardised features are cut here: one odd answer must not decide a fit
@@ -123,21 +132,31 @@ class Features:
     @property
     def members(self) -> tuple[str, ...]:
         """The members that find all they read here."""
-        linear = [name for name, prior in LINEAR_MEMBERS.items() if prior.texts.keys() <= self.texts.keys()]
+        linear = [
+            name
+            for name, prior in LINEAR_MEMBERS.items()
+            if prior.texts.keys() <= self.texts.keys()
+        ]
         return (*linear, "trees")
 
     def take(self, rows: np.ndarray) -> "Features":
         """Choose rows, by mask or position."""
         return Features(
-            self.differences[rows], self.shared[rows], {name: block[rows] for name, block in self.texts.items()}
+            self.differences[rows],
+            self.shared[rows],
+            {name: block[rows] for name, block in self.texts.items()},
         )
 
     def swap(self) -> "Features":
         """The same battles with A and B exchanged."""
-        return Features(-self.differences, self.shared, {name: -block for name, block in self.texts.items()})
+        return Features(
+            -self.differences, self.shared, {name: -block for name, block in self.texts.items()}
+        )
 
 
-def measure_features(pairs: pd.DataFrame, config: BaselineConfig, embeddings: np.ndarray | None = None) -> Features:
+def measure_features(
+    pairs: pd.DataFrame, config: BaselineConfig, embeddings: np.ndarray | None = None
+) -> Features:
     """Read battles once for all members.
 
     Args:
@@ -148,11 +167,18 @@ def measure_features(pairs: pd.DataFrame, config: BaselineConfig, embeddings: np
     style = measure_style(pairs)
     answers = [[_join(turns) for turns in pairs[name]] for name in ("response_a", "response_b")]
     words = HashingVectorizer(
-        n_features=config.n_hashed, token_pattern=r"\w+|[^\w\s]", alternate_sign=False, norm="l1", dtype=np.float32
+        n_features=config.n_hashed,
+        token_pattern=r"\w+|[^\w\s]",
+        alternate_sign=False,
+        norm="l1",
+        dtype=np.float32,
     )
     word_shares = [words.transform(texts) for texts in answers]
     runs = [_hash_runs(texts, config.n_hashed) for texts in answers]
-    texts = {"words": (word_shares[0] - word_shares[1]).tocsr(), "characters": (runs[0] - runs[1]).tocsr()}
+    texts = {
+        "words": (word_shares[0] - word_shares[1]).tocsr(),
+        "characters": (runs[0] - runs[1]).tocsr(),
+    }
     if embeddings is not None:
         texts["embeddings"] = _compare_embeddings(embeddings)
     return Features(style_differences(style)[0], _choose_shared(style), texts)
@@ -162,7 +188,9 @@ def _compare_embeddings(embeddings: np.ndarray) -> np.ndarray:
     """The difference of two answers, alone and weighed by the prompt: (N, 2 H) float32."""
     prompt, difference = embeddings[:, 0], embeddings[:, 1] - embeddings[:, 2]
     # The prompt's entries are about one over the root of their number.
-    return np.hstack([difference, difference * prompt * np.sqrt(prompt.shape[1])]).astype(np.float32)
+    return np.hstack([difference, difference * prompt * np.sqrt(prompt.shape[1])]).astype(
+        np.float32
+    )
 
 
 def _choose_shared(style: pd.DataFrame) -> np.ndarray:
@@ -181,7 +209,9 @@ def _hash_runs(texts: list[str], n_hashed: int) -> sparse.csr_matrix:
     columns = [_hash_text(text, n_hashed) for text in texts]
     ends = np.cumsum([0] + [len(found) for found in columns])
     indices = np.concatenate([*columns, np.empty(0, dtype=np.int32)])
-    return sparse.csr_matrix((np.ones(ends[-1], dtype=np.float32), indices, ends), shape=(len(texts), n_hashed))
+    return sparse.csr_matrix(
+        (np.ones(ends[-1], dtype=np.float32), indices, ends), shape=(len(texts), n_hashed)
+    )
 
 
 def _hash_text(text: str, n_hashed: int) -> np.ndarray:
@@ -199,7 +229,9 @@ def _hash_text(text: str, n_hashed: int) -> np.ndarray:
 class Scaling:
     """Units of the features, taken from the training rows: none of them changes under the swap."""
 
-    differences: np.ndarray  # (F,) root mean square; no mean is taken off, so that the sign still flips
+    differences: (
+        np.ndarray
+    )  # (F,) root mean square; no mean is taken off, so that the sign still flips
     shared_mean: np.ndarray  # (G,)
     shared_std: np.ndarray  # (G,)
     texts: dict[str, float]  # block -> root mean square norm of a row
@@ -222,13 +254,18 @@ class Scaling:
 
     def shared_of(self, features: Features, prior: Prior) -> "Blocks":
         """The shared features and the unsigned text blocks that a member reads, in the same units."""
-        shared = np.clip((features.shared - self.shared_mean) / self.shared_std, -_MAX_DEVIATION, _MAX_DEVIATION)
+        shared = np.clip(
+            (features.shared - self.shared_mean) / self.shared_std, -_MAX_DEVIATION, _MAX_DEVIATION
+        )
         unsigned = {name: _drop_signs(features.texts[name]) for name in prior.tie_texts}
         parts = [(shared, np.full(shared.shape[1], np.sqrt(prior.shared / shared.shape[1])))]
         return Blocks((*parts, *self._texts_of(unsigned, prior.tie_texts)))
 
     def _texts_of(self, texts: dict[str, Matrix], variances: dict[str, float]) -> "list[Block]":
-        return [(texts[name], np.float32(np.sqrt(v) / self.texts[name])) for name, v in variances.items()]
+        return [
+            (texts[name], np.float32(np.sqrt(v) / self.texts[name]))
+            for name, v in variances.items()
+        ]
 
 
 def _style_scales(prior: Prior) -> np.ndarray:
@@ -281,7 +318,10 @@ class Blocks:
 
     def transposed_times(self, values: np.ndarray) -> np.ndarray:
         """The transposed blocks times a vector: (N,) -> (D,) float64."""
-        found = [(block.T @ values.astype(block.dtype)).astype(np.float64) * scale for block, scale in self.parts]
+        found = [
+            (block.T @ values.astype(block.dtype)).astype(np.float64) * scale
+            for block, scale in self.parts
+        ]
         return np.concatenate(found)
 
 
@@ -295,7 +335,9 @@ class Davidson:
 
     def predict(self, differences: Blocks, shared: Blocks) -> np.ndarray:
         """Probabilities: (N, D) and (N, G) -> (N, C)."""
-        return _davidson(differences.times(self.differences), shared.times(self.shared) + self.intercept)
+        return _davidson(
+            differences.times(self.differences), shared.times(self.shared) + self.intercept
+        )
 
 
 def _davidson(utility: np.ndarray, tie: np.ndarray) -> np.ndarray:
@@ -325,7 +367,8 @@ def fit_davidson(differences: Blocks, shared: Blocks, labels: np.ndarray, ridge:
         residual = probs - votes
         gradient = np.concatenate(
             [
-                differences.transposed_times((residual[:, A_WINS] - residual[:, B_WINS]) / 2) + ridge * w,
+                differences.transposed_times((residual[:, A_WINS] - residual[:, B_WINS]) / 2)
+                + ridge * w,
                 shared.transposed_times(residual[:, TIE]) + ridge * v,
                 [residual[:, TIE].sum()],
             ]
@@ -368,8 +411,14 @@ class Ensemble:
 
     def predict(self, features: Features) -> dict[str, np.ndarray]:
         """Probabilities by member: name -> (N, C) float64, each swap-symmetric."""
-        probs = {name: model.predict(*_inputs(self.scaling, features, name)) for name, model in self.linear.items()}
-        both = [self.trees.predict(_tree_inputs(order), num_threads=1) for order in (features, features.swap())]
+        probs = {
+            name: model.predict(*_inputs(self.scaling, features, name))
+            for name, model in self.linear.items()
+        }
+        both = [
+            self.trees.predict(_tree_inputs(order), num_threads=1)
+            for order in (features, features.swap())
+        ]
         return probs | {"trees": average_over_swap(*both)}
 
 
@@ -383,7 +432,8 @@ def fit_ensemble(features: Features, labels: np.ndarray, config: BaselineConfig)
     """
     scaling = Scaling.of(features)
     linear = {
-        name: fit_davidson(*_inputs(scaling, features, name), labels, config.ridge) for name in features.members[:-1]
+        name: fit_davidson(*_inputs(scaling, features, name), labels, config.ridge)
+        for name in features.members[:-1]
     }
     return Ensemble(scaling, linear, _fit_trees(features, labels, config))
 
@@ -410,7 +460,9 @@ class Baseline:
         embed = _load_embed(self.config)
         parts = [pairs.iloc[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
         probs = [
-            apply_blend(self.blend, self.ensemble.predict(measure_features(part, self.config, embed(part))))
+            apply_blend(
+                self.blend, self.ensemble.predict(measure_features(part, self.config, embed(part)))
+            )
             for part in tqdm(parts, desc="baseline", unit="chunk", disable=len(parts) < 2)
         ]
         return np.concatenate([np.empty((0, len(LABELS))), *probs])
@@ -455,7 +507,9 @@ def _load_embed(config: BaselineConfig) -> Callable[[pd.DataFrame], np.ndarray |
     return load_embedder(config.embeddings, config.embeddings_tokens).embed
 
 
-def cross_fit(pairs: pd.DataFrame, config: BaselineConfig, features: Features | None = None) -> dict[str, np.ndarray]:
+def cross_fit(
+    pairs: pd.DataFrame, config: BaselineConfig, features: Features | None = None
+) -> dict[str, np.ndarray]:
     """Predict every battle by members that were fitted to the other folds.
 
     Args:
@@ -492,19 +546,27 @@ def blend_folds(pairs: pd.DataFrame, members: dict[str, np.ndarray]) -> np.ndarr
     """
     labels, blended = pairs["label"].to_numpy(dtype=int), np.empty((len(pairs), len(LABELS)))
     for held_out in _held_out(pairs):
-        blend = fit_blend({name: probs[~held_out] for name, probs in members.items()}, labels[~held_out])
-        blended[held_out] = apply_blend(blend, {name: probs[held_out] for name, probs in members.items()})
+        blend = fit_blend(
+            {name: probs[~held_out] for name, probs in members.items()}, labels[~held_out]
+        )
+        blended[held_out] = apply_blend(
+            blend, {name: probs[held_out] for name, probs in members.items()}
+        )
     return blended
 
 
 def _held_out(pairs: pd.DataFrame) -> Iterator[np.ndarray]:
     folds = np.unique(pairs["fold"])
     if len(folds) < 2:
-        raise ValueError(f"pairs: expected at least two values in column fold, got {folds.tolist()}")
+        raise ValueError(
+            f"pairs: expected at least two values in column fold, got {folds.tolist()}"
+        )
     return (pairs["fold"].to_numpy() == fold for fold in folds)
 
 
-def cross_validate(pairs: pd.DataFrame, config: BaselineConfig, features: Features | None = None) -> pd.DataFrame:
+def cross_validate(
+    pairs: pd.DataFrame, config: BaselineConfig, features: Features | None = None
+) -> pd.DataFrame:
     """Predict every battle by members and a blend that were fitted to the other folds.
 
     Args:
@@ -516,7 +578,9 @@ def cross_validate(pairs: pd.DataFrame, config: BaselineConfig, features: Featur
         A table: id, fold, one float32 column per label.
     """
     return probs_table(
-        pairs["id"], blend_folds(pairs, cross_fit(pairs, config, features)), fold=pairs["fold"].to_numpy()
+        pairs["id"],
+        blend_folds(pairs, cross_fit(pairs, config, features)),
+        fold=pairs["fold"].to_numpy(),
     )
 
 
@@ -545,7 +609,10 @@ def save_baseline(baseline: Baseline, folder: Path) -> None:
     """Write `baseline.json`, `linear.safetensors` and `trees.txt`; nothing that runs code when read."""
     folder = Path(folder)
     scaling, linear = baseline.ensemble.scaling, baseline.ensemble.linear
-    arrays = {f"scaling.{name}": getattr(scaling, name) for name in ("differences", "shared_mean", "shared_std")}
+    arrays = {
+        f"scaling.{name}": getattr(scaling, name)
+        for name in ("differences", "shared_mean", "shared_std")
+    }
     for name, model in linear.items():
         arrays |= {f"{name}.differences": model.differences, f"{name}.shared": model.shared}
     with atomic_path(folder / "linear.safetensors") as tmp:
@@ -575,7 +642,9 @@ def load_baseline(folder: Path) -> Baseline:
     folder = Path(folder)
     content, arrays = read_json(folder / "baseline.json"), load_file(folder / "linear.safetensors")
     scaling = Scaling(
-        **{name: arrays[f"scaling.{name}"] for name in ("differences", "shared_mean", "shared_std")},
+        **{
+            name: arrays[f"scaling.{name}"] for name in ("differences", "shared_mean", "shared_std")
+        },
         texts=content["text_scales"],
     )
     linear = {

@@ -27,7 +27,10 @@ def is_canonical(pairs: pd.DataFrame) -> np.ndarray:
 
 
 def make_batches(
-    lengths: Sequence[int] | np.ndarray, tokens_per_batch: int, seed: int | None = None, epoch: int = 0
+    lengths: Sequence[int] | np.ndarray,
+    tokens_per_batch: int,
+    seed: int | None = None,
+    epoch: int = 0,
 ) -> list[np.ndarray]:
     """Group rows of like length so that rows x longest stays within a token budget.
 

@@ -33,16 +33,17 @@ from transformers.utils import cached_file  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from src.utils.config import FinetuneConfig  # noqa: E402
-from src.utils.models.template import make_template  # noqa: E402
 from src.utils.models.hardware import choose_device, choose_dtype  # noqa: E402
 from src.utils.models.heads import contrasting  # noqa: E402
-from src.utils.models.template import TEMPLATE_VERSION  # noqa: E402
+from src.utils.models.template import TEMPLATE_VERSION, make_template
 from src.utils.runs import atomic_folder, read_json, write_json  # noqa: E402
 from src.utils.schema import LABELS  # noqa: E402
 
 TINY = "tiny:"
 # peft asks transformers by the old name of a property, once a model.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+)
 
 
 # ---- tiny checkpoints --------------------------------------------------------
@@ -79,7 +80,9 @@ def load_classifier(
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
-    options = {"use_reentrant": False}  # a reentrant checkpoint would lose the gradient behind frozen embeddings
+    options = {
+        "use_reentrant": False
+    }  # a reentrant checkpoint would lose the gradient behind frozen embeddings
     # transformers 5.0, that of Kaggle's image, has the older name alone; the newest warns of it.
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -97,7 +100,9 @@ def _load_base(
     if config.quantization != "none":
         options["device_map"] = {"": device}
     with _naming_missing_checkpoint(source), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
         plan = _make_plan(source, revision, config.head)
         if config.quantization != "none":
             options["quantization_config"] = _quantization(
@@ -128,18 +133,24 @@ def _load_base(
 def _check_variant(config: FinetuneConfig, device: torch.device) -> None:
     # Measuring DoRA's magnitudes, peft copies 8-bit weights, and on a CPU the copies lose their scales.
     if (config.lora_variant, config.quantization, device.type) == ("dora", "8bit", "cpu"):
-        raise ValueError("lora_variant: expected plain or rslora for an 8-bit base on a CPU, got dora; 4bit takes it")
+        raise ValueError(
+            "lora_variant: expected plain or rslora for an 8-bit base on a CPU, got dora; 4bit takes it"
+        )
 
 
 def _make_plan(source: str, revision: str, head: str) -> nn.Module:
     """The classifier without its weights, to ask what it is made of."""
-    config = AutoConfig.from_pretrained(source, revision=revision, num_labels=len(LABELS), trust_remote_code=False)
+    config = AutoConfig.from_pretrained(
+        source, revision=revision, num_labels=len(LABELS), trust_remote_code=False
+    )
     with torch.device("meta"):
         plan = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         return plan if head == "joint" else contrasting(type(plan))(config)
 
 
-def _finish_contrast(model: nn.Module, tokenizer: PreTrainedTokenizerFast, loading: dict[str, Iterable]) -> None:
+def _finish_contrast(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, loading: dict[str, Iterable]
+) -> None:
     model.pieces = make_template(tokenizer).pieces
     if any(name.startswith("contrast.") for name in loading["missing_keys"]):
         nn.init.zeros_(model.contrast.weight)  # a new one starts as the joint head alone
@@ -148,7 +159,9 @@ def _finish_contrast(model: nn.Module, tokenizer: PreTrainedTokenizerFast, loadi
 def _check_loaded(source: str, heads: list[str], loading: dict[str, Iterable]) -> None:
     """Assert that only heads start anew: whatever else is missing would be left at random without a word."""
     names = {*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}
-    lost = sorted(name for name in names if not name.startswith(tuple(f"{head}." for head in heads)))
+    lost = sorted(
+        name for name in names if not name.startswith(tuple(f"{head}." for head in heads))
+    )
     if lost:
         raise ValueError(
             f"checkpoint {source}: expected every weight but those of the head ({', '.join(heads)}), "
@@ -170,7 +183,9 @@ def _renew_heads(model: nn.Module, plan: nn.Module) -> None:
 def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
     if base is not None or config.checkpoint.startswith(TINY):
         if base is None or not (Path(base) / "config.json").exists():
-            raise FileNotFoundError(f"{base}: expected the folder of {config.checkpoint}; call prepare_base() first")
+            raise FileNotFoundError(
+                f"{base}: expected the folder of {config.checkpoint}; call prepare_base() first"
+            )
         return str(base), "main"
     if Path(config.checkpoint).expanduser().is_dir():
         return str(Path(config.checkpoint).expanduser()), "main"
@@ -192,7 +207,10 @@ def _naming_missing_checkpoint(source: str) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' progress bars, and its notes on what we asked for (a new head), out of a notebook."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -235,13 +253,19 @@ def _check_heads(model: nn.Module) -> None:
     for name in head_names(model):
         for child in model.get_submodule(name).modules():
             if isinstance(child, nn.Linear) and type(child) is not nn.Linear:
-                raise TypeError(f"head {name}: expected 16- or 32-bit weights, got {type(child).__name__}")
+                raise TypeError(
+                    f"head {name}: expected 16- or 32-bit weights, got {type(child).__name__}"
+                )
 
 
 def hidden_size(model: nn.Module) -> int | None:
     """Width of a model, wrapped or not; None where its config does not tell."""
     config = getattr(getattr(model, "module", model), "config", None)
-    return getattr(config.get_text_config(), "hidden_size", None) if hasattr(config, "get_text_config") else None
+    return (
+        getattr(config.get_text_config(), "hidden_size", None)
+        if hasattr(config, "get_text_config")
+        else None
+    )
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -258,7 +282,12 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
     spare = [token for token in special if token not in marks]
     candidates = [
         tokenizer.pad_token,
-        *(token for word in ("pad", "reserved", "unused") for token in spare if word in token.lower()),
+        *(
+            token
+            for word in ("pad", "reserved", "unused")
+            for token in spare
+            if word in token.lower()
+        ),
         tokenizer.unk_token,
         *spare,
         tokenizer.eos_token,
@@ -266,14 +295,18 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
     for token in candidates:
         if token is not None and tokenizer.convert_tokens_to_ids(token) != last:
             return token
-    raise ValueError(f"{tokenizer.name_or_path}: expected a token that can stand for padding, got none")
+    raise ValueError(
+        f"{tokenizer.name_or_path}: expected a token that can stand for padding, got none"
+    )
 
 
 def _last_token_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
     if not tokenizer.chat_template:
         return tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
     message = {"role": "user", "content": "hi"}
-    chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    chat = tokenizer.apply_chat_template(
+        [message], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
     return tokenizer(chat, add_special_tokens=False)["input_ids"][-1]
 
 
@@ -289,13 +322,21 @@ def head_names(model: nn.Module) -> list[str]:
         if name != model.base_model_prefix and any(True for _ in child.parameters())
     ]
     base = model.get_submodule(model.base_model_prefix)
-    return names + [f"{model.base_model_prefix}.pooler"] * (getattr(base, "pooler", None) is not None)
+    return names + [f"{model.base_model_prefix}.pooler"] * (
+        getattr(base, "pooler", None) is not None
+    )
 
 
 def lora_names(model: nn.Module) -> list[str]:
     """The last names of all linear layers of the base: attention and MLP, whatever the architecture calls them."""
     base = model.get_submodule(model.base_model_prefix)
-    return sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+    )
 
 
 def longest_row(model: nn.Module) -> int | None:
@@ -304,7 +345,9 @@ def longest_row(model: nn.Module) -> int | None:
     for name, module in base.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa counts positions from behind the one of padding.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            return module.num_embeddings - (
+                0 if module.padding_idx is None else module.padding_idx + 1
+            )
     config = model.config.get_text_config()
     if getattr(config, "relative_attention", False):
         return None
@@ -353,7 +396,9 @@ def write_model(
     tokenizer.save_pretrained(folder)
     origin = {
         # Of a folder only its name: where it lay is nobody's business once the model is published.
-        "base": Path(config.name_or_path).name if Path(config.name_or_path).is_dir() else config.name_or_path,
+        "base": Path(config.name_or_path).name
+        if Path(config.name_or_path).is_dir()
+        else config.name_or_path,
         "commit": getattr(config, "_commit_hash", None),
         "template_version": TEMPLATE_VERSION,
     }
@@ -393,7 +438,9 @@ def _folder_of(config) -> Path:
     source = Path(config.name_or_path)
     if source.is_dir():
         return source
-    return Path(cached_file(config.name_or_path, "config.json", revision=config._commit_hash)).parent
+    return Path(
+        cached_file(config.name_or_path, "config.json", revision=config._commit_hash)
+    ).parent
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
@@ -426,7 +473,9 @@ def load_finetuned(
     if config.lora_rank:
         if base is not None:
             check_base(folder, base)
-        model, tokenizer = _load_base(_at_commit(config, origin), _base_folder(folder, config, base))
+        model, tokenizer = _load_base(
+            _at_commit(config, origin), _base_folder(folder, config, base)
+        )
         model = PeftModel.from_pretrained(model, folder, is_trainable=False)
     else:
         # The folder is complete, whatever base it once came from.
@@ -443,7 +492,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def merge(folder: Path, config: FinetuneConfig, base: Path | None = None) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+def merge(
+    folder: Path, config: FinetuneConfig, base: Path | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """Fold LoRA into a base that is not quantised: a plain model that needs no peft.
 
     Merging into a quantised base changes probabilities by up to one half; here the base
@@ -517,7 +568,9 @@ def _base_folder(folder: Path, config: FinetuneConfig, base: Path | None) -> Pat
 @contextlib.contextmanager
 def in_float32(model: nn.Module) -> Iterator[nn.Module]:
     """Hold a model in 32 bit for a while, where half precision overflowed; quantised weights stay as they are."""
-    halves = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    halves = [
+        (p, p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)
+    ]
     try:
         for parameter, _ in halves:
             parameter.data = parameter.data.float()

@@ -54,7 +54,9 @@ class Embedder:
         vectors = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
         # Longest first: rows of like length waste little, and the largest batch comes at once.
         order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
-        with tqdm(total=len(texts), desc="embeddings", unit="text", disable=len(texts) < 1000) as bar:
+        with tqdm(
+            total=len(texts), desc="embeddings", unit="text", disable=len(texts) < 1000
+        ) as bar:
             while order:
                 n_chars = max(len(texts[order[0]]), 1)
                 n_rows = max(1, _TOKENS_PER_BATCH // min(n_chars // 2 + 8, self.max_tokens))
@@ -73,7 +75,9 @@ class Embedder:
             return_token_type_ids=False,
             return_tensors="pt",
         ).to(self.model.device)
-        if not inputs["input_ids"].shape[1]:  # nothing but empty texts, and a tokenizer that adds no token
+        if not inputs["input_ids"].shape[
+            1
+        ]:  # nothing but empty texts, and a tokenizer that adds no token
             return np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
         hidden = self.model(**inputs).last_hidden_state.float()
         mask = inputs["attention_mask"]
@@ -81,7 +85,9 @@ class Embedder:
             last = mask.sum(dim=1).sub(1).clamp(min=0)
             pooled = hidden[torch.arange(len(texts), device=hidden.device), last]
         else:
-            pooled = (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            pooled = (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(
+                min=1
+            )
         pooled = pooled * (mask.sum(dim=1, keepdim=True) > 0)
         return nn.functional.normalize(pooled, dim=1).cpu().numpy()
 
@@ -107,10 +113,14 @@ def load_embedder(checkpoint: str, max_tokens: int) -> Embedder:
     """
     device = choose_device()
     source, revision = split_revision(checkpoint)
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # a head that is left out is no news
+    logging.getLogger("transformers.modeling_utils").setLevel(
+        logging.ERROR
+    )  # a head that is left out is no news
     options = {"revision": revision, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModel.from_pretrained(source, dtype=choose_dtype(device), use_safetensors=True, **options)
+    model = AutoModel.from_pretrained(
+        source, dtype=choose_dtype(device), use_safetensors=True, **options
+    )
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     limit = getattr(model.config, "max_position_embeddings", None) or max_tokens
@@ -150,7 +160,9 @@ def embed_pairs(pairs: pd.DataFrame, checkpoint: str, max_tokens: int, cache: Pa
     if not path.exists():
         vectors = load_embedder(checkpoint, max_tokens).embed(pairs)
         with atomic_path(path) as tmp:
-            tmp.write_bytes(save({"embeddings": np.ascontiguousarray(vectors)}, {"facts": json.dumps(facts)}))
+            tmp.write_bytes(
+                save({"embeddings": np.ascontiguousarray(vectors)}, {"facts": json.dumps(facts)})
+            )
     return load_file(path)["embeddings"]
 
 

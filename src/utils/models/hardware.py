@@ -28,7 +28,9 @@ def choose_dtype(device: torch.device, hidden_size: int | None = None) -> torch.
     return choose_precision(device, hidden_size)[0]
 
 
-def choose_precision(device: torch.device, hidden_size: int | None = None) -> tuple[torch.dtype, str]:
+def choose_precision(
+    device: torch.device, hidden_size: int | None = None
+) -> tuple[torch.dtype, str]:
     """The dtype to compute a model in, and the reason.
 
     bf16 where the hardware has it (`torch.cuda.is_bf16_supported` counts emulation and is
@@ -51,7 +53,10 @@ def choose_precision(device: torch.device, hidden_size: int | None = None) -> tu
     if not cpu_has_bf16():
         return torch.float32, "this CPU has no bf16 instructions"
     if (hidden_size or 0) < MIN_BF16_HIDDEN_SIZE:
-        return torch.float32, f"below a hidden size of {MIN_BF16_HIDDEN_SIZE} casting costs more than bf16 saves"
+        return (
+            torch.float32,
+            f"below a hidden size of {MIN_BF16_HIDDEN_SIZE} casting costs more than bf16 saves",
+        )
     return torch.bfloat16, "this CPU has bf16 instructions"
 
 

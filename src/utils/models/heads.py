@@ -35,18 +35,26 @@ class Contrasting:
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
         """The classifier's own output, with the contrast added to its logits."""
         kept = []
-        hook = self.base_model.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+        hook = self.base_model.register_forward_hook(
+            lambda module, args, output: kept.append(output[0])
+        )
         try:
             output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         finally:
             hook.remove()
-        lengths = [input_ids.shape[1]] * len(input_ids) if attention_mask is None else attention_mask.sum(1).tolist()
+        lengths = (
+            [input_ids.shape[1]] * len(input_ids)
+            if attention_mask is None
+            else attention_mask.sum(1).tolist()
+        )
         rows = [row[:length] for row, length in zip(input_ids.cpu(), lengths, strict=True)]
         states = [row[:length] for row, length in zip(kept[0].unbind(), lengths, strict=True)]
         output.logits = output.logits + self.read_contrast(rows, states)
         return output
 
-    def read_contrast(self, rows: Sequence[torch.Tensor], states: Sequence[torch.Tensor]) -> torch.Tensor:
+    def read_contrast(
+        self, rows: Sequence[torch.Tensor], states: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         """What is added to the logits.
 
         Args:
@@ -60,7 +68,9 @@ class Contrasting:
         # Where the two means are alike, 16 bits would lose what sets them apart.
         with torch.autocast(device.type, enabled=False):
             weights = [weigh_answers(row.numpy(), self.pieces).to(device) for row in rows]
-            differences = [weight @ state.float() for weight, state in zip(weights, states, strict=True)]
+            differences = [
+                weight @ state.float() for weight, state in zip(weights, states, strict=True)
+            ]
         preference = self.contrast(torch.stack(differences).to(states[0].dtype))
         columns = torch.zeros(len(LABELS), device=device, dtype=preference.dtype)
         columns[A_WINS], columns[B_WINS] = 1, -1
@@ -70,7 +80,9 @@ class Contrasting:
 @functools.cache
 def contrasting(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The subclass of a classifier with a contrast; it keeps its name, so that what is saved names a class there is."""
-    return type(cls.__name__, (Contrasting, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    return type(
+        cls.__name__, (Contrasting, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    )
 
 
 def weigh_answers(row: np.ndarray, pieces: Pieces) -> torch.Tensor:

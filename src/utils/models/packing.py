@@ -18,7 +18,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AttentionInterface, AttentionMaskInterface, ModernBertForSequenceClassification
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    ModernBertForSequenceClassification,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -32,7 +36,12 @@ except ImportError:  # an older torch
     varlen_attn = None
 
 ATTENTION = "sdpa_by_document"
-_DECODERS = ("llama", "mistral", "qwen2", "qwen3")  # causal, read at the last token, without soft caps or biases
+_DECODERS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # causal, read at the last token, without soft caps or biases
 _LEAST_CHUNK = 64  # queries of one chunk at least: below, overhead outweighs products
 _LONGEST_PLAIN = 2048  # tokens of a document; beyond, what plain products keep of it is too much
 
@@ -72,7 +81,9 @@ class Documents:
         key = (left, right, size)
         if key not in self._biases:
             mask = self.chunk_mask(left, right, size)
-            self._biases[key] = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+            self._biases[key] = torch.zeros(
+                mask.shape, dtype=dtype, device=mask.device
+            ).masked_fill(~mask, -torch.inf)
         return self._biases[key]
 
     def _make_chunk_mask(self, left: int, right: int, size: int) -> torch.Tensor:
@@ -80,13 +91,22 @@ class Documents:
         n_tok = sum(self.lengths)
         rest = -n_tok % size
         owner = torch.repeat_interleave(
-            torch.arange(len(self.lengths), device=device), self.cu_seq_lens.diff(), output_size=n_tok
+            torch.arange(len(self.lengths), device=device),
+            self.cu_seq_lens.diff(),
+            output_size=n_tok,
         )
         queries = F.pad(owner, (0, rest), value=-1).view(-1, size, 1)
         after = size if right else 0
         # Outside the row lies a document of its own, the one that the queries past its end are of.
-        keys = F.pad(owner, (size, rest + after), value=-1).unfold(0, 2 * size + after, size).unsqueeze(1)
-        offset = torch.arange(-size, size + after, device=device) - torch.arange(size, device=device)[:, None]
+        keys = (
+            F.pad(owner, (size, rest + after), value=-1)
+            .unfold(0, 2 * size + after, size)
+            .unsqueeze(1)
+        )
+        offset = (
+            torch.arange(-size, size + after, device=device)
+            - torch.arange(size, device=device)[:, None]
+        )
         return ((queries == keys) & (offset >= -left) & (offset <= right)).unsqueeze(1)
 
 
@@ -133,17 +153,26 @@ def attend_by_document(
             sliding_window=sliding_window,
             **kwargs,
         )
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves a normed query in 32 bit
+    query, key = (
+        query.to(value.dtype),
+        key.to(value.dtype),
+    )  # autocast leaves a normed query in 32 bit
     options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if dropout == 0 and _has_kernel(query):
-        return _attend_with_kernel(module.is_causal, query, key, value, sliding_window, documents, options), None
+        return _attend_with_kernel(
+            module.is_causal, query, key, value, sliding_window, documents, options
+        ), None
     options["dropout_p"] = dropout
     if documents.read is not None and module.layer_idx == module.config.num_hidden_layers - 1:
-        attended = _attend_where_read(module.is_causal, query, key, value, sliding_window, documents, options)
+        attended = _attend_where_read(
+            module.is_causal, query, key, value, sliding_window, documents, options
+        )
     elif sliding_window is None or sliding_window > max(documents.lengths):
         attended = _attend_whole(module.is_causal, query, key, value, documents, options)
     else:
-        attended = _attend_in_window(module.is_causal, query, key, value, sliding_window - 1, documents, options)
+        attended = _attend_in_window(
+            module.is_causal, query, key, value, sliding_window - 1, documents, options
+        )
     return attended.transpose(1, 2), None
 
 
@@ -159,10 +188,15 @@ def _has_kernel(query: torch.Tensor) -> bool:
 @functools.cache
 def _takes_windows(kernel: Callable | None) -> bool:
     # That of torch 2.10, of Kaggle's image, knows no window and no scale, that of 2.11 no grouped heads.
-    return kernel is not None and {"window_size", "scale", "enable_gqa"} <= inspect.signature(kernel).parameters.keys()
+    return (
+        kernel is not None
+        and {"window_size", "scale", "enable_gqa"} <= inspect.signature(kernel).parameters.keys()
+    )
 
 
-def _attend_with_kernel(is_causal, query, key, value, sliding_window, documents, options) -> torch.Tensor:
+def _attend_with_kernel(
+    is_causal, query, key, value, sliding_window, documents, options
+) -> torch.Tensor:
     reach = -1 if sliding_window is None else sliding_window - 1
     longest = max(documents.lengths)
     attended = varlen_attn(
@@ -179,7 +213,9 @@ def _attend_with_kernel(is_causal, query, key, value, sliding_window, documents,
 
 def _attend_whole(is_causal, query, key, value, documents, options) -> torch.Tensor:
     # Slices would each send back a gradient of the whole row; `split` sends one.
-    parts = zip(*(states.split(documents.lengths, dim=2) for states in (query, key, value)), strict=True)
+    parts = zip(
+        *(states.split(documents.lengths, dim=2) for states in (query, key, value)), strict=True
+    )
     is_plain = not is_causal and _is_plain_faster(query, options)
     attended = [
         _multiply(*part, options["scale"])
@@ -190,9 +226,15 @@ def _attend_whole(is_causal, query, key, value, documents, options) -> torch.Ten
     return torch.cat(attended, dim=2)
 
 
-def _attend_where_read(is_causal, query, key, value, sliding_window, documents, options) -> torch.Tensor:
+def _attend_where_read(
+    is_causal, query, key, value, sliding_window, documents, options
+) -> torch.Tensor:
     # A causal model is read at the last token of a document, another one at the first.
-    seen = slice(sliding_window) if not is_causal else slice(-sliding_window if sliding_window else None, None)
+    seen = (
+        slice(sliding_window)
+        if not is_causal
+        else slice(-sliding_window if sliding_window else None, None)
+    )
     queries = query[:, :, documents.read].split(1, dim=2)
     keys, values = (states.split(documents.lengths, dim=2) for states in (key, value))
     attended = [
@@ -204,7 +246,9 @@ def _attend_where_read(is_causal, query, key, value, sliding_window, documents, 
 
 def _is_plain_faster(query: torch.Tensor, options: dict[str, object]) -> bool:
     # On CPUs torch's fused attention takes 2.5 times as long in bf16 as plain products do, whose scores are bf16.
-    is_plain = not options["enable_gqa"] and not options["dropout_p"] and options["scale"] is not None
+    is_plain = (
+        not options["enable_gqa"] and not options["dropout_p"] and options["scale"] is not None
+    )
     return is_plain and query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
@@ -215,14 +259,21 @@ def _multiply(query, key, value, scale: float, bias: torch.Tensor | None = None)
 
 def _attend_in_window(is_causal, query, key, value, reach, documents, options) -> torch.Tensor:
     left, right = reach, 0 if is_causal else reach
-    size = max(_LEAST_CHUNK, reach)  # larger chunks see more keys in vain, smaller ones copy keys more often
+    size = max(
+        _LEAST_CHUNK, reach
+    )  # larger chunks see more keys in vain, smaller ones copy keys more often
     n_tok = query.shape[2]
     rest = -n_tok % size
     queries = F.pad(query[0], (0, 0, 0, rest)).unflatten(1, (-1, size)).transpose(0, 1)
     windows = [_beside_neighbours(states[0], size, rest, right > 0) for states in (key, value)]
     # A query past the end of the row sees the other ones there: a row without any key would be NaN.
     if _is_plain_faster(query, options):
-        attended = _multiply(queries, *windows, options["scale"], documents.chunk_bias(left, right, size, query.dtype))
+        attended = _multiply(
+            queries,
+            *windows,
+            options["scale"],
+            documents.chunk_bias(left, right, size, query.dtype),
+        )
     else:
         attended = F.scaled_dot_product_attention(
             queries, *windows, attn_mask=documents.chunk_mask(left, right, size), **options
@@ -236,7 +287,9 @@ def _beside_neighbours(states: torch.Tensor, size: int, rest: int, sees_next: bo
     chunks = F.pad(states, (0, 0, size, rest + (size if sees_next else 0))).unflatten(1, (-1, size))
     n_beside = 2 if sees_next else 1
     n_chunks = chunks.shape[1] - n_beside
-    return torch.cat([chunks[:, place : place + n_chunks] for place in range(n_beside + 1)], dim=2).transpose(0, 1)
+    return torch.cat(
+        [chunks[:, place : place + n_chunks] for place in range(n_beside + 1)], dim=2
+    ).transpose(0, 1)
 
 
 AttentionInterface.register(ATTENTION, attend_by_document)
@@ -272,7 +325,9 @@ def can_pack(model: nn.Module) -> bool:
     if isinstance(classifier, ModernBertForSequenceClassification):
         # An older one has attention of its own, and no such setting.
         return hasattr(config, "sliding_window") and classifier._supports_attention_backend
-    return isinstance(classifier, GenericForSequenceClassification) and config.model_type in _DECODERS
+    return (
+        isinstance(classifier, GenericForSequenceClassification) and config.model_type in _DECODERS
+    )
 
 
 def enable_packing(model: nn.Module) -> nn.Module:
@@ -289,7 +344,9 @@ def enable_packing(model: nn.Module) -> nn.Module:
         TypeError: an architecture that `can_pack` does not know.
     """
     if not can_pack(model):
-        raise TypeError(f"expected a classifier that can_pack() knows, got {type(_unwrap(model)).__name__}; pad it")
+        raise TypeError(
+            f"expected a classifier that can_pack() knows, got {type(_unwrap(model)).__name__}; pad it"
+        )
     classifier = _unwrap(model)
     if not isinstance(classifier, _Packable):
         classifier.__class__ = _packable(type(classifier))
@@ -308,16 +365,23 @@ def _unwrap(model: nn.Module) -> nn.Module:
 class _Packable:
     """Reads packed rows, where it is given `cu_seq_lens`."""
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cu_seq_lens=None, **kwargs):
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, cu_seq_lens=None, **kwargs
+    ):
         if cu_seq_lens is None:
             _last_mlp(self).read = None
             return super().forward(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **kwargs,
             )
         places = _find_read(self, cu_seq_lens)
         documents = Documents(cu_seq_lens, None if isinstance(self, Contrasting) else places)
         _last_mlp(self).read = documents.read
-        options = {} if isinstance(self, ModernBertForSequenceClassification) else {"use_cache": False}
+        options = (
+            {} if isinstance(self, ModernBertForSequenceClassification) else {"use_cache": False}
+        )
         hidden = self.base_model(
             input_ids=input_ids,
             # Masks of four dimensions are taken as they are; without one, that of the whole row would be built.
@@ -335,7 +399,9 @@ class _Packable:
 
 @functools.cache
 def _packable(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (_Packable, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    return type(
+        cls.__name__, (_Packable, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    )
 
 
 # What the last layer makes of tokens whose states nobody reads reaches no logit. Its MLP alone is half of its work.

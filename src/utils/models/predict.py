@@ -130,7 +130,11 @@ class LocalReader:
         lost = ~torch.isfinite(logits).all(dim=1)
         if lost.any():
             with in_float32(self.model):
-                again = [self._logits([row], torch.float32) for row, is_lost in zip(rows, lost, strict=True) if is_lost]
+                again = [
+                    self._logits([row], torch.float32)
+                    for row, is_lost in zip(rows, lost, strict=True)
+                    if is_lost
+                ]
             logits[lost] = torch.cat(again)
         logits[~torch.isfinite(logits).all(dim=1)] = torch.nan
         return torch.softmax(logits, dim=1).numpy()
@@ -230,11 +234,27 @@ def predict_pairs(
         twice_share: share of the battles, 0 to 1, that get a second reading: the least certain ones.
     """
     if not len(pairs):
-        return Prediction(np.zeros((0, len(LABELS))), np.zeros(0, dtype=int), np.zeros(0, dtype=bool))
+        return Prediction(
+            np.zeros((0, len(LABELS))), np.zeros(0, dtype=int), np.zeros(0, dtype=bool)
+        )
     readings = _Readings(pairs, tokenizer, max_tokens, swap, uncertainty, twice_share)
     n_tok = sum(readings.lengths(order).sum() for order in readings.orders)
-    with tqdm(total=n_tok, desc=progress, unit="tok", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
-        walk = _Walk(reader, readings, tokens_per_batch, float("inf") if deadline is None else deadline, bar, keep)
+    with tqdm(
+        total=n_tok,
+        desc=progress,
+        unit="tok",
+        unit_scale=True,
+        disable=not progress,
+        file=sys.stdout,
+    ) as bar:
+        walk = _Walk(
+            reader,
+            readings,
+            tokens_per_batch,
+            float("inf") if deadline is None else deadline,
+            bar,
+            keep,
+        )
         try:
             for order in readings.orders:
                 walk.read(order)
@@ -277,12 +297,17 @@ class _Readings:
         self.is_cut = np.zeros(len(pairs), dtype=bool)
         self._encode(np.arange(len(pairs)), max_tokens)
         # Two answers that read the same need no second reading to be made symmetric.
-        self._same = np.array([np.array_equal(a, b) for a, b in zip(*self.rows, strict=True)]) & swap
+        self._same = (
+            np.array([np.array_equal(a, b) for a, b in zip(*self.rows, strict=True)]) & swap
+        )
 
     def _encode(self, rows: np.ndarray, max_tokens: int) -> None:
         given, swapped = encode_both_orders(self._pairs.iloc[rows], self._tokenizer, max_tokens)
         for row, a, b in zip(rows, given, swapped, strict=True):
-            both = (np.asarray(a, dtype=np.int32), np.asarray(b, dtype=np.int32))  # a list takes eight times as much
+            both = (
+                np.asarray(a, dtype=np.int32),
+                np.asarray(b, dtype=np.int32),
+            )  # a list takes eight times as much
             self.rows[0][row], self.rows[1][row] = both if self._keeps[row] else both[::-1]
 
     def lengths(self, order: int) -> np.ndarray:
@@ -307,7 +332,10 @@ class _Readings:
         width = min(self._width, int(lengths.max()))
         if width <= MIN_TOKENS:
             return False
-        while width > MIN_TOKENS and _count_padded(np.minimum(lengths, width), tokens_per_batch) > n_tok:
+        while (
+            width > MIN_TOKENS
+            and _count_padded(np.minimum(lengths, width), tokens_per_batch) > n_tok
+        ):
             width = max(MIN_TOKENS, int(width * 0.9))
         if width >= lengths.max():
             return False
@@ -332,7 +360,9 @@ class _Readings:
 
 
 def _count_padded(lengths: np.ndarray, tokens_per_batch: int) -> int:
-    return sum(len(batch) * int(lengths[batch].max()) for batch in make_batches(lengths, tokens_per_batch))
+    return sum(
+        len(batch) * int(lengths[batch].max()) for batch in make_batches(lengths, tokens_per_batch)
+    )
 
 
 def _average_where_read(probs: np.ndarray, probs_swapped: np.ndarray) -> np.ndarray:
@@ -387,7 +417,10 @@ class _Walk:
         """Read every battle in this order, as far as time goes."""
         self._plan(order, self._readings.wanted(order))
         while True:
-            while len(self._under_way) < self._reader.capacity and (batch := self._choose(order)) is not None:
+            while (
+                len(self._under_way) < self._reader.capacity
+                and (batch := self._choose(order)) is not None
+            ):
                 self._key += 1
                 self._under_way[self._key] = batch
                 self._reader.send(self._key, [self._readings.rows[order][row] for row in batch])
@@ -449,7 +482,11 @@ class _Walk:
     def _affordable_tok(self) -> float:
         pace = self._pace.seconds_per_tok
         left_s = self._deadline - time.monotonic()
-        return left_s / pace - sum(map(self._padded, self._under_way.values())) if pace else float("inf")
+        return (
+            left_s / pace - sum(map(self._padded, self._under_way.values()))
+            if pace
+            else float("inf")
+        )
 
     def _cut(self) -> bool:
         rows = self._unread()
@@ -520,14 +557,23 @@ def measure_budgets(
     pairs = pairs.sample(min(n_pairs, len(pairs)), random_state=seed).reset_index(drop=True)
     n_tok, labels = count_tokens(pairs, tokenizer), pairs["label"].to_numpy()
     budgets = sorted({*budgets, max_tokens})
-    table = pd.DataFrame({"budget": budgets, "cut_share": [float((n_tok > budget).mean()) for budget in budgets]})
+    table = pd.DataFrame(
+        {"budget": budgets, "cut_share": [float((n_tok > budget).mean()) for budget in budgets]}
+    )
     options = {"tokens_per_batch": tokens_per_batch, "swap": True}
-    whole = row_losses(predict_probs(model, tokenizer, pairs, max_tokens=max_tokens, **options), labels)
+    whole = row_losses(
+        predict_probs(model, tokenizer, pairs, max_tokens=max_tokens, **options), labels
+    )
     for row, budget in enumerate(budgets[: budgets.index(max_tokens) + 1]):
         losses, is_cut = whole.copy(), n_tok > budget
         if budget < max_tokens and is_cut.any():
             probs = predict_probs(model, tokenizer, pairs[is_cut], max_tokens=budget, **options)
             losses[is_cut] = row_losses(probs, labels[is_cut])
         low, high = bootstrap_interval(losses - whole, pairs["group"].to_numpy(), seed=seed)
-        table.loc[row, ["log_loss", "cost", "low", "high"]] = losses.mean(), (losses - whole).mean(), low, high
+        table.loc[row, ["log_loss", "cost", "low", "high"]] = (
+            losses.mean(),
+            (losses - whole).mean(),
+            low,
+            high,
+        )
     return table[list(BUDGET_COLUMNS)].astype({"budget": np.int64})

@@ -125,7 +125,10 @@ def cut_turns(
 
 
 def cut_fields(
-    fields: Sequence[Sequence[Sequence[Token]]], budget: int, marker: Sequence[Token] = (), n_between: int = 0
+    fields: Sequence[Sequence[Sequence[Token]]],
+    budget: int,
+    marker: Sequence[Token] = (),
+    n_between: int = 0,
 ) -> list[list[list[Token]]]:
     """Cut the fields of one battle (prompt, answer A, answer B) to a common budget.
 
@@ -142,10 +145,15 @@ def cut_fields(
         ValueError: the budget can not give every field one token.
     """
     if budget < len(fields):
-        raise ValueError(f"budget: expected at least one token for each of {len(fields)} fields, got {budget}")
+        raise ValueError(
+            f"budget: expected at least one token for each of {len(fields)} fields, got {budget}"
+        )
     lengths = [sum(map(len, turns)) + n_between * max(len(turns) - 1, 0) for turns in fields]
     shares = share_budget(lengths, budget)
-    return [cut_turns(turns, share, marker, n_between) for turns, share in zip(fields, shares, strict=True)]
+    return [
+        cut_turns(turns, share, marker, n_between)
+        for turns, share in zip(fields, shares, strict=True)
+    ]
 
 
 # Private-use characters, which no chat template contains.
@@ -187,7 +195,9 @@ def make_template(tokenizer) -> Template:
         names = _tokenize(ENCODER_NAMES, tokenizer)
         pieces = tuple((mark, *name) for mark, name in zip(marks, names, strict=True))
     else:
-        raise ValueError(f"{tokenizer.name_or_path}: expected a chat template, or the tokens [CLS] and [SEP], or EOS")
+        raise ValueError(
+            f"{tokenizer.name_or_path}: expected a chat template, or the tokens [CLS] and [SEP], or EOS"
+        )
     if pieces[-1][-1:] == (tokenizer.pad_token_id,):
         raise ValueError(
             f"{tokenizer.name_or_path}: expected padding that no battle ends with, got {tokenizer.pad_token}; "
@@ -199,7 +209,10 @@ def make_template(tokenizer) -> Template:
 
 def _find_marks(tokenizer) -> tuple[int | None, int | None]:
     first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
-    return first, tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    return (
+        first,
+        tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id,
+    )
 
 
 def _decoder_pieces(tokenizer) -> tuple[tuple[int, ...], ...]:
@@ -215,7 +228,9 @@ def _decoder_pieces(tokenizer) -> tuple[tuple[int, ...], ...]:
         chat = chat.replace(slot, "\ue000")
     pieces = chat.split("\ue000")
     if len(pieces) != len(TEXTS) + 1:
-        raise ValueError(f"{tokenizer.name_or_path}: its chat template repeats or drops the user's message")
+        raise ValueError(
+            f"{tokenizer.name_or_path}: its chat template repeats or drops the user's message"
+        )
     ids = [tuple(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces]
     # Some tokenizers add the token of the beginning by themselves, and their chat templates count on it.
     start = tuple(tokenizer("")["input_ids"][:1])
@@ -291,7 +306,9 @@ def encode_pairs(pairs: pd.DataFrame, tokenizer, max_tokens: int) -> list[list[i
     return [_assemble(fields, template, budget) for fields in _tokenize_fields(pairs, tokenizer)]
 
 
-def encode_both_orders(pairs: pd.DataFrame, tokenizer, max_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+def encode_both_orders(
+    pairs: pd.DataFrame, tokenizer, max_tokens: int
+) -> tuple[list[list[int]], list[list[int]]]:
     """Write each battle twice, as given and with A and B exchanged, tokenising once.
 
     Returns:
@@ -311,7 +328,8 @@ def count_tokens(pairs: pd.DataFrame, tokenizer) -> np.ndarray:
     between = len(template.turn)
     return np.array(
         [
-            template.n_fixed + sum(sum(map(len, turns)) + between * max(len(turns) - 1, 0) for turns in fields)
+            template.n_fixed
+            + sum(sum(map(len, turns)) + between * max(len(turns) - 1, 0) for turns in fields)
             for fields in _tokenize_fields(pairs, tokenizer)
         ],
         dtype=np.int64,

@@ -33,15 +33,9 @@ from transformers import (
 
 from src.utils.battles.style import measure_style, style_differences
 from src.utils.config import FinetuneConfig
-from src.utils.models.batches import (
-    collate,
-    make_batches,
-)
+from src.utils.models.batches import collate, make_batches
 from src.utils.models.checkpoints import TINY, head_names, load_classifier, quiet_transformers
-from src.utils.models.heads import (
-    find_answers,
-    weigh_answers,
-)
+from src.utils.models.heads import find_answers, weigh_answers
 from src.utils.models.template import (
     CUT_TEXT,
     ENCODER_NAMES,
@@ -53,12 +47,12 @@ from src.utils.models.template import (
     text_of,
 )
 from src.utils.runs import atomic_folder, hash_json, hash_pairs, read_json, write_json
-from src.utils.schema import (
-    TEXTS,
-)
+from src.utils.schema import TEXTS
 
 N_LESSONS = 1500  # optimiser steps of the task
-_TASK_VERSION = 2  # raise it with every change of the task: a base is kept as long as it is the same
+_TASK_VERSION = (
+    2  # raise it with every change of the task: a base is kept as long as it is the same
+)
 _LESSON_TOK = 2048  # padded tokens of one step
 _MAX_TOKENS = 256  # of one battle
 _LEARNING_RATE = 3e-3
@@ -84,7 +78,9 @@ _N_FIELDS = 4  # pieces of the template, each with the text behind it
 _UNREAD = -100  # a label that cross entropy passes over
 
 
-def prepare_base(config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_lessons: int = N_LESSONS) -> Path | None:
+def prepare_base(
+    config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_lessons: int = N_LESSONS
+) -> Path | None:
     """Make the tiny checkpoint that a config asks for, unless it is there already, made from the same texts.
 
     Args:
@@ -112,10 +108,14 @@ def _make_base(config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_less
     texts = [text_of(turn)[:4000] for name in TEXTS for turns in some[name] for turn in turns]
     make_tiny_checkpoint(config.checkpoint.removeprefix(TINY), texts, folder, config.seed)
     if n_lessons:
-        teach_comparing(folder, pairs[:: len(pairs) // (_N_BATTLES + 1) + 1], config.seed, n_lessons)
+        teach_comparing(
+            folder, pairs[:: len(pairs) // (_N_BATTLES + 1) + 1], config.seed, n_lessons
+        )
 
 
-def teach_comparing(folder: Path, pairs: pd.DataFrame, seed: int, n_steps: int = N_LESSONS) -> float:
+def teach_comparing(
+    folder: Path, pairs: pd.DataFrame, seed: int, n_steps: int = N_LESSONS
+) -> float:
     """Train a tiny checkpoint to say how the two answers of a battle differ; its head is thrown away.
 
     Args:
@@ -127,11 +127,17 @@ def teach_comparing(folder: Path, pairs: pd.DataFrame, seed: int, n_steps: int =
     Returns:
         Mean squared error of the last tenth of the steps, over the variance; 1 is chance.
     """
-    model, tokenizer = load_classifier(FinetuneConfig(checkpoint=str(folder), revision="", seed=seed), folder)
+    model, tokenizer = load_classifier(
+        FinetuneConfig(checkpoint=str(folder), revision="", seed=seed), folder
+    )
     differences = compare_answers(pairs, seed)
     as_given, swapped = encode_both_orders(pairs, tokenizer, _MAX_TOKENS)
     rows, targets = [*as_given, *swapped], np.concatenate([differences, -differences])
-    setattr(model, head_names(model)[-1], nn.Linear(model.config.hidden_size, targets.shape[1]).to(model.device))
+    setattr(
+        model,
+        head_names(model)[-1],
+        nn.Linear(model.config.hidden_size, targets.shape[1]).to(model.device),
+    )
     pieces = make_template(tokenizer).pieces
     fields, weights = find_fields(rows, pieces), [weigh_answers(row, pieces) for row in rows]
     batches = itertools.islice(_deal([len(row) for row in as_given], seed), n_steps)
@@ -158,7 +164,11 @@ def compare_answers(pairs: pd.DataFrame, seed: int) -> np.ndarray:
     """
     style, names = style_differences(measure_style(pairs))
     hasher = HashingVectorizer(
-        n_features=_N_HASHED, token_pattern=r"\w+", norm="l1", alternate_sign=False, dtype=np.float64
+        n_features=_N_HASHED,
+        token_pattern=r"\w+",
+        norm="l1",
+        alternate_sign=False,
+        dtype=np.float64,
     )
     answers = ([" ".join(map(text_of, turns)) for turns in pairs[name]] for name in TEXTS[1:])
     shares_a, shares_b = (hasher.transform(texts).sqrt() for texts in answers)
@@ -178,7 +188,9 @@ def find_fields(rows: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]]) 
     fields = []
     for row in rows:
         (start_a, end_a), (_, end_b) = find_answers(row, pieces)
-        places = np.searchsorted([start_a - len(pieces[1]), end_a, end_b], np.arange(len(row)), side="right")
+        places = np.searchsorted(
+            [start_a - len(pieces[1]), end_a, end_b], np.arange(len(row)), side="right"
+        )
         fields.append(places.astype(np.int64))
     return fields
 
@@ -205,14 +217,21 @@ def _train(
     contrast = nn.Linear(model.config.hidden_size, targets.shape[1], bias=False).to(device)
     parameters = [*model.parameters(), *probe.parameters(), *contrast.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=len(batches) + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, _LEARNING_RATE, total_steps=len(batches) + 1
+    )
     model.train()
     for batch in batches:
         inputs = collate([rows[row] for row in batch], pad_id)
-        field = pad_sequence([torch.from_numpy(fields[row]) for row in batch], True, _UNREAD).to(device)
+        field = pad_sequence([torch.from_numpy(fields[row]) for row in batch], True, _UNREAD).to(
+            device
+        )
         weight = pad_sequence([weights[row] for row in batch], True).to(device)
         target = torch.from_numpy(targets[batch]).to(device)
-        outputs = model(**{name: tensor.to(device) for name, tensor in inputs.items()}, output_hidden_states=True)
+        outputs = model(
+            **{name: tensor.to(device) for name, tensor in inputs.items()},
+            output_hidden_states=True,
+        )
         loss = nn.functional.mse_loss(outputs.logits, target)
         losses.append(loss.item())
         # Both heads that a classifier may have learn to read, each from the state that it will get.
@@ -249,11 +268,7 @@ _TINY_TOKENS = {
         "pad_token": "[PAD]",
         "mask_token": "[MASK]",
     },
-    "qwen3": {
-        "pad_token": "<|endoftext|>",
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-    },
+    "qwen3": {"pad_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
 }
 _TINY_VOCABULARY = 3072
 
@@ -318,7 +333,10 @@ def _make_tiny_model(kind: str, tokenizer: PreTrainedTokenizerFast) -> nn.Module
 
 
 def _make_tiny_encoder(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-    rope = {"rope_type": "default", "rope_theta": 1000.0}  # for texts of hundreds of tokens, not thousands
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1000.0,
+    }  # for texts of hundreds of tokens, not thousands
     config = ModernBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

@@ -39,10 +39,14 @@ class Blend(Config):
     def __post_init__(self) -> None:
         """Check ranges."""
         if len(set(self.members)) != len(self.weights) or not self.members:
-            raise ValueError(f"weights: expected one per distinct member {self.members}, got {self.weights}")
+            raise ValueError(
+                f"weights: expected one per distinct member {self.members}, got {self.weights}"
+            )
         if min(self.weights) < 0 or not np.isclose(sum(self.weights), 1):
             raise ValueError(f"weights: expected at least 0 with sum 1, got {self.weights}")
-        if not (np.isfinite(self.temperature) and self.temperature > 0 and np.isfinite(self.tie_bias)):
+        if not (
+            np.isfinite(self.temperature) and self.temperature > 0 and np.isfinite(self.tie_bias)
+        ):
             raise ValueError(
                 f"temperature, tie_bias: expected finite, the first above 0, got {self.temperature}, {self.tie_bias}"
             )
@@ -76,7 +80,9 @@ def fit_blend(members: Mapping[str, np.ndarray], labels: np.ndarray) -> Blend:
     best, pool = min(zip(fits, _POOLS, strict=False), key=lambda fit: fit[0].fun)
     scales, tie_bias = best.x[:-1], best.x[-1]
     weights = scales / scales.sum()
-    return Blend(tuple(members), tuple(weights.tolist()), float(1 / scales.sum()), float(tie_bias), pool)
+    return Blend(
+        tuple(members), tuple(weights.tolist()), float(1 / scales.sum()), float(tie_bias), pool
+    )
 
 
 def apply_blend(blend: Blend, members: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -97,18 +103,28 @@ def apply_blend(blend: Blend, members: Mapping[str, np.ndarray]) -> np.ndarray:
     if unknown or not members:
         raise ValueError(f"members: expected some of {list(blend.members)}, got {sorted(members)}")
     stacked = np.stack([np.asarray(probs, dtype=np.float64) for probs in members.values()])
-    weights = np.array([blend.weights[blend.members.index(name)] for name in members]) + _ABSENT_WEIGHT
+    weights = (
+        np.array([blend.weights[blend.members.index(name)] for name in members]) + _ABSENT_WEIGHT
+    )
     present = np.isfinite(stacked).all(axis=2)  # (M, N)
     if not present.any(axis=0).all():
         row = int(np.flatnonzero(~present.any(axis=0))[0])
-        raise ValueError(f"members: row {row}: expected a prediction by at least one of {sorted(members)}, got none")
+        raise ValueError(
+            f"members: row {row}: expected a prediction by at least one of {sorted(members)}, got none"
+        )
     shares = present * weights[:, None]
-    logits = _pool(np.where(present[:, :, None], stacked, 1.0), shares / shares.sum(axis=0), blend.pool)
+    logits = _pool(
+        np.where(present[:, :, None], stacked, 1.0), shares / shares.sum(axis=0), blend.pool
+    )
     return _sharpen(logits, 1 / blend.temperature, blend.tie_bias)
 
 
 def cross_fit_blend(
-    members: Mapping[str, np.ndarray], labels: np.ndarray, groups: np.ndarray, n_folds: int = 5, seed: int = 0
+    members: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    groups: np.ndarray,
+    n_folds: int = 5,
+    seed: int = 0,
 ) -> np.ndarray:
     """Blend honestly: each row by a blend that was fitted on other groups.
 
@@ -125,14 +141,24 @@ def cross_fit_blend(
     labels = np.asarray(labels)
     codes, _ = pd.factorize(np.asarray(groups))
     blended = np.full((len(labels), len(LABELS)), np.nan)
-    for fit_rows, held_rows in GroupKFold(n_folds, shuffle=True, random_state=seed).split(codes, groups=codes):
-        blend = fit_blend({name: probs[fit_rows] for name, probs in members.items()}, labels[fit_rows])
-        blended[held_rows] = apply_blend(blend, {name: probs[held_rows] for name, probs in members.items()})
+    for fit_rows, held_rows in GroupKFold(n_folds, shuffle=True, random_state=seed).split(
+        codes, groups=codes
+    ):
+        blend = fit_blend(
+            {name: probs[fit_rows] for name, probs in members.items()}, labels[fit_rows]
+        )
+        blended[held_rows] = apply_blend(
+            blend, {name: probs[held_rows] for name, probs in members.items()}
+        )
     return blended
 
 
 def choose_blend(
-    members: Mapping[str, np.ndarray], labels: np.ndarray, groups: np.ndarray, n_folds: int = 5, seed: int = 0
+    members: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    groups: np.ndarray,
+    n_folds: int = 5,
+    seed: int = 0,
 ) -> tuple[Blend, np.ndarray, str]:
     """Publish the blend where it is no worse than the best member alone, else that member.
 
@@ -155,7 +181,11 @@ def choose_blend(
     if loss <= losses[best]:
         return fit_blend(members, labels), blended, f"The blend is published: {said}."
     weights = tuple(float(name == best) for name in members)
-    return Blend(tuple(members), weights), members[best], f"The blend is no better and {best} is published: {said}."
+    return (
+        Blend(tuple(members), weights),
+        members[best],
+        f"The blend is no better and {best} is published: {said}.",
+    )
 
 
 def _stack(members: Mapping[str, np.ndarray], n_pairs: int) -> np.ndarray:
@@ -192,7 +222,9 @@ def _prior_weights(stacked: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.mean(draws, axis=0)
 
 
-def _fit_pool(stacked: np.ndarray, labels: np.ndarray, prior: np.ndarray, pool: str) -> OptimizeResult:
+def _fit_pool(
+    stacked: np.ndarray, labels: np.ndarray, prior: np.ndarray, pool: str
+) -> OptimizeResult:
     """Minimise the penalised log loss over (weight / temperature of each member, tie bias)."""
     n_members, n_pairs = stacked.shape[:2]
 

@@ -42,7 +42,9 @@ ADVICE = {
 }
 
 
-def proportion_interval(n_hits: np.ndarray, n: np.ndarray, exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def proportion_interval(
+    n_hits: np.ndarray, n: np.ndarray, exact: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Bound a proportion at 95 %.
 
     Args:
@@ -57,7 +59,9 @@ def proportion_interval(n_hits: np.ndarray, n: np.ndarray, exact: bool = False) 
         5 of 10 -> (0.237, 0.763) by Wilson, (0.187, 0.813) exact.
     """
     n_hits, n = np.asarray(n_hits), np.asarray(n)
-    low, high = proportion_confint(n_hits, np.maximum(n, 1), _ALPHA, method="beta" if exact else "wilson")
+    low, high = proportion_confint(
+        n_hits, np.maximum(n, 1), _ALPHA, method="beta" if exact else "wilson"
+    )
     return np.where(n > 0, low, np.nan), np.where(n > 0, high, np.nan)
 
 
@@ -77,7 +81,9 @@ def winner_shares(labels: np.ndarray) -> pd.DataFrame:
     counts = np.bincount(labels, minlength=len(LABEL_NAMES))
     low, high = proportion_interval(counts, np.full(len(counts), len(labels)))
     share = _share(counts, np.full(len(counts), len(labels)))
-    return pd.DataFrame({"outcome": LABEL_NAMES, "n": counts, "share": share, "low": low, "high": high})
+    return pd.DataFrame(
+        {"outcome": LABEL_NAMES, "n": counts, "share": share, "low": low, "high": high}
+    )
 
 
 def position_effect(labels: np.ndarray) -> dict[str, Any]:
@@ -110,7 +116,9 @@ def _half_test(n_hits: int, n: int, reason: str) -> dict[str, Any]:
     }
 
 
-def cut_levels(values: np.ndarray, n_levels: int = 3, unit: str = "", digits: int = 0) -> pd.Categorical:
+def cut_levels(
+    values: np.ndarray, n_levels: int = 3, unit: str = "", digits: int = 0
+) -> pd.Categorical:
     """Cut a property into levels of equal count, named by their bounds.
 
     Args:
@@ -145,7 +153,10 @@ def position_by(properties: Mapping[str, Sequence], labels: np.ndarray) -> pd.Da
     """
     decided = labels != TIE
     hits = labels[decided] == A_WINS
-    parts = [_position_levels(name, pd.Categorical(levels)[decided], hits) for name, levels in properties.items()]
+    parts = [
+        _position_levels(name, pd.Categorical(levels)[decided], hits)
+        for name, levels in properties.items()
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -180,10 +191,14 @@ def larger_wins(values: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """
     kept = (labels != TIE) & (values != 0)
     hits = (values[kept] > 0) == (labels[kept] == A_WINS)
-    return _half_test(int(hits.sum()), int(kept.sum()), "no decided battle in which the answers differ")
+    return _half_test(
+        int(hits.sum()), int(kept.sum()), "no decided battle in which the answers differ"
+    )
 
 
-def larger_wins_table(differences: np.ndarray, names: Sequence[str], labels: np.ndarray) -> pd.DataFrame:
+def larger_wins_table(
+    differences: np.ndarray, names: Sequence[str], labels: np.ndarray
+) -> pd.DataFrame:
     """Test feature by feature whether the answer with more of it wins.
 
     Args:
@@ -199,7 +214,9 @@ def larger_wins_table(differences: np.ndarray, names: Sequence[str], labels: np.
     return table
 
 
-def larger_wins_by(by: np.ndarray, values: np.ndarray, labels: np.ndarray, n_bins: int = 5) -> pd.DataFrame:
+def larger_wins_by(
+    by: np.ndarray, values: np.ndarray, labels: np.ndarray, n_bins: int = 5
+) -> pd.DataFrame:
     """Trace how often the answer with more of something wins, as the battle itself changes.
 
     Args:
@@ -215,7 +232,9 @@ def larger_wins_by(by: np.ndarray, values: np.ndarray, labels: np.ndarray, n_bin
     return _rate_by(by[kept], (values[kept] > 0) == (labels[kept] == A_WINS), n_bins)
 
 
-def win_rate_by(values: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> tuple[pd.DataFrame, pd.DataFrame]:
+def win_rate_by(
+    values: np.ndarray, labels: np.ndarray, n_bins: int = 10
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Trace how votes follow a difference between the answers.
 
     Args:
@@ -246,7 +265,9 @@ def _rate_by(values: np.ndarray, hits: np.ndarray, n_bins: int) -> pd.DataFrame:
     left, right = edges[: len(n)], edges[np.minimum(np.arange(len(n)) + 1, len(edges) - 1)]
     low, high = proportion_interval(n_hits, n)
     means = _share(np.bincount(codes, weights=values), n)
-    return pd.DataFrame(dict(zip(columns, (means, left, right, n, _share(n_hits, n), low, high), strict=True)))[kept]
+    return pd.DataFrame(
+        dict(zip(columns, (means, left, right, n, _share(n_hits, n), low, high), strict=True))
+    )[kept]
 
 
 def length_curves(
@@ -378,7 +399,9 @@ def effect_sizes(
     decided = labels != TIE
     y = (labels[decided] == A_WINS).astype(np.float64)
     codes = _group_codes(groups, len(labels))[decided]
-    return _estimate_effects(differences[decided], names, y, codes, None if controls is None else controls[decided])
+    return _estimate_effects(
+        differences[decided], names, y, codes, None if controls is None else controls[decided]
+    )
 
 
 def tie_effects(
@@ -406,11 +429,27 @@ def tie_effects(
 
 
 def _estimate_effects(
-    features: np.ndarray, names: Sequence[str], y: np.ndarray, codes: np.ndarray, controls: np.ndarray | None
+    features: np.ndarray,
+    names: Sequence[str],
+    y: np.ndarray,
+    codes: np.ndarray,
+    controls: np.ndarray | None,
 ) -> pd.DataFrame:
-    held = np.ones((len(y), 1)) if controls is None else np.column_stack([np.ones(len(y)), controls])
+    held = (
+        np.ones((len(y), 1)) if controls is None else np.column_stack([np.ones(len(y)), controls])
+    )
     rows = [_effect_row(features[:, f], held, y, codes) for f in range(len(names))]
-    columns = ["log_odds", "low", "high", "p_value", "log_odds_per_unit", "sd", "n", "n_differ", "reason"]
+    columns = [
+        "log_odds",
+        "low",
+        "high",
+        "p_value",
+        "log_odds_per_unit",
+        "sd",
+        "n",
+        "n_differ",
+        "reason",
+    ]
     table = pd.DataFrame(rows, columns=columns).astype({"reason": object})
     table.insert(0, "effect", list(names))
     return table.assign(reason=table["reason"].where(table["reason"].notna(), None))
@@ -420,7 +459,9 @@ def _group_codes(groups: np.ndarray | None, n_pairs: int) -> np.ndarray:
     return np.arange(n_pairs) if groups is None else pd.factorize(np.asarray(groups))[0]
 
 
-def _effect_row(values: np.ndarray, held: np.ndarray, y: np.ndarray, codes: np.ndarray) -> list[Any]:
+def _effect_row(
+    values: np.ndarray, held: np.ndarray, y: np.ndarray, codes: np.ndarray
+) -> list[Any]:
     n_differ, sd = int(np.count_nonzero(values)), float(values.std()) if len(values) else np.nan
     row = [np.nan] * 5 + [sd, len(y), n_differ]
     reason = _why_no_effect(values, held, y, codes, n_differ)
@@ -430,10 +471,20 @@ def _effect_row(values: np.ndarray, held: np.ndarray, y: np.ndarray, codes: np.n
     if reason:
         return [*row, reason]
     p_value = float(2 * stats.norm.sf(abs(estimate) / error))
-    return [estimate, estimate - _Z * error, estimate + _Z * error, p_value, estimate / sd, *row[5:], None]
+    return [
+        estimate,
+        estimate - _Z * error,
+        estimate + _Z * error,
+        p_value,
+        estimate / sd,
+        *row[5:],
+        None,
+    ]
 
 
-def _why_no_effect(values: np.ndarray, held: np.ndarray, y: np.ndarray, codes: np.ndarray, n_differ: int) -> str | None:
+def _why_no_effect(
+    values: np.ndarray, held: np.ndarray, y: np.ndarray, codes: np.ndarray, n_differ: int
+) -> str | None:
     if len(y) < MIN_SUPPORT or len(np.unique(y)) < 2:
         return f"{len(y)} battles, {int(y.sum())} of them one way: too few of one kind"
     if n_differ < MIN_SUPPORT:
@@ -443,10 +494,16 @@ def _why_no_effect(values: np.ndarray, held: np.ndarray, y: np.ndarray, codes: n
     if len(np.unique(codes)) < MIN_SUPPORT:
         return f"{len(np.unique(codes))} prompts, fewer than {MIN_SUPPORT}"
     residual = values - held @ np.linalg.lstsq(held, values, rcond=None)[0]
-    return "cannot be told from what is held constant" if residual.std() < 1e-6 * values.std() else None
+    return (
+        "cannot be told from what is held constant"
+        if residual.std() < 1e-6 * values.std()
+        else None
+    )
 
 
-def _fit_logit(design: np.ndarray, y: np.ndarray, codes: np.ndarray) -> tuple[float, float, str | None]:
+def _fit_logit(
+    design: np.ndarray, y: np.ndarray, codes: np.ndarray
+) -> tuple[float, float, str | None]:
     """Coefficient and clustered standard error of the last column, and why there are none."""
     separated = "one side of the effect always wins: no finite estimate"
     with warnings.catch_warnings():
@@ -467,7 +524,11 @@ _N_HASHED = 2**14
 
 
 def score_both_splits(
-    pairs: pd.DataFrame, differences: np.ndarray, n_folds: int = 5, max_pairs: int = 8_000, seed: int = 0
+    pairs: pd.DataFrame,
+    differences: np.ndarray,
+    n_folds: int = 5,
+    max_pairs: int = 8_000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Score one cheap model on a split that keeps prompts whole and on one that does not.
 
@@ -490,18 +551,24 @@ def score_both_splits(
     kept = _draw_groups(pairs["group"].to_numpy(), max_pairs, seed)
     pairs, differences = pairs[kept], differences[kept]
     labels, groups = pairs["label"].to_numpy(), pd.factorize(pairs["group"])[0]
-    losses = pd.DataFrame({"group": pairs["group"], "is_repeated": pairs["group"].duplicated(keep=False)})
+    losses = pd.DataFrame(
+        {"group": pairs["group"], "is_repeated": pairs["group"].duplicated(keep=False)}
+    )
     if len(np.unique(groups)) < n_folds or len(np.unique(labels)) < 2:
         return losses.assign(grouped=np.nan, random=np.nan)[:0]
     features = _leak_features(pairs, differences)
     splits = {
-        "grouped": GroupKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels, groups),
+        "grouped": GroupKFold(n_folds, shuffle=True, random_state=seed).split(
+            labels, labels, groups
+        ),
         "random": KFold(n_folds, shuffle=True, random_state=seed).split(labels),
     }
     for name, folds in splits.items():
         losses[name] = 0.0
         for train, test in folds:
-            losses.iloc[test, losses.columns.get_loc(name)] = _leak_losses(features, labels, train, test)
+            losses.iloc[test, losses.columns.get_loc(name)] = _leak_losses(
+                features, labels, train, test
+            )
     return losses
 
 
@@ -523,10 +590,14 @@ def _leak_features(pairs: pd.DataFrame, differences: np.ndarray) -> sparse.csr_m
     prompt, a, b = (words.transform([_opening(turns) for turns in pairs[name]]) for name in TEXTS)
     style = np.column_stack([differences, np.abs(differences)])
     style = (style - style.mean(axis=0)) / np.maximum(style.std(axis=0), 1e-9)
-    return sparse.hstack([sparse.csr_matrix(np.clip(style, -4, 4) / 4), prompt, a - b], format="csr")
+    return sparse.hstack(
+        [sparse.csr_matrix(np.clip(style, -4, 4) / 4), prompt, a - b], format="csr"
+    )
 
 
-def _leak_losses(features: sparse.csr_matrix, labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> np.ndarray:
+def _leak_losses(
+    features: sparse.csr_matrix, labels: np.ndarray, train: np.ndarray, test: np.ndarray
+) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 60 steps are enough for a comparison
         model = LogisticRegression(C=0.1, max_iter=60).fit(features[train], labels[train])
@@ -554,7 +625,9 @@ def _effect_table(
         [None if np.isfinite(value) else "no ties" for value in estimate],
     )
     table = pd.DataFrame(dict(zip(_EFFECT_COLUMNS, columns, strict=True)))
-    missing = _no_effects(pd.DataFrame(columns=names[~used]), f"differs in fewer than {MIN_SUPPORT} battles")[2:]
+    missing = _no_effects(
+        pd.DataFrame(columns=names[~used]), f"differs in fewer than {MIN_SUPPORT} battles"
+    )[2:]
     return table if missing.empty else pd.concat([table, missing], ignore_index=True)
 
 
@@ -569,14 +642,23 @@ def make_verdict(shares: dict[str, dict[str, Any]], effects: pd.DataFrame) -> pd
         One row an effect: effect, measure, size, low, high (95 %), n (decided battles), found
         ("yes": the interval excludes no effect, "no", or "cannot be estimated"), advice.
     """
-    half = pd.DataFrame(shares.values()).assign(effect=list(shares), measure="share of decided", null=0.5)
+    half = pd.DataFrame(shares.values()).assign(
+        effect=list(shares), measure="share of decided", null=0.5
+    )
     odds = effects.assign(measure="log-odds per SD", null=0.0)
     columns = ["effect", "measure", "size", "low", "high", "n", "null"]
-    parts = [half.rename(columns={"share": "size"})[columns], odds.rename(columns={"log_odds": "size"})[columns]]
+    parts = [
+        half.rename(columns={"share": "size"})[columns],
+        odds.rename(columns={"log_odds": "size"})[columns],
+    ]
     table = pd.concat([part for part in parts if len(part)], ignore_index=True)
     excludes = (table["low"] > table["null"]) | (table["high"] < table["null"])
-    table["found"] = np.where(table["size"].isna(), "cannot be estimated", np.where(excludes, "yes", "no"))
-    acted = (table["found"] == "yes") | (table["effect"] == "position A")  # averaging over the swap costs no evidence
+    table["found"] = np.where(
+        table["size"].isna(), "cannot be estimated", np.where(excludes, "yes", "no")
+    )
+    acted = (table["found"] == "yes") | (
+        table["effect"] == "position A"
+    )  # averaging over the swap costs no evidence
     table["advice"] = table["effect"].map(ADVICE).where(acted, "no reason to act in these battles")
     return table.drop(columns="null")
 
@@ -584,7 +666,8 @@ def make_verdict(shares: dict[str, dict[str, Any]], effects: pd.DataFrame) -> pd
 def to_records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Turn a table into plain JSON values, one dict a row; NaN becomes None."""
     return [
-        {key: _to_json(value) for key, value in row.items()} for row in table.astype(object).to_dict(orient="records")
+        {key: _to_json(value) for key, value in row.items()}
+        for row in table.astype(object).to_dict(orient="records")
     ]
 
 

@@ -21,7 +21,9 @@ ACCENT, MUTED = "#009E73", "#BBBBBB"
 
 def use_style() -> None:
     """Set the suite's look once, in a notebook's import cell."""
-    sns.set_theme(style="whitegrid", context="notebook", rc={"axes.titleweight": "bold", "axes.titlesize": 12})
+    sns.set_theme(
+        style="whitegrid", context="notebook", rc={"axes.titleweight": "bold", "axes.titlesize": 12}
+    )
     plt.rcParams["figure.dpi"] = 100
 
 
@@ -41,11 +43,15 @@ def _say(ax: Axes, text: str) -> Axes:
     return ax
 
 
-def _draw_intervals(ax: Axes, table: pd.DataFrame, value: str, y: np.ndarray, **style: object) -> None:
+def _draw_intervals(
+    ax: Axes, table: pd.DataFrame, value: str, y: np.ndarray, **style: object
+) -> None:
     """Dots with horizontal intervals `low` to `high`; rows without a value are left out."""
     kept = table[value].notna().to_numpy()
     rows = table[kept]
-    reach = np.abs(rows[["low", "high"]].to_numpy(dtype=float).T - rows[value].to_numpy(dtype=float))
+    reach = np.abs(
+        rows[["low", "high"]].to_numpy(dtype=float).T - rows[value].to_numpy(dtype=float)
+    )
     ax.errorbar(rows[value], y[kept], xerr=reach, fmt="o", capsize=3, markersize=5, **style)
 
 
@@ -66,7 +72,9 @@ def plot_winner_shares(ax: Axes, shares: pd.DataFrame) -> Axes:
     )
     a, b, tie = shares["share"]
     ax.set(xlabel="vote", ylabel="share of battles (95 % interval)")
-    ax.set_title(f"A wins {percent(a)}, B wins {percent(b)}, and {percent(tie)} are ties", loc="left")
+    ax.set_title(
+        f"A wins {percent(a)}, B wins {percent(b)}, and {percent(tie)} are ties", loc="left"
+    )
     _percent_axis(ax.yaxis)
     return ax
 
@@ -86,11 +94,16 @@ def plot_models_usage(ax: Axes, records: pd.DataFrame, n_shown: int = 25) -> Axe
     ax.set(xlabel="battles fought, in either position", ylabel="chatbot")
     first = records.iloc[0]
     among = f", the {len(shown)} busiest shown" if len(records) > len(shown) else ""
-    ax.set_title(f"{len(records)} chatbots{among}: {first['model']} fought {first['n']:,} battles", loc="left")
+    ax.set_title(
+        f"{len(records)} chatbots{among}: {first['model']} fought {first['n']:,} battles",
+        loc="left",
+    )
     return ax
 
 
-def plot_win_rates(ax: Axes, records: pd.DataFrame, min_battles: int = 30, n_shown: int = 25) -> Axes:
+def plot_win_rates(
+    ax: Axes, records: pd.DataFrame, min_battles: int = 30, n_shown: int = 25
+) -> Axes:
     """Rank the chatbots by their share of decided battles won, with intervals.
 
     Args:
@@ -99,14 +112,20 @@ def plot_win_rates(ax: Axes, records: pd.DataFrame, min_battles: int = 30, n_sho
         min_battles: chatbots with fewer are left out.
         n_shown: chatbots at most, those with most battles.
     """
-    shown = records[(records["n"] >= min_battles) & (records["n_decided"] > 0)].head(n_shown).sort_values("win_share")
+    shown = (
+        records[(records["n"] >= min_battles) & (records["n_decided"] > 0)]
+        .head(n_shown)
+        .sort_values("win_share")
+    )
     if shown.empty:
         return _say(ax, f"No named chatbot fought {min_battles} battles or more.")
     _draw_intervals(ax, shown, "win_share", np.arange(len(shown)), color=ACCENT)
     labels = [f"{row.model} ({row.n_decided:,})" for row in shown.itertuples()]
     ax.set_yticks(np.arange(len(shown)), labels)
     ax.axvline(0.5, color="black", linewidth=1)
-    ax.set(xlabel="share of decided battles won (95 % interval)", ylabel="chatbot (decided battles)")
+    ax.set(
+        xlabel="share of decided battles won (95 % interval)", ylabel="chatbot (decided battles)"
+    )
     best, worst = shown.iloc[-1], shown.iloc[0]
     ax.set_title(
         f"From {percent(worst['win_share'])} ({worst['model']}) to {percent(best['win_share'])} ({best['model']})",
@@ -116,7 +135,9 @@ def plot_win_rates(ax: Axes, records: pd.DataFrame, min_battles: int = 30, n_sho
     return ax
 
 
-def plot_length_difference(ax: Axes, n_chars_a: np.ndarray, n_chars_b: np.ndarray, labels: np.ndarray) -> Axes:
+def plot_length_difference(
+    ax: Axes, n_chars_a: np.ndarray, n_chars_b: np.ndarray, labels: np.ndarray
+) -> Axes:
     """Show by how much the winner is longer.
 
     Args:
@@ -131,12 +152,18 @@ def plot_length_difference(ax: Axes, n_chars_a: np.ndarray, n_chars_b: np.ndarra
         return _say(ax, "No decided battle.")
     reach = max(float(np.quantile(np.abs(gain), 0.98)), 1.0)
     bins = np.linspace(-reach, reach, 41)
-    for part, color, name in ((gain < 0, MUTED, "winner is shorter"), (gain > 0, ACCENT, "winner is longer")):
+    for part, color, name in (
+        (gain < 0, MUTED, "winner is shorter"),
+        (gain > 0, ACCENT, "winner is longer"),
+    ):
         ax.hist(gain[part], bins=bins, color=color, label=f"{name}: {part.sum():,}")
     median = float(np.median(gain))
     ax.axvline(0, color="black", linewidth=1)
     ax.axvline(median, color=ACCENT, linestyle="--", label=f"median {median:+,.0f} characters")
-    ax.set(xlabel="characters of the winner − characters of the loser (middle 98 %)", ylabel="decided battles")
+    ax.set(
+        xlabel="characters of the winner − characters of the loser (middle 98 %)",
+        ylabel="decided battles",
+    )
     share = (gain > 0).sum() / max((gain != 0).sum(), 1)
     ax.set_title(f"The longer answer wins {percent(share)} of decided battles", loc="left")
     ax.legend()
@@ -157,11 +184,18 @@ def plot_prompt_and_length_difference(ax: Axes, bins: pd.DataFrame) -> Axes:
     x = np.arange(len(kept))
     reach = np.abs(kept[["low", "high"]].to_numpy().T - kept["share"].to_numpy())
     ax.errorbar(x, kept["share"], yerr=reach, fmt="o-", color=ACCENT, capsize=4)
-    ax.set_xticks(x, [f"{row.left:,.0f}–{row.right:,.0f}\nn = {row.n:,}" for row in kept.itertuples()])
+    ax.set_xticks(
+        x, [f"{row.left:,.0f}–{row.right:,.0f}\nn = {row.n:,}" for row in kept.itertuples()]
+    )
     ax.axhline(0.5, color="black", linewidth=1)
-    ax.set(xlabel="characters of the prompt, decided battles", ylabel="won by the longer answer (95 % interval)")
+    ax.set(
+        xlabel="characters of the prompt, decided battles",
+        ylabel="won by the longer answer (95 % interval)",
+    )
     low, high = kept["share"].min(), kept["share"].max()
-    ax.set_title(f"By prompt length, {percent(low)} to {percent(high)} go to the longer answer", loc="left")
+    ax.set_title(
+        f"By prompt length, {percent(low)} to {percent(high)} go to the longer answer", loc="left"
+    )
     _percent_axis(ax.yaxis)
     return ax
 
@@ -187,7 +221,10 @@ def plot_punctuation_winner(ax: Axes, shares: pd.DataFrame) -> Axes:
     ax.axvline(0.5, color="black", linewidth=1)
     ax.set(xlabel="decided battles won by the answer with more (95 % interval)", ylabel="mark")
     first = shares[shares["caption"] == marks[-1]].set_index("measure")["share"].map(percent)
-    said = ", ".join(f"{share} {'by count' if measure == 'count' else measure}" for measure, share in first.items())
+    said = ", ".join(
+        f"{share} {'by count' if measure == 'count' else measure}"
+        for measure, share in first.items()
+    )
     ax.set_title(f"More {marks[-1]} win: {said}", loc="left")
     ax.legend()
     _percent_axis(ax.xaxis)
@@ -212,10 +249,14 @@ def plot_position_by(ax: Axes, shares: pd.DataFrame) -> Axes:
     ax.set_yticks(y, [f"{row.property}: {row.level} (n = {row.n:,})" for row in rows.itertuples()])
     ax.axvline(0.5, color="black", linewidth=1)
     ax.set(
-        xlabel="decided battles won by position A (95 % interval)", ylabel="battles with …", ylim=(-0.6, len(rows) - 0.4)
+        xlabel="decided battles won by position A (95 % interval)",
+        ylabel="battles with …",
+        ylim=(-0.6, len(rows) - 0.4),
     )
     n_moved = int((rows.groupby("property")["p_value"].first() < 0.05 / len(properties)).sum())
-    ax.set_title(f"Position A's share depends on {n_moved} of {len(properties)} properties", loc="left")
+    ax.set_title(
+        f"Position A's share depends on {n_moved} of {len(properties)} properties", loc="left"
+    )
     _percent_axis(ax.xaxis)
     return ax
 
@@ -224,7 +265,11 @@ _RATIOS = (1, 1.5, 2, 3, 5, 8, 16, 32)
 
 
 def plot_smooth_curve(
-    ax: Axes, curve: pd.DataFrame, bins: pd.DataFrame, color: str = ACCENT, null: float | None = None
+    ax: Axes,
+    curve: pd.DataFrame,
+    bins: pd.DataFrame,
+    color: str = ACCENT,
+    null: float | None = None,
 ) -> Axes:
     """Draw a rate as a smooth curve with its band over binned rates; the caller names the claim.
 
@@ -240,12 +285,32 @@ def plot_smooth_curve(
         return _say(ax, "No battle to show.")
     if null is not None:
         ax.axhline(null, color="black", linewidth=1)
-    ax.fill_between(curve["value"], curve["low"], curve["high"], color=color, alpha=0.2, linewidth=0, label="95 % band")
+    ax.fill_between(
+        curve["value"],
+        curve["low"],
+        curve["high"],
+        color=color,
+        alpha=0.2,
+        linewidth=0,
+        label="95 % band",
+    )
     ax.plot(curve["value"], curve["share"], color=color, label="smooth curve")
     shown = bins if curve.empty else bins[bins["value"] <= curve["value"].max()]
-    reach = np.abs(shown[["low", "high"]].to_numpy(dtype=float).T - shown["share"].to_numpy(dtype=float))
-    ax.errorbar(shown["value"], shown["share"], yerr=reach, fmt="o", color=MUTED, markersize=4, label="equal bins")
-    end = max(curve["value"].max() if len(curve) else 0.0, shown["value"].max() if len(shown) else 0.0)
+    reach = np.abs(
+        shown[["low", "high"]].to_numpy(dtype=float).T - shown["share"].to_numpy(dtype=float)
+    )
+    ax.errorbar(
+        shown["value"],
+        shown["share"],
+        yerr=reach,
+        fmt="o",
+        color=MUTED,
+        markersize=4,
+        label="equal bins",
+    )
+    end = max(
+        curve["value"].max() if len(curve) else 0.0, shown["value"].max() if len(shown) else 0.0
+    )
     ticks = [ratio for ratio in _RATIOS if np.log(ratio) <= end] or [1]
     ax.set_xticks(np.log(ticks), [f"{ratio:g}×" for ratio in ticks])
     ax.legend(loc="best")
@@ -281,15 +346,22 @@ def plot_token_distribution(
         cut = "\n".join(percent(float((counts > budget).mean())) for counts in lengths.values())
         ax.axvline(budget, color="black", linewidth=1, linestyle=":")
         ax.text(budget, top * 0.98, f" {cut}", va="top", fontsize=9)
-    ax.set_xticks([64, 128, 256, *budgets, 8192], [f"{tick:,}" for tick in (64, 128, 256, *budgets, 8192)], rotation=45)
+    ax.set_xticks(
+        [64, 128, 256, *budgets, 8192],
+        [f"{tick:,}" for tick in (64, 128, 256, *budgets, 8192)],
+        rotation=45,
+    )
     ax.minorticks_off()
     ax.set(ylim=(0, top), xlim=(edges[0], edges[-1]), ylabel="battles")
     ax.set_xlabel("tokens of prompt and both answers (log scale; at each budget: share truncated)")
     first = next(iter(lengths))
     cut = percent(float((lengths[first] > budgets[1]).mean()))
-    ax.set_title(f"A budget of {budgets[1]:,} tokens truncates {cut} of battles ({first})", loc="left")
+    ax.set_title(
+        f"A budget of {budgets[1]:,} tokens truncates {cut} of battles ({first})", loc="left"
+    )
     ax.legend(
-        loc="upper left", title="one line a tokenizer, in this order at each budget" if len(lengths) > 1 else None
+        loc="upper left",
+        title="one line a tokenizer, in this order at each budget" if len(lengths) > 1 else None,
     )
     return ax
 
@@ -302,11 +374,18 @@ def plot_effects(ax: Axes, effects: dict[str, pd.DataFrame]) -> Axes:
         effects: series name -> rows of `bias.effect_sizes` (effect, log_odds, low, high); the
             first series is drawn muted, the second accented, and gives the order.
     """
-    order = list(effects.values())[-1].dropna(subset=["log_odds"]).sort_values("log_odds")["effect"].tolist()
+    order = (
+        list(effects.values())[-1]
+        .dropna(subset=["log_odds"])
+        .sort_values("log_odds")["effect"]
+        .tolist()
+    )
     if not order:
         return _say(ax, "No effect can be estimated from these battles.")
     shifts = np.linspace(0.15, -0.15, len(effects)) if len(effects) > 1 else [0.0]
-    for (name, table), color, shift in zip(effects.items(), (MUTED, ACCENT)[-len(effects) :], shifts, strict=True):
+    for (name, table), color, shift in zip(
+        effects.items(), (MUTED, ACCENT)[-len(effects) :], shifts, strict=True
+    ):
         part = table[table["effect"].isin(order)]
         y = part["effect"].map(order.index).to_numpy(dtype=float) + shift
         _draw_intervals(ax, part, "log_odds", y, color=color, label=name)
@@ -315,7 +394,10 @@ def plot_effects(ax: Axes, effects: dict[str, pd.DataFrame]) -> Axes:
     ax.set(xlabel="log-odds of winning per standard deviation (95 % interval)", ylabel="more of …")
     last = list(effects.values())[-1].set_index("effect")
     n_clear = int(((last["low"] > 0) | (last["high"] < 0)).sum())
-    ax.set_title(f"{n_clear} of {len(order)} style differences move the vote, {list(effects)[-1]}", loc="left")
+    ax.set_title(
+        f"{n_clear} of {len(order)} style differences move the vote, {list(effects)[-1]}",
+        loc="left",
+    )
     ax.legend(loc="lower right")
     return ax
 
@@ -333,7 +415,9 @@ def plot_strengths(ax: Axes, strengths: dict[str, pd.DataFrame], n_shown: int = 
         return _say(ax, "No strength can be estimated: too few battles between named chatbots.")
     order = first.nlargest(n_shown, "n").sort_values("strength")["model"].tolist()
     spreads = {}
-    for (name, table), color, shift in zip(strengths.items(), (MUTED, ACCENT), (0.15, -0.15), strict=True):
+    for (name, table), color, shift in zip(
+        strengths.items(), (MUTED, ACCENT), (0.15, -0.15), strict=True
+    ):
         part = table[table["model"].isin(order)]
         y = part["model"].map(order.index).to_numpy(dtype=float) + shift
         _draw_intervals(ax, part, "strength", y, color=color, label=name)
@@ -355,13 +439,17 @@ def plot_planted(ax: Axes, planted: pd.Series, estimated: pd.DataFrame) -> Axes:
         planted: true effect, indexed by name, none of them 0.
         estimated: effect, log_odds_per_unit, low, high.
     """
-    rows = estimated.set_index("effect").loc[list(planted.index), ["log_odds_per_unit", "low", "high"]]
+    rows = estimated.set_index("effect").loc[
+        list(planted.index), ["log_odds_per_unit", "low", "high"]
+    ]
     ratios = rows.div(planted, axis=0)
     # Dividing by a negative effect exchanges the bounds.
     bounds = np.sort(ratios[["low", "high"]].to_numpy(), axis=1)
     ratios = ratios.assign(low=bounds[:, 0], high=bounds[:, 1])
     _draw_intervals(ax, ratios, "log_odds_per_unit", np.arange(len(ratios))[::-1], color=ACCENT)
-    ax.set_yticks(np.arange(len(ratios))[::-1], [f"{name} ({value:+.2f})" for name, value in planted.items()])
+    ax.set_yticks(
+        np.arange(len(ratios))[::-1], [f"{name} ({value:+.2f})" for name, value in planted.items()]
+    )
     ax.axvline(1, color="black", linewidth=1)
     ax.set(xlabel="estimated / planted effect (95 % interval)", ylabel="effect (planted size)")
     covered = int(((bounds[:, 0] <= 1) & (bounds[:, 1] >= 1)).sum())
@@ -387,7 +475,12 @@ def plot_probabilities(ax: Axes, probs: np.ndarray) -> Axes:
 
 
 def plot_ladder(
-    ax: Axes, names: list[str], means: np.ndarray, lows: np.ndarray, highs: np.ndarray, best: float | None = None
+    ax: Axes,
+    names: list[str],
+    means: np.ndarray,
+    lows: np.ndarray,
+    highs: np.ndarray,
+    best: float | None = None,
 ) -> Axes:
     """Draw log losses as rungs, first at the top, the last accented.
 
@@ -400,10 +493,28 @@ def plot_ladder(
         best: the best reachable log loss, where it is known.
     """
     means, rungs = np.asarray(means), np.arange(len(names))[::-1]
-    colors, white = [MUTED] * (len(names) - 1) + [ACCENT], {"facecolor": "white", "linewidth": 0, "pad": 1}
+    colors, white = (
+        [MUTED] * (len(names) - 1) + [ACCENT],
+        {"facecolor": "white", "linewidth": 0, "pad": 1},
+    )
     for rung, mean, low, high, color in zip(rungs, means, lows, highs, colors, strict=True):
-        ax.errorbar(mean, rung, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=4, markersize=8)
-        ax.annotate(f"{mean:.4f}", (mean, rung), xytext=(0, 9), textcoords="offset points", ha="center", bbox=white)
+        ax.errorbar(
+            mean,
+            rung,
+            xerr=[[mean - low], [high - mean]],
+            fmt="o",
+            color=color,
+            capsize=4,
+            markersize=8,
+        )
+        ax.annotate(
+            f"{mean:.4f}",
+            (mean, rung),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            bbox=white,
+        )
     if best is not None:
         ax.axvline(best, color="black", linestyle="--", label=f"best reachable {best:.4f}")
         ax.legend(loc="lower right")
@@ -430,7 +541,12 @@ def plot_reliability(ax: Axes, curve: pd.DataFrame, ece: float) -> Axes:
             bins["predicted"], bins["observed"], yerr=ends, fmt="o-", capsize=3, markersize=4,
             color=LABEL_COLORS[label], label=LABEL_NAMES[label],
         )  # fmt: skip
-    ax.set(xlabel="predicted probability", ylabel="observed share (95 % interval)", xlim=(0, reach), ylim=(0, reach))
+    ax.set(
+        xlabel="predicted probability",
+        ylabel="observed share (95 % interval)",
+        xlim=(0, reach),
+        ylim=(0, reach),
+    )
     ax.set_title(f"Confidence and accuracy lie {percent(ece)} apart on average", loc="left")
     ax.legend()
     _percent_axis(ax.xaxis)
@@ -450,9 +566,14 @@ def plot_coefficients(ax: Axes, effects: pd.DataFrame, n_shown: int = 15) -> Axe
     colors = np.where(shown["effect"] > 0, ACCENT, MUTED)
     ax.barh(shown["caption"], shown["effect"], color=colors)
     ax.axvline(0, color="black", linewidth=1)
-    ax.set(xlabel="log-odds of winning per standard deviation more than the other answer", ylabel="more of …")
+    ax.set(
+        xlabel="log-odds of winning per standard deviation more than the other answer",
+        ylabel="more of …",
+    )
     first = effects.iloc[0]
-    ax.set_title(f"Strongest, all else equal: {first['caption']} ({first['effect']:+.2f})", loc="left")
+    ax.set_title(
+        f"Strongest, all else equal: {first['caption']} ({first['effect']:+.2f})", loc="left"
+    )
     return ax
 
 
@@ -473,10 +594,17 @@ def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
     ax.set_yticks(range(len(counts)), [f"{leaning} (n = {n:,})" for leaning, n in counts.items()])
     ax.set_ylim(-0.5, len(counts) - 0.5)
     ax.axvline(0.5, color="black", linewidth=1)
-    ax.set(xlabel="share of decided votes (95 % interval)", ylabel="votes for … (battles that differ in it)")
-    people, model = (shares[shares["voter"] == voter].set_index("leaning") for voter in ("people", "model"))
+    ax.set(
+        xlabel="share of decided votes (95 % interval)",
+        ylabel="votes for … (battles that differ in it)",
+    )
+    people, model = (
+        shares[shares["voter"] == voter].set_index("leaning") for voter in ("people", "model")
+    )
     n_inside = int(model["share"].between(people["low"], people["high"]).sum())
-    ax.set_title(f"On {n_inside} of {len(counts)} leanings the model is where people may well be", loc="left")
+    ax.set_title(
+        f"On {n_inside} of {len(counts)} leanings the model is where people may well be", loc="left"
+    )
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     _percent_axis(ax.xaxis)
     return ax
@@ -495,7 +623,11 @@ def plot_token_lengths(ax: Axes, lengths: np.ndarray, budget: int) -> Axes:
     ax.hist(np.minimum(lengths, top), bins=np.linspace(0, top, 41), color=ACCENT)
     ax.axvline(budget, color="black", linewidth=1.5)
     ax.text(budget, ax.get_ylim()[1] * 0.95, f" budget {budget:,}", va="top")
-    ax.set(xlim=(0, top), xlabel="tokens of a battle (the last bar holds all longer ones)", ylabel="battles")
+    ax.set(
+        xlim=(0, top),
+        xlabel="tokens of a battle (the last bar holds all longer ones)",
+        ylabel="battles",
+    )
     ax.set_title(f"{percent(float((lengths > budget).mean()))} of the battles are cut", loc="left")
     return ax
 
@@ -519,11 +651,15 @@ def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
     ax.set_xlabel("tokens of a battle at most, and the share of battles that this cuts")
     ax.set_ylabel("log loss added, nats per battle")
     ax.set_xlim(-0.5, len(budgets) - 0.5)
-    ax.set_title(f"{least:,} tokens instead of {own:,} cost {dearest:+.4f} nats per battle", loc="left")
+    ax.set_title(
+        f"{least:,} tokens instead of {own:,} cost {dearest:+.4f} nats per battle", loc="left"
+    )
     return ax
 
 
-def plot_learning_curve(ax: Axes, history: pd.DataFrame, prior: float, best: float | None = None) -> Axes:
+def plot_learning_curve(
+    ax: Axes, history: pd.DataFrame, prior: float, best: float | None = None
+) -> Axes:
     """Show how the loss fell in training, beside what knows nothing and what knows everything.
 
     Args:
@@ -536,10 +672,23 @@ def plot_learning_curve(ax: Axes, history: pd.DataFrame, prior: float, best: flo
     for place, (_, rows) in enumerate(models):
         names = ("held out", "training") if place == 0 else (None, None)
         ax.plot(rows["epoch"], rows["log_loss"], marker="o", color=ACCENT, label=names[0])
-        ax.plot(rows["epoch"], rows["train_loss"], marker=".", linestyle=":", color=MUTED, label=names[1])
+        ax.plot(
+            rows["epoch"],
+            rows["train_loss"],
+            marker=".",
+            linestyle=":",
+            color=MUTED,
+            label=names[1],
+        )
     ax.axhline(prior, color="black", linewidth=1, linestyle="--", label=f"class shares {prior:.3f}")
     if best is not None:
-        ax.axhline(best, color=LABEL_COLORS[0], linewidth=1, linestyle="-.", label=f"best reachable {best:.3f}")
+        ax.axhline(
+            best,
+            color=LABEL_COLORS[0],
+            linewidth=1,
+            linestyle="-.",
+            label=f"best reachable {best:.3f}",
+        )
     gain = prior - models["log_loss"].min().mean()
     side = "below" if gain > 0 else "above"
     ax.set(xlabel="epochs", ylabel="log loss (nats per battle)", xlim=(0, None))
@@ -556,10 +705,15 @@ def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
         worth: family, of, difference, low, high in nats per battle; above 0 it is worth having.
     """
     y = np.arange(len(worth))[::-1]
-    for of, color, said in (("A against B", ACCENT, "A against B"), ("tie", LABEL_COLORS[TIE], "a tie")):
+    for of, color, said in (
+        ("A against B", ACCENT, "A against B"),
+        ("tie", LABEL_COLORS[TIE], "a tie"),
+    ):
         part = (worth["of"] == of).to_numpy()
         if part.any():
-            _draw_intervals(ax, worth[part], "difference", y[part], color=color, label=f"in the odds of {said}")
+            _draw_intervals(
+                ax, worth[part], "difference", y[part], color=color, label=f"in the odds of {said}"
+            )
     ax.set_yticks(y, worth["family"])
     ax.axvline(0, color="black", linewidth=1)
     ax.set(xlabel="log loss added by leaving it out, nats per battle (95 % interval)")

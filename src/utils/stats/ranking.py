@@ -27,7 +27,9 @@ from src.utils.stats.effects import (
 )
 
 
-def model_records(model_a: Sequence[str], model_b: Sequence[str], labels: np.ndarray) -> pd.DataFrame:
+def model_records(
+    model_a: Sequence[str], model_b: Sequence[str], labels: np.ndarray
+) -> pd.DataFrame:
     """Count each chatbot's battles and wins; unknown names are left out.
 
     Args:
@@ -41,11 +43,21 @@ def model_records(model_a: Sequence[str], model_b: Sequence[str], labels: np.nda
     """
     labels = np.asarray(labels)
     positions = [
-        pd.DataFrame({"model": np.asarray(names, dtype=object), "won": labels == position, "tied": labels == TIE})
+        pd.DataFrame(
+            {
+                "model": np.asarray(names, dtype=object),
+                "won": labels == position,
+                "tied": labels == TIE,
+            }
+        )
         for names, position in ((model_a, A_WINS), (model_b, B_WINS))
     ]
     each = pd.concat(positions).query("model != @UNKNOWN_MODEL").groupby("model", sort=True)
-    records = each.agg(n=("won", "size"), n_won=("won", "sum"), n_tied=("tied", "sum")).astype(int).reset_index()
+    records = (
+        each.agg(n=("won", "size"), n_won=("won", "sum"), n_tied=("tied", "sum"))
+        .astype(int)
+        .reset_index()
+    )
     records["n_decided"] = records["n"] - records["n_tied"]
     records["win_share"] = _share(records["n_won"], records["n_decided"])
     records["low"], records["high"] = proportion_interval(records["n_won"], records["n_decided"])
@@ -74,7 +86,9 @@ class VoteModel:
 _STRENGTH_COLUMNS = ("model", "n", "strength", "low", "high", "reason")
 
 
-def fit_votes(covariates: pd.DataFrame, labels: np.ndarray, groups: np.ndarray | None = None) -> VoteModel:
+def fit_votes(
+    covariates: pd.DataFrame, labels: np.ndarray, groups: np.ndarray | None = None
+) -> VoteModel:
     """Fit all effects at once, ties included, without chatbots' names.
 
     Args:
@@ -86,7 +100,9 @@ def fit_votes(covariates: pd.DataFrame, labels: np.ndarray, groups: np.ndarray |
         A `VoteModel` without strengths.
     """
     unknown = np.full(len(labels), UNKNOWN_MODEL, dtype=object)
-    return _fit_davidson(_design_models(unknown, unknown, []), [], covariates, np.asarray(labels), groups)
+    return _fit_davidson(
+        _design_models(unknown, unknown, []), [], covariates, np.asarray(labels), groups
+    )
 
 
 def fit_bradley_terry(
@@ -124,8 +140,14 @@ def fit_bradley_terry(
     models = _linked_models(model_a, model_b, labels)
     kept = np.isin(model_a, models) & np.isin(model_b, models)
     if not kept.any():
-        strengths = records[["model", "n"]].assign(strength=np.nan, low=np.nan, high=np.nan, reason=_UNLINKED)
-        why = "the chatbots' names are unknown" if records.empty else "no two chatbots have beaten each other"
+        strengths = records[["model", "n"]].assign(
+            strength=np.nan, low=np.nan, high=np.nan, reason=_UNLINKED
+        )
+        why = (
+            "the chatbots' names are unknown"
+            if records.empty
+            else "no two chatbots have beaten each other"
+        )
         return VoteModel(strengths, _no_effects(covariates, why), 0, reason=why)
     fitted = _fit_davidson(
         _design_models(model_a[kept], model_b[kept], models),
@@ -150,13 +172,19 @@ def _linked_models(model_a: np.ndarray, model_b: np.ndarray, labels: np.ndarray)
     names = sorted({*model_a[known], *model_b[known]})
     if not names:
         return []
-    a, b = (pd.Categorical(position[known], categories=names).codes for position in (model_a, model_b))
+    a, b = (
+        pd.Categorical(position[known], categories=names).codes for position in (model_a, model_b)
+    )
     beats, beaten = labels[known] != B_WINS, labels[known] != A_WINS
     edges = np.concatenate([a[beats], b[beaten]]), np.concatenate([b[beats], a[beaten]])
     graph = sparse.coo_matrix((np.ones(len(edges[0])), edges), shape=(len(names),) * 2)
     _, component = connected_components(graph, directed=True, connection="strong")
     sizes = np.bincount(component)
-    return [name for name, c in zip(names, component, strict=True) if c == sizes.argmax()] if sizes.max() > 1 else []
+    return (
+        [name for name, c in zip(names, component, strict=True) if c == sizes.argmax()]
+        if sizes.max() > 1
+        else []
+    )
 
 
 def _design_models(model_a: np.ndarray, model_b: np.ndarray, models: list[str]) -> np.ndarray:
@@ -180,19 +208,32 @@ def _fit_davidson(
     covariates = pd.DataFrame(index=range(len(labels))) if covariates is None else covariates
     full, used, sds = _add_covariates(design, covariates)
     n_battles = (design != 0).sum(axis=0)
-    params, cov, log_likelihood, reason = _maximise(full, labels, _group_codes(groups, len(labels)), design.shape[1])
+    params, cov, log_likelihood, reason = _maximise(
+        full, labels, _group_codes(groups, len(labels)), design.shape[1]
+    )
     if reason:
-        return VoteModel(_no_strengths(models, reason), _no_effects(covariates, reason), len(labels), reason=reason)
+        return VoteModel(
+            _no_strengths(models, reason),
+            _no_effects(covariates, reason),
+            len(labels),
+            reason=reason,
+        )
     n_models = design.shape[1]
     # The reference's battles are those that no other chatbot's column shows.
     n_first = int((np.abs(design).sum(axis=1) == 1).sum())
     counts = np.array([n_first, *n_battles]) if models else np.array([], dtype=int)
-    strengths = _strength_table(models, counts, params[:n_models], cov[:n_models, :n_models], min_battles)
-    effects = _effect_table(covariates.columns, used, sds, params[n_models:], cov[n_models:, n_models:])
+    strengths = _strength_table(
+        models, counts, params[:n_models], cov[:n_models, :n_models], min_battles
+    )
+    effects = _effect_table(
+        covariates.columns, used, sds, params[n_models:], cov[n_models:, n_models:]
+    )
     return VoteModel(strengths, effects, len(labels), log_likelihood)
 
 
-def _add_covariates(design: np.ndarray, covariates: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _add_covariates(
+    design: np.ndarray, covariates: pd.DataFrame
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The design with a column for the position and the supported covariates, which these are, and all spreads."""
     values = covariates.to_numpy(dtype=np.float64)
     sds = values.std(axis=0) if len(values) else np.full(values.shape[1], np.nan)
@@ -200,7 +241,9 @@ def _add_covariates(design: np.ndarray, covariates: pd.DataFrame) -> tuple[np.nd
     return np.column_stack([design, np.ones(len(design)), values[:, used] / sds[used]]), used, sds
 
 
-def _log_probs(params: np.ndarray, design: np.ndarray, with_ties: bool) -> tuple[np.ndarray, np.ndarray]:
+def _log_probs(
+    params: np.ndarray, design: np.ndarray, with_ties: bool
+) -> tuple[np.ndarray, np.ndarray]:
     eta = design @ params[: design.shape[1]]
     log_nu = params[-1] if with_ties else -np.inf
     scores = np.column_stack([eta / 2, -eta / 2, np.full(len(eta), log_nu)])
@@ -208,7 +251,9 @@ def _log_probs(params: np.ndarray, design: np.ndarray, with_ties: bool) -> tuple
     return scores - scores.max(axis=1, keepdims=True), probs
 
 
-def _row_scores(probs: np.ndarray, design: np.ndarray, labels: np.ndarray, with_ties: bool) -> np.ndarray:
+def _row_scores(
+    probs: np.ndarray, design: np.ndarray, labels: np.ndarray, with_ties: bool
+) -> np.ndarray:
     """(N, P) float, each battle's gradient of the log-likelihood."""
     side = ((labels == A_WINS) - probs[:, A_WINS] - (labels == B_WINS) + probs[:, B_WINS]) / 2
     columns = [design * side[:, None]]
@@ -217,7 +262,9 @@ def _row_scores(probs: np.ndarray, design: np.ndarray, labels: np.ndarray, with_
     return np.hstack(columns)
 
 
-def _information(probs: np.ndarray, design: np.ndarray, with_ties: bool, n: np.ndarray | float = 1.0) -> np.ndarray:
+def _information(
+    probs: np.ndarray, design: np.ndarray, with_ties: bool, n: np.ndarray | float = 1.0
+) -> np.ndarray:
     """(P, P) float, minus the Hessian of the log-likelihood; `n` counts the votes of each row."""
     mean_side = (probs[:, A_WINS] - probs[:, B_WINS]) / 2
     variance = (probs[:, A_WINS] + probs[:, B_WINS]) / 4 - mean_side**2
@@ -240,7 +287,10 @@ def _maximise(
     n_params, with_ties = design.shape[1] + 1, counts[TIE] > 0
     nothing = np.full(n_params, np.nan), np.full((n_params, n_params), np.nan), np.nan
     if min(counts[A_WINS], counts[B_WINS]) == 0 or len(labels) < MIN_SUPPORT + n_params:
-        return *nothing, f"{len(labels)} battles ({counts[A_WINS]} A, {counts[B_WINS]} B, {counts[TIE]} tie): too few"
+        return (
+            *nothing,
+            f"{len(labels)} battles ({counts[A_WINS]} A, {counts[B_WINS]} B, {counts[TIE]} tie): too few",
+        )
     if len(np.unique(codes)) < MIN_SUPPORT:
         return *nothing, f"{len(np.unique(codes))} prompts, fewer than {MIN_SUPPORT}"
 
@@ -250,16 +300,25 @@ def _maximise(
         return -log_likelihood.mean(), -_row_scores(probs, design, labels, with_ties).mean(axis=0)
 
     def hessian(params: np.ndarray) -> np.ndarray:
-        return _information(_log_probs(params, design, with_ties)[1], design, with_ties) / len(labels)
+        return _information(_log_probs(params, design, with_ties)[1], design, with_ties) / len(
+            labels
+        )
 
     start = np.zeros(design.shape[1] + with_ties)
-    result = minimize(loss, start, jac=True, hess=hessian, method="trust-exact", options={"gtol": 1e-8})
+    result = minimize(
+        loss, start, jac=True, hess=hessian, method="trust-exact", options={"gtol": 1e-8}
+    )
     cov, spread = _sandwich(result.x, design, labels, codes, with_ties)
     if not np.all(spread[n_models:] < _MAX_STANDARD_ERROR):
         return *nothing, "effects cannot be told apart, or one side of one always wins"
     if not with_ties:
         cov = np.pad(cov, (0, 1), constant_values=np.nan)
-    return np.append(result.x, [] if with_ties else np.nan), cov, -float(result.fun) * len(labels), None
+    return (
+        np.append(result.x, [] if with_ties else np.nan),
+        cov,
+        -float(result.fun) * len(labels),
+        None,
+    )
 
 
 def _sandwich(
@@ -273,7 +332,9 @@ def _sandwich(
     bread = np.linalg.inv(information)
     n_groups = codes.max() + 1
     rows = _row_scores(probs, design, labels, with_ties)
-    members = sparse.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(n_groups, len(codes)))
+    members = sparse.csr_matrix(
+        (np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(n_groups, len(codes))
+    )
     by_group = members @ rows
     meat = by_group.T @ by_group * n_groups / max(n_groups - 1, 1)
     return bread @ meat @ bread, np.sqrt(np.diag(bread))
@@ -295,7 +356,9 @@ def _strength_table(
     contrast = _centre(shown)
     strengths = np.where(shown, contrast @ strengths, np.nan)
     error = np.sqrt(np.diag(contrast @ cov @ contrast.T))
-    reasons = [None if n >= min_battles else f"{n} battles, fewer than {min_battles}" for n in counts]
+    reasons = [
+        None if n >= min_battles else f"{n} battles, fewer than {min_battles}" for n in counts
+    ]
     columns = (models, counts, strengths, strengths - _Z * error, strengths + _Z * error, reasons)
     return pd.DataFrame(dict(zip(_STRENGTH_COLUMNS, columns, strict=True)))
 
@@ -350,7 +413,9 @@ def bootstrap_strengths(
     params, _, _, reason = _maximise(full, labels, codes, design.shape[1])
     if reason:
         return nothing
-    draws = _resample_davidson(params, full, labels, codes, n_boot, seed, n_steps=2 if covariates is None else 1)
+    draws = _resample_davidson(
+        params, full, labels, codes, n_boot, seed, n_steps=2 if covariates is None else 1
+    )
     names = np.concatenate([model_a[kept], model_b[kept]])
     shown = np.array([(names == name).sum() for name in models]) >= min_battles
     strengths = np.column_stack([np.zeros(n_boot), draws[:, : len(models) - 1]]) @ _centre(shown).T
@@ -359,26 +424,40 @@ def bootstrap_strengths(
 
 
 def _resample_davidson(
-    params: np.ndarray, design: np.ndarray, labels: np.ndarray, codes: np.ndarray, n_boot: int, seed: int, n_steps: int
+    params: np.ndarray,
+    design: np.ndarray,
+    labels: np.ndarray,
+    codes: np.ndarray,
+    n_boot: int,
+    seed: int,
+    n_steps: int,
 ) -> np.ndarray:
     """(n_boot, P) float, parameters of each resample."""
     with_ties = bool((labels == TIE).any())
     params = params if with_ties else params[:-1]
     # Battles with the same row of the design are one row with counts.
-    rows, cells = np.unique(design, axis=0, return_inverse=True) if n_steps > 1 else (design, np.arange(len(design)))
+    rows, cells = (
+        np.unique(design, axis=0, return_inverse=True)
+        if n_steps > 1
+        else (design, np.arange(len(design)))
+    )
     rows = rows.astype(np.float32)  # half the time, and exact to a thousandth of a standard error
     places, n_classes = cells.ravel() * len(LABEL_NAMES) + labels, len(LABEL_NAMES)
     first = _log_probs(params, rows, with_ties)[1]
     draws = np.empty((n_boot, len(params)))
     for draw, weights in zip(draws, _resample_weights(codes, n_boot, seed), strict=True):
-        votes = np.bincount(places, weights=weights, minlength=len(rows) * n_classes).reshape(-1, n_classes)
+        votes = np.bincount(places, weights=weights, minlength=len(rows) * n_classes).reshape(
+            -1, n_classes
+        )
         draw[:] = params + _davidson_step(first, rows, votes, with_ties)
         for _ in range(n_steps - 1):
             draw += _davidson_step(_log_probs(draw, rows, with_ties)[1], rows, votes, with_ties)
     return draws
 
 
-def _davidson_step(probs: np.ndarray, design: np.ndarray, votes: np.ndarray, with_ties: bool) -> np.ndarray:
+def _davidson_step(
+    probs: np.ndarray, design: np.ndarray, votes: np.ndarray, with_ties: bool
+) -> np.ndarray:
     """One Newton step on votes counted by row and label; the shortest one where a resample says too little."""
     votes, probs = votes.astype(design.dtype), probs.astype(design.dtype)
     n = votes.sum(axis=1)
@@ -403,8 +482,15 @@ def compare_intervals(strengths: pd.DataFrame, resampled: pd.DataFrame) -> pd.Da
     """
     both = strengths[["model", "n", "strength", "low", "high"]].dropna(subset=["strength"])
     bounds = resampled.set_index("model")
-    both = both.assign(**{f"boot_{side}": both["model"].map(bounds[side]).astype(float) for side in ("low", "high")})
-    return both.assign(width_ratio=(both["boot_high"] - both["boot_low"]) / (both["high"] - both["low"]))
+    both = both.assign(
+        **{
+            f"boot_{side}": both["model"].map(bounds[side]).astype(float)
+            for side in ("low", "high")
+        }
+    )
+    return both.assign(
+        width_ratio=(both["boot_high"] - both["boot_low"]) / (both["high"] - both["low"])
+    )
 
 
 def name_families(models: Sequence[str]) -> np.ndarray:
@@ -414,7 +500,9 @@ def name_families(models: Sequence[str]) -> np.ndarray:
         "gpt-4-0613", "gpt35", "claude-2.1" -> "gpt", "gpt", "claude"
     """
     opened = (re.match(r"[A-Za-z]+", str(name)) for name in models)
-    return np.array([match[0].lower() if match else UNKNOWN_MODEL for match in opened], dtype=object)
+    return np.array(
+        [match[0].lower() if match else UNKNOWN_MODEL for match in opened], dtype=object
+    )
 
 
 def family_ties(
@@ -443,7 +531,10 @@ def family_ties(
         and "at equal strength".
     """
     known = strengths.dropna(subset=["strength"]).set_index("model")["strength"]
-    gap = np.abs(pd.Series(model_a).map(known).to_numpy(float) - pd.Series(model_b).map(known).to_numpy(float))
+    gap = np.abs(
+        pd.Series(model_a).map(known).to_numpy(float)
+        - pd.Series(model_b).map(known).to_numpy(float)
+    )
     kept = np.isfinite(gap)
     same = (name_families(model_a) == name_families(model_b)).astype(np.float64)[kept, None]
     held = gap[kept, None] if controls is None else np.column_stack([gap, controls])[kept]

@@ -34,7 +34,9 @@ def row_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     clipped = np.clip(np.asarray(probs, dtype=np.float64), _CLIP, 1)
     labels = np.asarray(labels)
     if clipped.ndim != 2 or labels.shape != clipped.shape[:1]:
-        raise ValueError(f"labels: expected one for each row of probs {clipped.shape}, got shape {labels.shape}")
+        raise ValueError(
+            f"labels: expected one for each row of probs {clipped.shape}, got shape {labels.shape}"
+        )
     return np.log(clipped.sum(axis=1)) - np.log(clipped[np.arange(len(labels)), labels])
 
 
@@ -138,7 +140,10 @@ def bootstrap_interval(
     2007 for whole clusters.
     """
     codes, _ = pd.factorize(np.asarray(groups))
-    sums, counts = np.bincount(codes, weights=np.asarray(values, dtype=np.float64)), np.bincount(codes)
+    sums, counts = (
+        np.bincount(codes, weights=np.asarray(values, dtype=np.float64)),
+        np.bincount(codes),
+    )
     rng = np.random.default_rng(seed)
     means = np.empty(n_boot)
     for i in range(n_boot):
@@ -149,7 +154,11 @@ def bootstrap_interval(
 
 
 def paired_difference(
-    losses_1: np.ndarray, losses_2: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0
+    losses_1: np.ndarray,
+    losses_2: np.ndarray,
+    groups: np.ndarray,
+    n_boot: int = 1000,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Compare two models on the same battles: mean of losses_1 - losses_2 with its 95 % interval.
 
@@ -185,12 +194,23 @@ def reliability_curve(probs: np.ndarray, labels: np.ndarray, n_bins: int = 10) -
     for label in range(np.shape(probs)[1]):
         predicted, hit = probs[:, label], np.asarray(labels) == label
         bins = pd.qcut(predicted, n_bins, labels=False, duplicates="drop")
-        bins = np.nan_to_num(np.asarray(bins, dtype=float))  # one value everywhere leaves no bin at all
+        bins = np.nan_to_num(
+            np.asarray(bins, dtype=float)
+        )  # one value everywhere leaves no bin at all
         for b in np.unique(bins):
             inside = bins == b
-            interval = binomtest(int(hit[inside].sum()), int(inside.sum())).proportion_ci(method="wilson")
+            interval = binomtest(int(hit[inside].sum()), int(inside.sum())).proportion_ci(
+                method="wilson"
+            )
             rows.append(
-                (label, predicted[inside].mean(), hit[inside].mean(), interval.low, interval.high, inside.sum())
+                (
+                    label,
+                    predicted[inside].mean(),
+                    hit[inside].mean(),
+                    interval.low,
+                    interval.high,
+                    inside.sum(),
+                )
             )
     return pd.DataFrame(rows, columns=["label", "predicted", "observed", "low", "high", "n_rows"])
 
@@ -226,7 +246,11 @@ def compare_models(
         rows.append(
             {"model": name, "log_loss": scores["log_loss"], "low": low, "high": high}
             | {key: scores[key] for key in ("accuracy", "ece")}
-            | {"difference": gap["mean"], "difference_low": gap["low"], "difference_high": gap["high"]}
+            | {
+                "difference": gap["mean"],
+                "difference_low": gap["low"],
+                "difference_high": gap["high"],
+            }
         )
     return pd.DataFrame(rows)
 
@@ -259,9 +283,20 @@ def compare_slices(
         mask = np.asarray(mask, dtype=bool)
         if len(set(np.asarray(groups)[mask])) < 2:
             continue
-        gap = paired_difference(losses[mask], reference[mask], np.asarray(groups)[mask], n_boot, seed)
+        gap = paired_difference(
+            losses[mask], reference[mask], np.asarray(groups)[mask], n_boot, seed
+        )
         verdict = "better" if gap["high"] < 0 else "worse" if gap["low"] > 0 else "no different"
-        rows.append((name, int(mask.sum()), losses[mask].mean(), reference[mask].mean(), *gap.values(), verdict))
+        rows.append(
+            (
+                name,
+                int(mask.sum()),
+                losses[mask].mean(),
+                reference[mask].mean(),
+                *gap.values(),
+                verdict,
+            )
+        )
     columns = ["slice", "n_pairs", "log_loss", "reference", "difference", "low", "high", "verdict"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -297,7 +332,9 @@ def preference_share(
     return {"share": float(share), "low": low, "high": high, "n": int(kept.sum())}
 
 
-def confident_errors(pairs: pd.DataFrame, probs: np.ndarray, n_shown: int = 8, n_chars: int = 300) -> pd.DataFrame:
+def confident_errors(
+    pairs: pd.DataFrame, probs: np.ndarray, n_shown: int = 8, n_chars: int = 300
+) -> pd.DataFrame:
     """Pick the battles whose vote was held least likely, and cut their texts to be read.
 
     Args:
@@ -320,7 +357,9 @@ def confident_errors(pairs: pd.DataFrame, probs: np.ndarray, n_shown: int = 8, n
         "held likeliest": names[probs[worst].argmax(axis=1)],
         "p(vote)": probs[worst, labels[worst]].round(3),
     }
-    return pd.DataFrame(columns | {name: [_excerpt(pairs[name].iloc[i], n_chars) for i in worst] for name in TEXTS})
+    return pd.DataFrame(
+        columns | {name: [_excerpt(pairs[name].iloc[i], n_chars) for i in worst] for name in TEXTS}
+    )
 
 
 def _excerpt(turns: Turns, n_chars: int) -> str:

@@ -105,7 +105,10 @@ def choose_notebooks(only: str, names: Sequence[str]) -> list[str]:
     chosen = set() if only.strip() else set(names)
     for part in re.split(r"[,\s]+", only.strip()) if only.strip() else []:
         first, _, last = part.partition("-")
-        start, end = names.index(find_name(first, names)), names.index(find_name(last or first, names))
+        start, end = (
+            names.index(find_name(first, names)),
+            names.index(find_name(last or first, names)),
+        )
         if end < start:
             raise SuiteError(f"notebooks {part!r}: expected a range that goes up, such as 02-05")
         chosen.update(names[start : end + 1])
@@ -127,7 +130,9 @@ def absolute_data(given: Sequence[str]) -> str:
             words.append(text)
         else:
             words += text.split("|") if "|" in text else text.split()
-    return " | ".join(str(Path(word.strip()).expanduser().resolve()) for word in words if word.strip())
+    return " | ".join(
+        str(Path(word.strip()).expanduser().resolve()) for word in words if word.strip()
+    )
 
 
 # ── whether a notebook is whole ───────────────────────────────────────────────────────
@@ -151,14 +156,18 @@ class HashCache:
 
     def save(self) -> None:
         """Keep what was learned for the next call."""
-        write_json(self._path, {path: known for path, known in self._known.items() if os.path.exists(path)})
+        write_json(
+            self._path, {path: known for path, known in self._known.items() if os.path.exists(path)}
+        )
 
 
 def _hash_content(path: Path) -> str:
     if path.name != "metrics.json":
         return hash_file(path)
     try:
-        return hash_json({key: value for key, value in read_json(path).items() if not _TIMINGS.search(key)})
+        return hash_json(
+            {key: value for key, value in read_json(path).items() if not _TIMINGS.search(key)}
+        )
     except (ValueError, AttributeError):
         return hash_file(path)
 
@@ -183,7 +192,9 @@ def hash_leavings(folder: Path, hashes: HashCache) -> dict[str, str]:
 def hash_library() -> str:
     """The hash of the package's source, to say on a skip that it changed since."""
     library = Path(__file__).resolve().parents[1]
-    return hash_json({str(file.relative_to(library)): hash_file(file) for file in sorted(library.rglob("*.py"))})
+    return hash_json(
+        {str(file.relative_to(library)): hash_file(file) for file in sorted(library.rglob("*.py"))}
+    )
 
 
 def _hash_code(notebook: Path) -> str:
@@ -223,7 +234,9 @@ class River:
         """Open the cache of hashes."""
         self.hashes = HashCache(self.artifacts / "hashes.json")
         self.by_name = {stage.name: stage for stage in self.stages}
-        self.defaults = {name: read_parameters(self.notebooks / f"{name}.ipynb") for name in self.by_name}
+        self.defaults = {
+            name: read_parameters(self.notebooks / f"{name}.ipynb") for name in self.by_name
+        }
 
     def folder(self, name: str) -> Path:
         """The run folder of a notebook."""
@@ -237,15 +250,25 @@ class River:
         """Earlier notebook -> files that a notebook cannot do without, with the models it was told to use."""
         known = self.defaults[stage.name] | dict(self.parameters.get(stage.name, {}))
         chosen = known.get(stage.chosen_by) or MODELS
-        return {name: files for name, files in stage.reads.items() if name not in MODELS or name in chosen}
+        return {
+            name: files
+            for name, files in stage.reads.items()
+            if name not in MODELS or name in chosen
+        }
 
     def missing_upstream(self, stage: Stage, selected: Sequence[str] = ()) -> str:
         """What an earlier notebook should have left and did not, as a sentence; empty when all is there."""
         for name, files in self.needs(stage).items():
-            promised = [file for file in files if file in self.by_name[name].leaves] + [self.by_name[name].mark]
+            promised = [file for file in files if file in self.by_name[name].leaves] + [
+                self.by_name[name].mark
+            ]
             absent = [file for file in promised if not files_under(self.folder(name), file)]
             if absent and name not in selected:
-                other = f", or choose other models with {stage.name}.{stage.chosen_by}" if stage.chosen_by else ""
+                other = (
+                    f", or choose other models with {stage.name}.{stage.chosen_by}"
+                    if stage.chosen_by
+                    else ""
+                )
                 return (
                     f"{stage.name} reads {name}/{absent[0]}, which is missing in {self.artifacts}. "
                     f"Run {name} first: make run NB={name[:2]}{other}"
@@ -257,12 +280,16 @@ class River:
         passed = dict(self.parameters.get(stage.name, {}))
         read = {}
         for name, files in (*self.needs(stage).items(), *stage.may_read.items()):
-            for file in (found for pattern in files for found in files_under(self.folder(name), pattern)):
+            for file in (
+                found for pattern in files for found in files_under(self.folder(name), pattern)
+            ):
                 read[str(file.relative_to(self.artifacts))] = self.hashes.of(file)
         return {
             "code": _hash_code(self.source(stage)),
             # Where raw data lie is no matter, only what they hold.
-            "parameters": {key: value for key, value in passed.items() if key not in ("DATA", "TEST")},
+            "parameters": {
+                key: value for key, value in passed.items() if key not in ("DATA", "TEST")
+            },
             "raw": self._hash_raw(stage, passed),
             "read": read,
         }
@@ -286,7 +313,9 @@ class River:
             return {"kind": "demo"}
         tables = {f"train file {i}": path for i, path in enumerate(source.train, 1)}
         tables |= {"test": source.test, "sample_submission": source.sample_submission}
-        found = {name: path for name, path in tables.items() if path and name.split()[0] in stage.raw}
+        found = {
+            name: path for name, path in tables.items() if path and name.split()[0] in stage.raw
+        }
         return {"kind": source.kind} | {name: self.hashes.of(path) for name, path in found.items()}
 
     def damage(self, stage: Stage) -> dict[str, bool]:
@@ -304,16 +333,29 @@ class River:
         if self.force:
             return "FORCE=1"
         if not (folder / STAMP).exists():
-            return f"{STAMP} is missing" if (folder / stage.mark).exists() else "there is no finished run"
+            return (
+                f"{STAMP} is missing"
+                if (folder / stage.mark).exists()
+                else "there is no finished run"
+            )
         stamp, key = read_json(folder / STAMP), self.make_key(stage)
         if stamp["code"] != key["code"]:
             return "its code changed"
         for name in sorted({*stamp["parameters"], *key["parameters"]}):
-            before, now = stamp["parameters"].get(name, "its default"), key["parameters"].get(name, "its default")
+            before, now = (
+                stamp["parameters"].get(name, "its default"),
+                key["parameters"].get(name, "its default"),
+            )
             if before != now:
                 return f"{name} was {before}, is {now}"
         return (
             _difference(stamp["raw"], key["raw"], "raw data: ")
-            or next((f"{name} is {'changed' if now else 'missing'}" for name, now in self.damage(stage).items()), "")
+            or next(
+                (
+                    f"{name} is {'changed' if now else 'missing'}"
+                    for name, now in self.damage(stage).items()
+                ),
+                "",
+            )
             or _difference(stamp["read"], key["read"], "")
         )

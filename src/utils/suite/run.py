@@ -33,7 +33,13 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from src.utils import paths
-from src.utils.config import SuiteError, make_parameters, read_parameters, read_profile, split_settings
+from src.utils.config import (
+    SuiteError,
+    make_parameters,
+    read_parameters,
+    read_profile,
+    split_settings,
+)
 from src.utils.runs import Stopwatch, read_json, write_json, write_text
 from src.utils.suite.pipeline import (
     NOTEBOOKS,
@@ -106,7 +112,9 @@ class Monitor:
 
     def write(self, text: str) -> None:
         """Hear what the kernel prints; a progress bar of its own arrives here too."""
-        plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|\|[█▏▎▍▌▋▊▉ ]*\|", "", text)  # colours, and bars inside this bar
+        plain = re.sub(
+            r"\x1b\[[0-9;]*[A-Za-z]|\|[█▏▎▍▌▋▊▉ ]*\|", "", text
+        )  # colours, and bars inside this bar
         lines = [line.strip() for line in re.split(r"[\r\n]", plain)]
         last = next((line for line in reversed(lines) if line), None)
         if last:
@@ -154,7 +162,9 @@ def _check_executed(name: str, executed: nbformat.NotebookNode, copy: Path) -> N
         left = any(output.get("ename") == "SystemExit" for output in cell.outputs)
         if left or (cell.execution_count is None and cell.source.strip()):
             what = "leaves the notebook by SystemExit" if left else "was never executed"
-            raise SuiteError(f"{name} did not run to its end: this cell {what}\n\n{_indent(cell.source)}\n\n{copy}")
+            raise SuiteError(
+                f"{name} did not run to its end: this cell {what}\n\n{_indent(cell.source)}\n\n{copy}"
+            )
 
 
 def _check_promises(stage: Stage, folder: Path, before: Mapping[Path, int]) -> None:
@@ -171,7 +181,9 @@ def _check_promises(stage: Stage, folder: Path, before: Mapping[Path, int]) -> N
     if "metrics.json" in stage.leaves:
         value = read_json(folder / "metrics.json").get("log_loss")
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise SuiteError(f"{folder / 'metrics.json'}: expected a finite log_loss, got {value!r}")
+            raise SuiteError(
+                f"{folder / 'metrics.json'}: expected a finite log_loss, got {value!r}"
+            )
 
 
 def _indent(text: str) -> str:
@@ -185,9 +197,7 @@ def _describe_failure(name: str, error: Exception, monitor: Monitor, words: str)
         plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).splitlines()
         lines = "\n".join(plain[-12:]) or f"{error.ename}: {error.evalue}"
     elif isinstance(error, DeadKernelError):
-        lines = (
-            f"Its process ended by itself or was killed, perhaps for memory; it held {monitor.peak_mib:.0f} MiB.{words}"
-        )
+        lines = f"Its process ended by itself or was killed, perhaps for memory; it held {monitor.peak_mib:.0f} MiB.{words}"
     return f"{name} failed{where}\n\n{_indent(source)}\n\n{lines}"
 
 
@@ -215,7 +225,9 @@ def _scores(folder: Path) -> dict[str, float | None]:
 
 def _execute(river: River, stage: Stage, monitor: Monitor, copy: Path) -> nbformat.NotebookNode:
     # papermill reads braces in a path as places for parameters.
-    source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (river.source(stage), copy))
+    source, target = (
+        str(path).replace("{", "{{").replace("}", "}}") for path in (river.source(stage), copy)
+    )
     with tempfile.TemporaryFile("w+") as log:
         try:
             return papermill.execute_notebook(
@@ -232,7 +244,10 @@ def _execute(river: River, stage: Stage, monitor: Monitor, copy: Path) -> nbform
                 on_cell_start=monitor.cell_starts,
                 coalesce_streams=True,
             )
-        except (PapermillExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died or did not start
+        except (
+            PapermillExecutionError,
+            RuntimeError,
+        ) as error:  # RuntimeError: the kernel died or did not start
             failure = _describe_failure(stage.name, error, monitor, _read_last_words(log))
             raise SuiteError(f"{failure}\n\nThe half-executed notebook: {copy}") from error
 
@@ -285,7 +300,14 @@ def run_notebook(river: River, stage: Stage, stream: IO[str]) -> Result:
 def _skip(river: River, stage: Stage) -> Result:
     folder = river.folder(stage.name)
     stamp = read_json(folder / STAMP)
-    return Result(stage.name, "skipped", stamp["seconds"], stamp["peak_mib"], **_scores(folder), output=str(folder))
+    return Result(
+        stage.name,
+        "skipped",
+        stamp["seconds"],
+        stamp["peak_mib"],
+        **_scores(folder),
+        output=str(folder),
+    )
 
 
 def _skip_note(river: River, stage: Stage) -> str:
@@ -322,7 +344,10 @@ def run_suite(river: River, names: Sequence[str], stream: IO[str]) -> list[Resul
             elif reason:
                 say(f"{stage.name}: runs, {reason}", 0)
                 results.append(run_notebook(river, stage, stream))
-                say(f"{stage.name}: done in {results[-1].seconds:.0f} s{_format_score(results[-1])}", 1)
+                say(
+                    f"{stage.name}: done in {results[-1].seconds:.0f} s{_format_score(results[-1])}",
+                    1,
+                )
             else:
                 results.append(_skip(river, stage))
                 say(f"{stage.name}: skipped, nothing changed{_skip_note(river, stage)}", 1)
@@ -368,7 +393,16 @@ def _kernel_environment(artifacts: Path) -> Iterator[None]:
         os.environ.update(before)
 
 
-COLUMNS = ("notebook", "status", "seconds", "peak MiB", "log loss", "accuracy", "best reachable", "output")
+COLUMNS = (
+    "notebook",
+    "status",
+    "seconds",
+    "peak MiB",
+    "log loss",
+    "accuracy",
+    "best reachable",
+    "output",
+)
 
 
 def format_results(results: Sequence[Result], base: Path) -> str:
@@ -402,7 +436,9 @@ def format_results(results: Sequence[Result], base: Path) -> str:
     def cell(text: str, i: int) -> str:
         return text.rjust(widths[i]) if i in numeric else text.ljust(widths[i])
 
-    return "\n".join("| " + " | ".join(cell(text, i) for i, text in enumerate(line)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell(text, i) for i, text in enumerate(line)) + " |" for line in lines
+    )
 
 
 def format_ladder(result: Result) -> str:
@@ -413,8 +449,13 @@ def format_ladder(result: Result) -> str:
     if not rungs:
         return ""
     width = max(len(rung["model"]) for rung in rungs)
-    lines = [f"  {r['model']:<{width}}  {r['log_loss']:.4f} ({r['low']:.4f} to {r['high']:.4f})" for r in rungs]
-    return "\n".join([f"{result.notebook}: log loss on {metrics['n_pairs']:,} held-out battles", *lines])
+    lines = [
+        f"  {r['model']:<{width}}  {r['log_loss']:.4f} ({r['low']:.4f} to {r['high']:.4f})"
+        for r in rungs
+    ]
+    return "\n".join(
+        [f"{result.notebook}: log loss on {metrics['n_pairs']:,} held-out battles", *lines]
+    )
 
 
 def write_summary(results: Sequence[Result], artifacts: Path) -> None:
@@ -427,16 +468,33 @@ def write_summary(results: Sequence[Result], artifacts: Path) -> None:
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m src.utils.suite.run", description="Run the notebooks in order.")
-    parser.add_argument("--only", default="", metavar="NB", help="notebooks: 02 or 02,05 or 03-05 or full names")
-    parser.add_argument(
-        "--profile", default="", help="name in notebooks/profiles or a YAML file (demo; small with data)"
+    parser = argparse.ArgumentParser(
+        prog="python -m src.utils.suite.run", description="Run the notebooks in order."
     )
-    parser.add_argument("--data", nargs="+", default=[], metavar="PATH", help="folder or files with training battles")
     parser.add_argument(
-        "--test", default="", metavar="PATH", help="test file, where it is not beside the training data"
+        "--only", default="", metavar="NB", help="notebooks: 02 or 02,05 or 03-05 or full names"
     )
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NB.NAME=VALUE", help="parameters")
+    parser.add_argument(
+        "--profile",
+        default="",
+        help="name in notebooks/profiles or a YAML file (demo; small with data)",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="folder or files with training battles",
+    )
+    parser.add_argument(
+        "--test",
+        default="",
+        metavar="PATH",
+        help="test file, where it is not beside the training data",
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NB.NAME=VALUE", help="parameters"
+    )
     parser.add_argument("--artifacts", default="", metavar="DIR", help="where the run folders go")
     parser.add_argument("--force", action="store_true", help="run also what is already whole")
     parser.add_argument("--list", action="store_true", help="say what would run and why, and stop")
@@ -444,7 +502,11 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _make_river(options: argparse.Namespace) -> River:
-    artifacts = Path(options.artifacts).expanduser().resolve() if options.artifacts else paths.artifacts_dir()
+    artifacts = (
+        Path(options.artifacts).expanduser().resolve()
+        if options.artifacts
+        else paths.artifacts_dir()
+    )
     os.environ["ARENA_ARTIFACTS"] = str(artifacts)  # `paths` answers for this folder from here on
     data, test = absolute_data(options.data), absolute_data([options.test])
     kind = paths.find_raw_data(data, test).kind
@@ -459,7 +521,9 @@ def _print_list(river: River, names: Sequence[str]) -> None:
     for i, name in enumerate(names):
         stage = river.by_name[name]
         reason = river.missing_upstream(stage, names[:i]) or river.why_run(stage)
-        print(f"{name:<20} {'would run: ' + reason if reason else 'is whole' + _skip_note(river, stage)}")
+        print(
+            f"{name:<20} {'would run: ' + reason if reason else 'is whole' + _skip_note(river, stage)}"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -58,12 +58,20 @@ def read_sweep(path: Path) -> Sweep:
     path = Path(path)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     grid = content.get("grid") if isinstance(content, dict) else None
-    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
-        raise ValueError(f"{path}: expected `notebook:` and a `grid:` of lists, got {content!r:.100}")
+    if not isinstance(grid, dict) or not all(
+        isinstance(values, list) and values for values in grid.values()
+    ):
+        raise ValueError(
+            f"{path}: expected `notebook:` and a `grid:` of lists, got {content!r:.100}"
+        )
     wanted = str(content.get("notebook", ""))
-    notebook = next((stage.name for stage in STAGES if wanted and stage.name.startswith(wanted.zfill(2))), None)
+    notebook = next(
+        (stage.name for stage in STAGES if wanted and stage.name.startswith(wanted.zfill(2))), None
+    )
     if notebook is None or notebook == _FIRST:
-        raise ValueError(f"{path}: notebook: expected one of {[stage.name for stage in STAGES[1:]]}, got {wanted!r}")
+        raise ValueError(
+            f"{path}: notebook: expected one of {[stage.name for stage in STAGES[1:]]}, got {wanted!r}"
+        )
     defaults = read_parameters(NOTEBOOKS / f"{notebook}.ipynb")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     for name, values in grid.items():
@@ -80,10 +88,16 @@ def name_point(point: dict[str, Any]) -> str:
     """
     told = ",".join(f"{name}={value}" for name, value in point.items())
     plain = ",".join(f"{name}={_UNSAFE.sub('_', str(value))}" for name, value in point.items())
-    return told if plain == told and len(told) <= _MAX_NAME else f"{plain[:_MAX_NAME]}-{hash_json(point)[:6]}"
+    return (
+        told
+        if plain == told and len(told) <= _MAX_NAME
+        else f"{plain[:_MAX_NAME]}-{hash_json(point)[:6]}"
+    )
 
 
-def run_sweep(sweep: Sweep, artifacts: Path, options: Sequence[str] = (), n_jobs: int = 1) -> list[str]:
+def run_sweep(
+    sweep: Sweep, artifacts: Path, options: Sequence[str] = (), n_jobs: int = 1
+) -> list[str]:
     """Run every combination and rebuild the leaderboard.
 
     Args:
@@ -99,35 +113,67 @@ def run_sweep(sweep: Sweep, artifacts: Path, options: Sequence[str] = (), n_jobs
     n_threads = max((os.cpu_count() or 1) // n_jobs, 1)
 
     def run(point: dict[str, Any]) -> str:
-        return _run_point(sweep.notebook, point, folder / name_point(point), Path(artifacts), options, n_threads)
+        return _run_point(
+            sweep.notebook, point, folder / name_point(point), Path(artifacts), options, n_threads
+        )
 
     with ThreadPoolExecutor(n_jobs) as pool:
-        told = list(tqdm(pool.map(run, sweep.points), total=len(sweep.points), desc=sweep.name, unit="run"))
+        told = list(
+            tqdm(pool.map(run, sweep.points), total=len(sweep.points), desc=sweep.name, unit="run")
+        )
     write_leaderboard(artifacts)
     return [message for message in told if message]
 
 
 def _run_point(
-    notebook: str, point: dict[str, Any], folder: Path, artifacts: Path, options: Sequence[str], n_threads: int
+    notebook: str,
+    point: dict[str, Any],
+    folder: Path,
+    artifacts: Path,
+    options: Sequence[str],
+    n_threads: int,
 ) -> str:
     """Run the suite in a folder of its own; returns what went wrong, or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     if (artifacts / _FIRST / "run.json").exists() and not (folder / _FIRST).exists():
         shutil.copytree(artifacts / _FIRST, folder / _FIRST)
-    settings = [f"{notebook[:2]}.{name}={json.dumps(value)}" for name, value in point.items()]  # JSON is YAML
-    only = ["--only", f"{_FIRST[:2]},{notebook[:2]}", "--artifacts", str(folder), "--set", *settings]
+    settings = [
+        f"{notebook[:2]}.{name}={json.dumps(value)}" for name, value in point.items()
+    ]  # JSON is YAML
+    only = [
+        "--only",
+        f"{_FIRST[:2]},{notebook[:2]}",
+        "--artifacts",
+        str(folder),
+        "--set",
+        *settings,
+    ]
     command = [sys.executable, "-m", "src.utils.suite.run", *only, *options]
-    threads = {name: str(n_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    threads = {
+        name: str(n_threads)
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
     done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True)
     write_text(folder / "sweep.log", done.stdout + done.stderr)
-    return "" if done.returncode == 0 else f"{folder.name}: {done.stderr.strip()[-500:]}\n{folder / 'sweep.log'}"
+    return (
+        ""
+        if done.returncode == 0
+        else f"{folder.name}: {done.stderr.strip()[-500:]}\n{folder / 'sweep.log'}"
+    )
 
 
 def format_scores(sweep: Sweep, artifacts: Path) -> str:
     """One line a finished run of the sweep, the best first."""
     scores = []
     for point in sweep.points:
-        path = Path(artifacts) / "sweeps" / sweep.name / name_point(point) / sweep.notebook / "metrics.json"
+        path = (
+            Path(artifacts)
+            / "sweeps"
+            / sweep.name
+            / name_point(point)
+            / sweep.notebook
+            / "metrics.json"
+        )
         if path.exists():
             scores.append((read_json(path)["log_loss"], name_point(point)))
     return "\n".join(f"{loss:.4f}  {name}" for loss, name in sorted(scores))
@@ -135,12 +181,16 @@ def format_scores(sweep: Sweep, artifacts: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sweep from the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m src.utils.suite.search", description="Run a notebook over a grid.")
+    parser = argparse.ArgumentParser(
+        prog="python -m src.utils.suite.search", description="Run a notebook over a grid."
+    )
     parser.add_argument("file", type=Path, help="YAML with `notebook` and `grid`")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--artifacts", default="", metavar="DIR", help="where the run folders go")
     given, options = parser.parse_known_args(arguments)
-    artifacts = Path(given.artifacts).expanduser().resolve() if given.artifacts else paths.artifacts_dir()
+    artifacts = (
+        Path(given.artifacts).expanduser().resolve() if given.artifacts else paths.artifacts_dir()
+    )
     try:
         sweep = read_sweep(given.file)
     except (OSError, ValueError, SuiteError) as error:

@@ -48,7 +48,9 @@ class ValidateAt(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         """Stop where the losses so far say so; they are in the checkpoint, so that a resumed run knows them."""
-        if has_stalled([row["log_loss"] for row in state.log_history if "log_loss" in row], self.patience):
+        if has_stalled(
+            [row["log_loss"] for row in state.log_history if "log_loss" in row], self.patience
+        ):
             control.should_training_stop = True
         return control
 
@@ -67,7 +69,9 @@ class Progress(TrainerCallback):
         measure_pace: gives tokens_per_second, padding_share and peak_mib as they are now.
     """
 
-    def __init__(self, title: str, start: str, measure_pace: Callable[[], dict[str, float]]) -> None:
+    def __init__(
+        self, title: str, start: str, measure_pace: Callable[[], dict[str, float]]
+    ) -> None:
         self.title, self.start, self.measure_pace, self.losses = title, start, measure_pace, ""
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -175,7 +179,9 @@ class LiveCurve(TrainerCallback):
         history["epoch"] = history["step"] / state.max_steps * self.n_epochs
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         ax = plot_learning_curve(figure.subplots(), history.assign(fold=0, seed=0), self.prior)
-        ax.set_title(f"{self.title}, epoch {history['epoch'].iloc[-1]:.2f} of {self.n_epochs:g}", loc="right")
+        ax.set_title(
+            f"{self.title}, epoch {history['epoch'].iloc[-1]:.2f} of {self.n_epochs:g}", loc="right"
+        )
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
         return buffer.getvalue()

@@ -99,21 +99,27 @@ def _read_soft_labels(path: Path, ids: pd.Series) -> np.ndarray:
     table = read_table(path)
     missing = [name for name in ("id", *LABELS) if name not in table.columns]
     if missing or table["id"].duplicated().any():
-        raise ValueError(f"soft_labels: {path}: expected one row an id and columns {LABELS}, lacks {missing}")
+        raise ValueError(
+            f"soft_labels: {path}: expected one row an id and columns {LABELS}, lacks {missing}"
+        )
     try:
         probs = check_probs(table[list(LABELS)].to_numpy(dtype=np.float64))
     except ValueError as error:
         raise ValueError(f"soft_labels: {path}: {error}") from error
     rows = pd.Index(table["id"].astype(str)).get_indexer(ids.astype(str))
     if (rows < 0).all():
-        raise ValueError(f"soft_labels: {path}: expected some of the {len(ids)} training battles, found none")
+        raise ValueError(
+            f"soft_labels: {path}: expected some of the {len(ids)} training battles, found none"
+        )
     return np.where(rows[:, None] < 0, np.nan, probs[rows])
 
 
 # ---- battles from elsewhere ------------------------------------------------------
 
 
-def add_extra_battles(pairs: pd.DataFrame, is_heldout: np.ndarray, config: FinetuneConfig) -> pd.DataFrame:
+def add_extra_battles(
+    pairs: pd.DataFrame, is_heldout: np.ndarray, config: FinetuneConfig
+) -> pd.DataFrame:
     """Take the battles to train on: those of the arena that are not held out, and those of `extra_battles`.
 
     An extra battle is never held out. It is left out where its prompt occurs in the
@@ -137,18 +143,24 @@ def add_extra_battles(pairs: pd.DataFrame, is_heldout: np.ndarray, config: Finet
     train_pairs = pairs[~is_heldout]
     if not config.extra_battles:
         return train_pairs
-    extra = pd.concat([_read_extra(find_file(name)) for name in config.extra_battles], ignore_index=True)
+    extra = pd.concat(
+        [_read_extra(find_file(name)) for name in config.extra_battles], ignore_index=True
+    )
     is_known = _find_repeated(extra, pairs)
     leaks = (extra["group"].isin(pairs.loc[is_heldout, "group"]) & ~is_known).to_numpy()
     added = extra[~is_known & ~leaks]
     if len(added):
-        make_targets(added, config)  # which refuses a battle that has nothing to teach, before a model is loaded
+        make_targets(
+            added, config
+        )  # which refuses a battle that has nothing to teach, before a model is loaded
     if rank() == 0:
         print(
             f"extra battles: {len(extra):,} read, {len(added):,} added ({(added['label'] != NO_VOTE).sum():,} with a "
             f"vote); {is_known.sum():,} stand in the arena, {leaks.sum():,} have a held-out prompt"
         )
-    return pd.concat([train_pairs.astype({"id": object}), added.astype({"id": object})], ignore_index=True)
+    return pd.concat(
+        [train_pairs.astype({"id": object}), added.astype({"id": object})], ignore_index=True
+    )
 
 
 def _read_extra(path: Path) -> pd.DataFrame:
@@ -163,9 +175,15 @@ def _read_extra(path: Path) -> pd.DataFrame:
 
 def _find_repeated(extra: pd.DataFrame, pairs: pd.DataFrame) -> np.ndarray:
     """(M,) bool, which extra battles stand in the arena, or above, under the same id."""
-    texts_of = dict(zip(pairs["id"].astype(str), zip(*(pairs[name] for name in TEXTS), strict=True), strict=True))
+    texts_of = dict(
+        zip(
+            pairs["id"].astype(str), zip(*(pairs[name] for name in TEXTS), strict=True), strict=True
+        )
+    )
     is_known = np.zeros(len(extra), dtype=bool)
-    for place, (key, *texts) in enumerate(zip(extra["id"].astype(str), *(extra[name] for name in TEXTS), strict=True)):
+    for place, (key, *texts) in enumerate(
+        zip(extra["id"].astype(str), *(extra[name] for name in TEXTS), strict=True)
+    ):
         is_known[place] = key in texts_of
         if texts_of.setdefault(key, tuple(texts)) != tuple(texts):
             raise ValueError(
@@ -175,7 +193,9 @@ def _find_repeated(extra: pd.DataFrame, pairs: pd.DataFrame) -> np.ndarray:
     return is_known
 
 
-def plan_batches(lengths: np.ndarray, config: FinetuneConfig, is_packed: bool = False) -> list[list[int]]:
+def plan_batches(
+    lengths: np.ndarray, config: FinetuneConfig, is_packed: bool = False
+) -> list[list[int]]:
     """Lay out every batch of a training run.
 
     Args:
@@ -193,11 +213,17 @@ def plan_batches(lengths: np.ndarray, config: FinetuneConfig, is_packed: bool = 
     plan: list[list[int]] = []
     make = make_packs if is_packed else make_batches
     for epoch in range(math.ceil(config.n_epochs)):
-        orders = np.random.default_rng((config.seed, epoch // 2)).integers(0, 2, len(lengths)) ^ (epoch % 2)
+        orders = np.random.default_rng((config.seed, epoch // 2)).integers(0, 2, len(lengths)) ^ (
+            epoch % 2
+        )
         budget = config.tokens_per_batch // (2 if config.both_orders else 1)
         batches = make(lengths, budget, config.seed, epoch)
         n_batches = math.ceil(min(1.0, config.n_epochs - epoch) * len(batches))
         for rows in batches[:n_batches]:
             items = 2 * rows + orders[rows]
-            plan.append((np.stack([items, items ^ 1], axis=1).ravel() if config.both_orders else items).tolist())
+            plan.append(
+                (
+                    np.stack([items, items ^ 1], axis=1).ravel() if config.both_orders else items
+                ).tolist()
+            )
     return plan

@@ -47,7 +47,9 @@ class FitResult:
     padding_share: float
 
 
-def fit(pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None = None) -> FitResult:
+def fit(
+    pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None = None
+) -> FitResult:
     """Train one model per held-out fold, or several, and predict that fold.
 
     The best weights of fold k, by log loss on it, lie in `run_dir / "model" / "fold_k"`,
@@ -77,10 +79,16 @@ def fit(pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path |
     folds = [_fit_member(pairs, member, run_dir, base) for member in members]
     stop_share = float(np.mean([done["best_share"] for done in folds]))
     whole = [_fit_member(pairs, member, run_dir, base, stop_share) for member in refit]
-    seconds, n_tok, n_padded = (sum(done[name] for done in folds + whole) for name in ("seconds", "n_tok", "n_padded"))
+    seconds, n_tok, n_padded = (
+        sum(done[name] for done in folds + whole) for name in ("seconds", "n_tok", "n_padded")
+    )
     return FitResult(
-        oof=pd.concat([_read_oof(run_dir, members, fold) for fold in config.folds], ignore_index=True),
-        history=pd.DataFrame([row for done in folds for row in done["history"]], columns=list(HISTORY_COLUMNS)),
+        oof=pd.concat(
+            [_read_oof(run_dir, members, fold) for fold in config.folds], ignore_index=True
+        ),
+        history=pd.DataFrame(
+            [row for done in folds for row in done["history"]], columns=list(HISTORY_COLUMNS)
+        ),
         n_train_pairs=round(np.mean([done["n_train_pairs"] for done in folds])),
         n_parameters=folds[0]["n_parameters"],
         seconds=seconds,
@@ -99,12 +107,18 @@ class _Member:
     key: str  # of all that it follows from
 
 
-def _plan_members(pairs: pd.DataFrame, config: FinetuneConfig) -> tuple[list[_Member], list[_Member]]:
+def _plan_members(
+    pairs: pd.DataFrame, config: FinetuneConfig
+) -> tuple[list[_Member], list[_Member]]:
     """The models of the folds, and that of the refit where it is asked for."""
-    configs = [dataclasses.replace(config, seed=config.seed + place) for place in range(config.n_seeds)]
+    configs = [
+        dataclasses.replace(config, seed=config.seed + place) for place in range(config.n_seeds)
+    ]
     keys = [_make_key(pairs, one) for one in configs]
     members = [
-        _Member(f"fold_{fold}" + (f"_seed_{place}" if place else ""), fold, configs[place], keys[place])
+        _Member(
+            f"fold_{fold}" + (f"_seed_{place}" if place else ""), fold, configs[place], keys[place]
+        )
         for fold in config.folds
         for place in range(config.n_seeds)
     ]
@@ -114,8 +128,14 @@ def _plan_members(pairs: pd.DataFrame, config: FinetuneConfig) -> tuple[list[_Me
 
 
 def _read_oof(run_dir: Path, members: list[_Member], fold: int) -> pd.DataFrame:
-    tables = [pd.read_parquet(_model_dir(run_dir, one.name) / "oof.parquet") for one in members if one.fold == fold]
-    return probs_table(tables[0]["id"], np.mean([probs_of(table) for table in tables], axis=0), fold=fold)
+    tables = [
+        pd.read_parquet(_model_dir(run_dir, one.name) / "oof.parquet")
+        for one in members
+        if one.fold == fold
+    ]
+    return probs_table(
+        tables[0]["id"], np.mean([probs_of(table) for table in tables], axis=0), fold=fold
+    )
 
 
 # ---- what lies where ---------------------------------------------------------
@@ -246,7 +266,9 @@ def _finish(folder: Path, done: dict[str, object]) -> None:
         shutil.rmtree(path)
 
 
-def _split(pairs: pd.DataFrame, fold: int | None, config: FinetuneConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _split(
+    pairs: pd.DataFrame, fold: int | None, config: FinetuneConfig
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     is_heldout = (pairs["fold"] == fold).to_numpy()
     if fold is not None and (is_heldout.all() or not is_heldout.any()):
         raise ValueError(
@@ -256,7 +278,9 @@ def _split(pairs: pd.DataFrame, fold: int | None, config: FinetuneConfig) -> tup
     train_pairs = add_extra_battles(pairs, is_heldout, config)
     if config.max_pairs and len(train_pairs) > config.max_pairs:
         rng = np.random.default_rng(config.seed)
-        train_pairs = train_pairs.iloc[np.sort(rng.choice(len(train_pairs), config.max_pairs, replace=False))]
+        train_pairs = train_pairs.iloc[
+            np.sort(rng.choice(len(train_pairs), config.max_pairs, replace=False))
+        ]
     return train_pairs.reset_index(drop=True), pairs[is_heldout].reset_index(drop=True)
 
 

@@ -25,7 +25,13 @@ import pandas as pd
 import psutil
 import torch
 
-from src.utils.config import DecoderConfig, FinetuneConfig, make_parameters, read_parameters, read_profile
+from src.utils.config import (
+    DecoderConfig,
+    FinetuneConfig,
+    make_parameters,
+    read_parameters,
+    read_profile,
+)
 from src.utils.models.hardware import choose_device
 from src.utils.models.tiny import prepare_base
 from src.utils.runs import read_json, read_pairs, write_json, write_pairs, write_text
@@ -41,7 +47,9 @@ _LAUNCHER = "ARENA_LAUNCHER_PID"
 # ---- from a notebook -----------------------------------------------------------
 
 
-def fit_launched(pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None = None) -> FitResult:
+def fit_launched(
+    pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None = None
+) -> FitResult:
     """Train as `train.fit` does, in as many processes as `config.n_processes` asks for.
 
     Their progress is shown here. What they leave is what one process would: the same
@@ -81,7 +89,9 @@ def count_processes(config: FinetuneConfig) -> int:
     """
     n_gpus = torch.cuda.device_count() if choose_device().type == "cuda" else 0
     if n_gpus and config.n_processes > n_gpus:
-        raise ValueError(f"n_processes: expected at most {n_gpus}, one a GPU of this machine, got {config.n_processes}")
+        raise ValueError(
+            f"n_processes: expected at most {n_gpus}, one a GPU of this machine, got {config.n_processes}"
+        )
     return config.n_processes or max(n_gpus, 1)
 
 
@@ -100,10 +110,14 @@ def _run(command: list[str], folder: Path, n_processes: int) -> None:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes))),
+        "OMP_NUM_THREADS": os.environ.get(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes))
+        ),
         _LAUNCHER: str(os.getpid()),
     }
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     try:
         said = _show(process.stdout)
         code = process.wait()
@@ -111,7 +125,9 @@ def _run(command: list[str], folder: Path, n_processes: int) -> None:
         process.terminate()  # where the notebook was interrupted
         process.wait()
     if code or not (folder / "world.json").exists():
-        raise RuntimeError(f"training in {n_processes} processes failed (exit {code}): {_last_words(folder) or said}")
+        raise RuntimeError(
+            f"training in {n_processes} processes failed (exit {code}): {_last_words(folder) or said}"
+        )
     n_joined = read_json(folder / "world.json")["n_processes"]
     if n_joined != n_processes:
         raise RuntimeError(f"expected {n_processes} processes to train together, got {n_joined}")
@@ -151,18 +167,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fit(pairs, config, options.run, base)
         on_first(write_json)(folder / "world.json", {"n_processes": world_size()})
     except BaseException:
-        write_text(folder / f"error_{rank()}.txt", f"process {rank()} of {world_size()}\n{traceback.format_exc()}")
+        write_text(
+            folder / f"error_{rank()}.txt",
+            f"process {rank()} of {world_size()}\n{traceback.format_exc()}",
+        )
         raise
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="torchrun … -m src.utils.training.launch", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="torchrun … -m src.utils.training.launch", description=main.__doc__
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, e.g. artifacts/04_qwen")
-    parser.add_argument("--pairs", type=Path, help="battles; by custom those of 01_eda beside the run folder")
-    parser.add_argument("--base", type=Path, help="folder of the base, in place of what CHECKPOINT names")
-    parser.add_argument("--profile", default="full", help="profile, read with the notebook named as the run folder is")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="parameters, e.g. SHARDING=full")
-    parser.add_argument("--settings", type=Path, help="a config.json, in place of notebook, profile and --set")
+    parser.add_argument(
+        "--pairs", type=Path, help="battles; by custom those of 01_eda beside the run folder"
+    )
+    parser.add_argument(
+        "--base", type=Path, help="folder of the base, in place of what CHECKPOINT names"
+    )
+    parser.add_argument(
+        "--profile",
+        default="full",
+        help="profile, read with the notebook named as the run folder is",
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="parameters, e.g. SHARDING=full"
+    )
+    parser.add_argument(
+        "--settings", type=Path, help="a config.json, in place of notebook, profile and --set"
+    )
     options = parser.parse_args(arguments)
     options.pairs = options.pairs or options.run.parent / "01_eda" / "pairs.parquet"
     return options
@@ -173,9 +206,15 @@ def _read_config(options: argparse.Namespace) -> FinetuneConfig:
     if options.settings:
         return CONFIGS.get(notebook, FinetuneConfig).from_json(read_json(options.settings))
     if notebook not in CONFIGS:
-        raise ValueError(f"RUN: expected a folder named {' or '.join(CONFIGS)}, or --settings, got {options.run}")
+        raise ValueError(
+            f"RUN: expected a folder named {' or '.join(CONFIGS)}, or --settings, got {options.run}"
+        )
     defaults = read_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
-    profile = {notebook: read_profile(options.profile).get(notebook, {})} if options.profile != "none" else {}
+    profile = (
+        {notebook: read_profile(options.profile).get(notebook, {})}
+        if options.profile != "none"
+        else {}
+    )
     chosen = make_parameters({notebook: defaults}, profile=profile, settings=options.set)
     return CONFIGS[notebook].from_parameters(defaults | chosen[notebook], notebook)
 
@@ -194,7 +233,9 @@ def _die_with_parents() -> None:
     """
     torchrun, launcher = os.getppid(), os.environ.get(_LAUNCHER)
     try:
-        while os.getppid() == torchrun and (launcher is None or psutil.Process(torchrun).ppid() == int(launcher)):
+        while os.getppid() == torchrun and (
+            launcher is None or psutil.Process(torchrun).ppid() == int(launcher)
+        ):
             time.sleep(0.5)
     finally:
         os._exit(1)

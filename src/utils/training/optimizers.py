@@ -20,8 +20,14 @@ def measure_depths(model: nn.Module) -> dict[str, int]:
         embeddings below n layers.
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base = {id(parameter) for parameter in plain.get_submodule(plain.base_model_prefix).parameters()}
-    layers = {name: int(found[1]) for name, _ in model.named_parameters() if (found := _LAYER.search(name))}
+    base = {
+        id(parameter) for parameter in plain.get_submodule(plain.base_model_prefix).parameters()
+    }
+    layers = {
+        name: int(found[1])
+        for name, _ in model.named_parameters()
+        if (found := _LAYER.search(name))
+    }
     n_layers = max(layers.values(), default=-1) + 1
     depths = {}
     for name, parameter in model.named_parameters():
@@ -35,7 +41,12 @@ def measure_depths(model: nn.Module) -> dict[str, int]:
 
 
 def group_by_depth(
-    model: nn.Module, decaying: Collection[str], *, learning_rate: float, layer_decay: float, weight_decay: float
+    model: nn.Module,
+    decaying: Collection[str],
+    *,
+    learning_rate: float,
+    layer_decay: float,
+    weight_decay: float,
 ) -> list[dict[str, object]]:
     """Give each layer `layer_decay` times the learning rate of the layer above.
 

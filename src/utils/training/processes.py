@@ -46,9 +46,15 @@ def join_world() -> None:
     Raises:
         RuntimeError: nothing started this process as one of several.
     """
-    missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+    missing = [
+        name
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+        if name not in os.environ
+    ]
     if missing:
-        raise RuntimeError(f"expected to be started by torchrun, which sets {missing}; this is a process of its own")
+        raise RuntimeError(
+            f"expected to be started by torchrun, which sets {missing}; this is a process of its own"
+        )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -156,9 +162,13 @@ class TeamReader:
         """Hand back the oldest batch, read together with those that wait behind it."""
         if not self._done:
             probs: list[np.ndarray | None] = [None] * world_size()
-            dist.all_gather_object(probs, self._read_rows(self._waiting[rank() % len(self._waiting)][1]))
+            dist.all_gather_object(
+                probs, self._read_rows(self._waiting[rank() % len(self._waiting)][1])
+            )
             # The world may be larger than what is left to read.
-            self._done.extend((key, read) for (key, _), read in zip(self._waiting, probs, strict=False))
+            self._done.extend(
+                (key, read) for (key, _), read in zip(self._waiting, probs, strict=False)
+            )
             self._waiting.clear()
         return self._done.popleft()
 
@@ -178,7 +188,9 @@ def shard(model: nn.Module) -> nn.Module:
     Source: Zhao et al. 2023, arXiv:2304.11277; `torch.distributed.fsdp.fully_shard`.
     """
     if world_size() < 2:
-        raise RuntimeError("sharding: expected two processes or more to part the weights over, got one")
+        raise RuntimeError(
+            "sharding: expected two processes or more to part the weights over, got one"
+        )
     for layer in _layers(model):
         fully_shard(layer)
     fully_shard(model)
@@ -192,7 +204,9 @@ def shard(model: nn.Module) -> nn.Module:
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The repeated parts of a model, inner ones first."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return [part for parts in reversed(lists) for part in parts if any(True for _ in part.parameters())]
+    return [
+        part for parts in reversed(lists) for part in parts if any(True for _ in part.parameters())
+    ]
 
 
 def _transformers_model(model: nn.Module) -> nn.Module:
@@ -210,10 +224,16 @@ def check_sharded(model: nn.Module) -> None:
     Raises:
         RuntimeError: the model or one of its layers is no `FSDPModule`, or a weight is whole.
     """
-    plain = [type(part).__name__ for part in (model, *_layers(model)) if not isinstance(part, FSDPModule)]
-    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    plain = [
+        type(part).__name__ for part in (model, *_layers(model)) if not isinstance(part, FSDPModule)
+    ]
+    whole = [
+        name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)
+    ]
     if plain or whole:
-        raise RuntimeError(f"sharding: expected every weight to be parted, got plain {plain[:3]}, whole {whole[:3]}")
+        raise RuntimeError(
+            f"sharding: expected every weight to be parted, got plain {plain[:3]}, whole {whole[:3]}"
+        )
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
@@ -225,7 +245,9 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
     if not is_sharded(model):
         return None
     has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_frozen)
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_frozen
+    )
     return get_model_state_dict(model, options=options)
 
 
@@ -267,11 +289,15 @@ class RankedTrainer(Trainer):
             optim_state_dict=shards["optimizer"],
             options=StateDictOptions(strict=False, ignore_frozen_params=True),
         )
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(
+            torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        )
 
     def _shards(self) -> dict[str, dict]:
         model, optimizer = get_state_dict(
-            self.model, self.optimizer.optimizer, options=StateDictOptions(ignore_frozen_params=True)
+            self.model,
+            self.optimizer.optimizer,
+            options=StateDictOptions(ignore_frozen_params=True),
         )
         return {"model": model, "optimizer": optimizer}
 

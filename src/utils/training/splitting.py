@@ -41,7 +41,10 @@ class SplittingTrainer(RankedTrainer):
     def _begin_step(self) -> None:
         self._step, self._n_begun = self.state.global_step, 0
         self._loss_sum_before = self.loss_sum.clone()
-        self._dice = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._dice = (
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        )
 
     def _take_again(self, model: nn.Module, said: str) -> torch.Tensor:
         while True:

@@ -25,7 +25,14 @@ from src.utils.models.predict import LocalReader, Prediction, SteadyReader, pred
 from src.utils.runs import atomic_folder, measure_peak_mib, write_manifest, write_table
 from src.utils.schema import probs_table
 from src.utils.stats.scores import class_prior, log_loss
-from src.utils.training.callbacks import LiveCurve, Progress, TensorBoard, ValidateAt, has_stalled, is_interval
+from src.utils.training.callbacks import (
+    LiveCurve,
+    Progress,
+    TensorBoard,
+    ValidateAt,
+    has_stalled,
+    is_interval,
+)
 from src.utils.training.data import Examples, plan_batches
 from src.utils.training.losses import order_divergence
 from src.utils.training.optimizers import group_by_depth
@@ -139,8 +146,13 @@ class FoldTrainer(SplittingTrainer):
 
     def _make_callbacks(self, log_dir: Path | None) -> list[TrainerCallback]:
         config = self.config
-        steps = {step for step in _validation_steps(config, self.n_steps) if step < self.last_step} | {self.last_step}
-        callbacks = [ValidateAt(steps, config.patience), Progress(self._title, self.start, self._measure_pace)]
+        steps = {
+            step for step in _validation_steps(config, self.n_steps) if step < self.last_step
+        } | {self.last_step}
+        callbacks = [
+            ValidateAt(steps, config.patience),
+            Progress(self._title, self.start, self._measure_pace),
+        ]
         if log_dir:
             callbacks.append(TensorBoard(log_dir))
         if len(self.heldout):
@@ -179,10 +191,19 @@ class FoldTrainer(SplittingTrainer):
         return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self._collate)
 
     def _collate(self, items: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
-        if not items:  # a pass must be made, but counts for nothing: it has no vote to be right about
-            items = [(row, np.zeros_like(target)) for row, target in map(self.train_dataset.__getitem__, (0, 1))]
+        if (
+            not items
+        ):  # a pass must be made, but counts for nothing: it has no vote to be right about
+            items = [
+                (row, np.zeros_like(target))
+                for row, target in map(self.train_dataset.__getitem__, (0, 1))
+            ]
         rows, targets = zip(*items, strict=True)
-        batch = collate_packed(rows) if self.is_packed else collate(rows, self.processing_class.pad_token_id)
+        batch = (
+            collate_packed(rows)
+            if self.is_packed
+            else collate(rows, self.processing_class.pad_token_id)
+        )
         return batch | {"labels": torch.from_numpy(np.stack(targets))}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -205,10 +226,16 @@ class FoldTrainer(SplittingTrainer):
         """Makes the last step's mean over all places in it one over its batches: some places stand empty."""
         step = self.state.global_step
         n_batches = self._batches_at(step + 1) - self._batches_at(step)
-        n_places = self.current_gradient_accumulation_steps * world_size() if world_size() > 1 else n_batches
+        n_places = (
+            self.current_gradient_accumulation_steps * world_size()
+            if world_size() > 1
+            else n_batches
+        )
         return n_places / n_batches * bool(targets.any()) if n_places > n_batches else 1.0
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> dict[str, float]:
         """Predict the held-out fold as the submission does; keep the weights when they are the best so far."""
         row = self._describe_interval()
         if not len(self.heldout):
@@ -220,7 +247,9 @@ class FoldTrainer(SplittingTrainer):
         prediction = self._predict_heldout()
         row["log_loss"] = log_loss(prediction.probs, self.heldout["label"].to_numpy())
         row["swap_gap"] = float(np.nanmean(prediction.swap_gap))
-        is_best = row["log_loss"] < min((past["log_loss"] for past in self._validations()), default=math.inf)
+        is_best = row["log_loss"] < min(
+            (past["log_loss"] for past in self._validations()), default=math.inf
+        )
         self.log(row)
         if is_best:
             self._keep(prediction.probs)
@@ -256,13 +285,19 @@ class FoldTrainer(SplittingTrainer):
     def _write(self, probs: np.ndarray | None, weights: dict[str, torch.Tensor] | None) -> None:
         # Weights and the predictions made with them replace the old ones in one step.
         with atomic_folder(self.model_dir) as folder:
-            write_model(self.accelerator.unwrap_model(self.model), self.processing_class, folder, weights)
+            write_model(
+                self.accelerator.unwrap_model(self.model), self.processing_class, folder, weights
+            )
             if probs is not None:
-                write_table(folder / "oof.parquet", probs_table(self.heldout["id"], probs, fold=self.fold))
+                write_table(
+                    folder / "oof.parquet", probs_table(self.heldout["id"], probs, fold=self.fold)
+                )
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
-        on_first(write_manifest)(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        on_first(write_manifest)(
+            Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        )
 
     def _start_interval(self) -> None:
         self.loss_sum = torch.zeros((), device=self.args.device)
@@ -278,7 +313,9 @@ class FoldTrainer(SplittingTrainer):
         }
 
     def _measure_pace(self) -> dict[str, float]:
-        n_tok, n_padded = (_between(counts, *self._interval()) for counts in (self.n_tok, self.n_padded))
+        n_tok, n_padded = (
+            _between(counts, *self._interval()) for counts in (self.n_tok, self.n_padded)
+        )
         return {
             "tokens_per_second": n_tok / (time.perf_counter() - self.interval_start),
             "padding_share": 1 - n_tok / n_padded,
@@ -303,12 +340,15 @@ class FoldTrainer(SplittingTrainer):
         """What `done.json` keeps of a finished fold."""
         names = {"fold": self.fold, "seed": self.config.seed}
         rows = [
-            row | names | {"epoch": row["step"] / self.n_steps * self.config.n_epochs} for row in self._validations()
+            row | names | {"epoch": row["step"] / self.n_steps * self.config.n_epochs}
+            for row in self._validations()
         ]
         last_batch = self._batches_at(self.state.global_step) - 1
         return {
             "history": [{name: row[name] for name in HISTORY_COLUMNS} for row in rows],
-            "best_share": min(rows, key=lambda row: row["log_loss"])["step"] / self.n_steps if rows else None,
+            "best_share": min(rows, key=lambda row: row["log_loss"])["step"] / self.n_steps
+            if rows
+            else None,
             "n_steps": self.state.global_step,
             "seconds": sum(row["seconds"] for row in self._intervals()),
             "n_tok": int(self.n_tok[last_batch]),
@@ -321,7 +361,9 @@ def _between(cumulative: np.ndarray, start: int, end: int) -> float:
     return float(cumulative[end - 1] - (cumulative[start - 1] if start else 0))
 
 
-def _training_arguments(config: FinetuneConfig, n_steps: int, folder: Path, dtype: torch.dtype) -> TrainingArguments:
+def _training_arguments(
+    config: FinetuneConfig, n_steps: int, folder: Path, dtype: torch.dtype
+) -> TrainingArguments:
     on_gpu = choose_device().type == "cuda"
     args = TrainingArguments(
         output_dir=str(folder),
