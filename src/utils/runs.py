@@ -38,11 +38,7 @@ _NOT_RUNS = {"checkpoints", "model"}  # folders inside a run
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed to it when the block succeeds.
-
-    Example:
-        with atomic_path(run_dir / "a.bin") as tmp: tmp.write_bytes(data)
-    """
+    """Yield a temporary path beside `path`, renamed to it when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: pandas and matplotlib choose the format by it.
@@ -109,18 +105,14 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
 
 
 def write_figure(path: Path, figure: Any, dpi: int = 120) -> Path:
-    """Write a matplotlib figure atomically; `dpi` in pixels per inch."""
+    """Write a matplotlib figure atomically; `dpi` is in pixels per inch."""
     with atomic_path(path) as tmp:
         figure.savefig(tmp, dpi=dpi, bbox_inches="tight")
     return Path(path)
 
 
 def encode_turns(turns: Turns) -> str:
-    """Encode turns as an ASCII JSON list: exact for nulls and for lone surrogates.
-
-    Example:
-        ("hi", None) -> '["hi", null]'
-    """
+    """Encode turns as an ASCII JSON list, exact for nulls and lone surrogates."""
     return json.dumps(turns)
 
 
@@ -147,11 +139,7 @@ def read_pairs(path: Path) -> pd.DataFrame:
 
 
 def read_truth(eda_dir: Path, ids: pd.Series) -> np.ndarray | None:
-    """Read the true probabilities of demo battles.
-
-    Args:
-        eda_dir: run folder of 01.
-        ids: (N,) battle ids.
+    """Read true probabilities from the run folder of 01.
 
     Returns:
         (N, C) float64 in the order of `ids`, or None for real battles.
@@ -182,12 +170,7 @@ def write_manifest(folder: Path) -> Path:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Compare a folder with its manifest.
-
-    Returns:
-        The first file that is missing or changed, with what was expected and found; None if
-        there is none.
-    """
+    """Compare a folder with its manifest; describe the first missing or changed file, if any."""
     try:
         manifest = read_json(folder / _MANIFEST)
     except FileNotFoundError:
@@ -290,8 +273,8 @@ def write_run(
     """Write `config.json`, `oof.parquet`, then `metrics.json`, in this order.
 
     Args:
-        run_dir: the notebook's folder.
-        config: settings that 05 and 06 read back.
+        run_dir: the notebook's run folder.
+        config: settings, which 05 and 06 read.
         oof: id, fold, one float32 column per label; only held-out rows.
         metrics: from `make_metrics`.
     """
@@ -303,16 +286,13 @@ def write_run(
 
 
 def read_leaderboard(artifacts: Path) -> pd.DataFrame:
-    """Collect the scores of all completed runs.
-
-    Args:
-        artifacts: the folder of all run folders, searches included.
+    """Collect the scores of all completed runs below `artifacts`.
 
     Returns:
         One row per run, `LEADERBOARD_COLUMNS`: `run` is its folder relative to `artifacts`,
         `n_pairs` the number of held-out battles, losses are in nats per battle with a 95 %
-        interval, memory in MiB. What a run did not record is missing. Sorted by data, then by
-        loss: losses on different battles cannot be compared.
+        interval, memory in MiB. Sorted by data, then by loss: losses on different battles
+        cannot be compared.
     """
     artifacts = Path(artifacts)
     rows = []

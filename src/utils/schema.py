@@ -30,39 +30,23 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def clean_text(turn: str | None) -> str:
-    """Make a turn valid Unicode: None is empty, lone surrogates become U+FFFD.
-
-    Example:
-        None -> ""; "hi \\ud83d" -> "hi \\ufffd"
-    """
-    if not turn or turn.isascii():  # most turns are, and asking costs nothing
+    """Make a turn valid Unicode: None is empty, lone surrogates become U+FFFD."""
+    if not turn or turn.isascii():
         return turn or ""
     return _LONE_SURROGATE.sub("\ufffd", turn)
 
 
 def join_turns(turns: Turns, separator: str = "\n") -> str:
-    """Join the cleaned turns of a text.
-
-    Example:
-        ("hi", None, "bye") -> "hi\\n\\nbye"
-    """
+    """Clean the turns of a text and join them."""
     return separator.join(map(clean_text, turns))
 
 
 def check_pairs(pairs: pd.DataFrame, columns: tuple[str, ...] = PAIR_COLUMNS) -> pd.DataFrame:
-    """Check that a table holds valid battles.
-
-    Args:
-        pairs: one row per battle; `prompt`, `response_a`, `response_b` hold tuples of
-            turns; `label`, where required, is 0 (A), 1 (B) or 2 (tie).
-        columns: required columns, e.g. `LABELLED_COLUMNS`.
-
-    Returns:
-        The same table, unchanged.
+    """Check a table with one battle per row, and return it.
 
     Raises:
-        ValueError: a column is missing, a text is not a tuple of turns, or a label is
-            outside 0..2; the message names the column, the id and what was found.
+        ValueError: a column is missing, a text is not a tuple of turns, or a label, where
+            required, is outside 0..2; the message names column, id and what was found.
     """
     missing = [name for name in columns if name not in pairs.columns]
     if missing:
@@ -93,15 +77,12 @@ def _is_turns(value: object) -> bool:
 def check_probs(
     probs: np.ndarray, n_pairs: int | None = None, tolerance: float = 1e-4
 ) -> np.ndarray:
-    """Check that an array holds probabilities.
+    """Check an (N, C) array of probabilities, and return it.
 
     Args:
-        probs: (N, C) float, columns in `LABELS` order.
+        probs: columns in `LABELS` order.
         n_pairs: N, where it is known.
         tolerance: largest deviation of a row's sum from 1.
-
-    Returns:
-        The same array, unchanged.
 
     Raises:
         ValueError: wrong shape, a value outside [0, 1] or not finite, or a row that does
@@ -122,12 +103,7 @@ def check_probs(
 
 
 def probs_table(ids: pd.Series | np.ndarray, probs: np.ndarray, **columns: object) -> pd.DataFrame:
-    """Make a table of probabilities.
-
-    Args:
-        ids: (N,) battle ids.
-        probs: (N, C) float, rows sum to 1.
-        **columns: more columns, placed after `id`, e.g. `fold=folds`.
+    """Make a table of N ids, more columns (e.g. `fold=folds`), and (N, C) probabilities.
 
     Returns:
         id, the given columns, one float32 column per label.
@@ -144,11 +120,7 @@ def probs_of(table: pd.DataFrame) -> np.ndarray:
 
 
 def swap_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Exchange A and B in every battle: answers, model names and the vote, where they are there.
-
-    Returns:
-        A new table, same rows and column order; swapping twice restores the first.
-    """
+    """Exchange A and B in every battle: answers and, if present, model names and votes."""
     to_b = {"response_a": "response_b", "model_a": "model_b"}
     to_a = {b: a for a, b in to_b.items()}
     swapped = pairs.rename(columns=to_b | to_a)[list(pairs.columns)]
@@ -158,20 +130,12 @@ def swap_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def swap_labels(labels: np.ndarray) -> np.ndarray:
-    """Exchange A wins and B wins: (N,) int in 0..2 -> (N,) int of the same dtype.
-
-    Example:
-        [0, 1, 2] -> [1, 0, 2]
-    """
+    """Exchange A wins and B wins: (N,) int in 0..2 -> (N,) int of the same dtype."""
     return np.array(SWAPPED_LABELS, dtype=labels.dtype)[labels]
 
 
 def swap_probs(probs: np.ndarray) -> np.ndarray:
-    """Exchange the columns of A and B: (N, C) -> (N, C).
-
-    Example:
-        [[.7, .2, .1]] -> [[.2, .7, .1]]
-    """
+    """Exchange the columns of A and B: (N, C) -> (N, C), an array or a tensor."""
     return probs[:, SWAPPED_LABELS]
 
 
@@ -188,9 +152,6 @@ def average_over_swap(probs: np.ndarray, probs_swapped: np.ndarray) -> np.ndarra
 
     Raises:
         ValueError: shapes differ, or a row does not sum to 1 within 1e-4.
-
-    Example:
-        [[.7, .2, .1]] and [[.3, .6, .1]] -> [[.65, .25, .1]]
 
     Source: Wang et al. 2023, arXiv:2305.17926, balanced position calibration.
     """
