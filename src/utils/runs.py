@@ -82,12 +82,7 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not JSON; the file is named.
-    """
+    """Read JSON; a file that holds something else is named in a ValueError."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -245,10 +240,10 @@ def make_metrics(
 
     Args:
         scores: at least `log_loss` (nats per battle) and `accuracy` (share).
-        n_pairs: number of held-out battles that were scored.
+        n_pairs: number of held-out battles.
         seconds: wall clock of the run.
         data_hash: `hash_pairs` of the battles.
-        config: the run's settings, which are hashed.
+        config: the run's settings.
 
     Raises:
         KeyError: `log_loss` or `accuracy` is missing.
@@ -272,11 +267,8 @@ def write_run(
 ) -> None:
     """Write `config.json`, `oof.parquet`, then `metrics.json`, in this order.
 
-    Args:
-        run_dir: the notebook's run folder.
-        config: settings, which 05 and 06 read.
-        oof: id, fold, one float32 column per label; only held-out rows.
-        metrics: from `make_metrics`.
+    `oof` has id, fold, one float32 column per label, and only held-out rows; `metrics` are
+    those of `make_metrics`.
     """
     assert list(oof.columns) == ["id", "fold", *LABELS], f"oof: got columns {list(oof.columns)}"
     (run_dir / "metrics.json").unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from src.utils.runs import encode_turns, write_json, write_table
-from src.utils.schema import A_WINS, B_WINS, LABELS, TEXTS, TIE, Turns, join_turns
+from src.utils.schema import A_WINS, B_WINS, LABELS, MODELS, TEXTS, TIE, Turns, join_turns
 
 TOPICS = {
     "cooking": "oven flour butter garlic onion simmer roast dough yeast basil pepper skillet "
@@ -264,7 +264,7 @@ def make_battles(n_battles: int, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
             asked.append(writer.write_prompt())
         rows.append(_make_battle(writer, rng, *asked[-1]))
     probs = np.array([true_probs(*row[2:]) for row in rows]).reshape(-1, len(LABELS))
-    battles = pd.DataFrame(rows, columns=["model_a", "model_b", *TEXTS])
+    battles = pd.DataFrame(rows, columns=[*MODELS, *TEXTS])
     battles["label"] = (rng.random((n_battles, 1)) > probs.cumsum(axis=1)[:, :-1]).sum(axis=1)
     battles.insert(0, "id", rng.permutation(np.arange(10**5, 10**5 + 10 * n_battles))[:n_battles])
     return battles, probs
@@ -279,21 +279,12 @@ def _make_battle(writer: _Writer, rng: np.random.Generator, topic: str, prompt: 
     return first.name, second.name, prompt, a, b
 
 
-def make_arena(
-    folder: Path, n_battles: int = 12_000, n_test: int = 600, seed: int = 20240501
-) -> Path:
-    """Write an arena in the competition's layout, and its true probabilities.
+def make_arena(folder: Path, n_battles: int, n_test: int, seed: int) -> Path:
+    """Write an arena in the competition's layout, and its truth, into a folder; returns it.
 
-    Args:
-        folder: gets `train.csv`, `test.csv`, `sample_submission.csv`, `truth.parquet` (id and
-            true probabilities of train and test rows), `votes_test.parquet` (labels of the
-            test rows) and `effects.json` (the effects in use).
-        n_battles: training rows.
-        n_test: test rows.
-        seed: the same seed gives the same bytes.
-
-    Returns:
-        The folder.
+    The files are `train.csv`, `test.csv`, `sample_submission.csv`, `truth.parquet` (id and true
+    probabilities of train and test rows), `votes_test.parquet` (labels of the test rows) and
+    `effects.json`. The same seed gives the same bytes.
     """
     battles, probs = make_battles(n_battles + n_test, seed)
     # As the competition does: slashes are escaped.
@@ -302,7 +293,7 @@ def make_arena(
     )
     for index, name in enumerate(LABELS):
         encoded[name] = (battles["label"] == index).astype(int)
-    train, test = encoded[:n_battles], encoded[n_battles:]
+    test = encoded[n_battles:]
     third = dict.fromkeys(LABELS, 1 / len(LABELS))
     write_table(folder / "test.csv", test[["id", *TEXTS]])
     write_table(folder / "sample_submission.csv", test[["id"]].assign(**third))
@@ -313,5 +304,6 @@ def make_arena(
     planted = {"effects": asdict(EFFECTS), "expected_oracle_log_loss": entropy, "seed": seed}
     write_json(folder / "effects.json", planted)
     # Last: its existence means that the arena is complete.
-    write_table(folder / "train.csv", train[["id", "model_a", "model_b", *TEXTS, *LABELS]])
+    columns = ["id", *MODELS, *TEXTS, *LABELS]
+    write_table(folder / "train.csv", encoded.loc[: n_battles - 1, columns])
     return folder

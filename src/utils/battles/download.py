@@ -67,16 +67,11 @@ SOURCES: Mapping[str, Downloader] = {
 def download(folder: Path, sources: Mapping[str, Downloader] = SOURCES) -> str:
     """Download the battles from the first source that works, completely or not at all.
 
-    Args:
-        folder: gets the tables; a `train` table that is already there is kept.
-        sources: name -> function that downloads into a folder.
-
     Returns:
-        The name of the source; empty if the training table was already there.
+        The name of the source; empty if the folder already has a training table.
 
     Raises:
-        ConnectionError: no source gave a training table; the message has the reasons and
-            what to do by hand.
+        ConnectionError: no source worked; the message has the reasons and what to do by hand.
     """
     if paths.find_table(folder, "train"):
         return ""

@@ -42,18 +42,11 @@ _CHECKS = {
 
 
 def decode_turns(cell: Any) -> tuple[Turns, str | None]:
-    """Decode one text cell.
-
-    Args:
-        cell: a JSON list of strings and nulls; a Python list or array is taken as it is.
+    """Decode one text cell: a JSON list of strings and nulls, or already a list or array.
 
     Returns:
         The turns; and None, or what was expected where the cell was something else and is
         therefore kept as a single turn.
-
-    Example:
-        '["hi", null]' -> (("hi", None), None)
-        'hi'           -> (("hi",), "a JSON list of strings and nulls")
     """
     if isinstance(cell, str):
         try:
@@ -73,8 +66,8 @@ def decode_turns(cell: Any) -> tuple[Turns, str | None]:
 def read_table(path: Path) -> pd.DataFrame:
     """Read a `.csv`, `.csv.gz` or `.parquet` file without interpreting its cells.
 
-    Nothing counts as missing ("NA" and "null" are possible answers), and bytes that are not
-    UTF-8 become lone surrogates.
+    Nothing counts as missing ("NA" and "null" are possible answers); bytes that are not UTF-8
+    become lone surrogates.
 
     Raises:
         ValueError: the file cannot be read as a table; it is named.
@@ -94,10 +87,10 @@ def read_table(path: Path) -> pd.DataFrame:
 def load_pairs(
     paths: Sequence[Path] | Path, labelled: bool = True
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read battles from one or several files.
+    """Read battles from one or several files in the competition's layout.
 
     Args:
-        paths: `.csv`, `.csv.gz` or `.parquet` files in the competition's layout.
+        paths: `.csv`, `.csv.gz` or `.parquet` files.
         labelled: True for training rows, which have votes and (mostly) model names.
 
     Returns:
@@ -194,20 +187,14 @@ def add_groups_and_folds(
     """Assign every battle to a group and to the fold that holds it out.
 
     Battles whose prompts begin alike (whatever the case and spacing) share a group: repeated
-    prompts, duplicates and mirrored duplicates. A fold holds complete groups and about the
-    same shares of the labels as the others. Folds depend on ids and texts alone, not on row
-    order or machine.
-
-    Args:
-        pairs: `schema.LABELLED_COLUMNS`.
-        n_folds: number of folds, 2 or more.
-        seed: for shuffling.
+    prompts, duplicates and mirrored duplicates. Folds hold complete groups and about the same
+    shares of the labels; they depend on ids and texts alone, not on row order or machine.
 
     Returns:
         The same rows with `group` (int64, a hash of the prompt) and `fold` (int8, from 0).
 
     Raises:
-        ValueError: fewer than two folds are asked for.
+        ValueError: `n_folds` is less than 2.
     """
     if n_folds < 2:
         raise ValueError(f"n_folds: expected 2 or more, got {n_folds}")
@@ -219,7 +206,7 @@ def add_groups_and_folds(
 
 
 def hash_prompt(turns: Turns) -> int:
-    """Hash a prompt to its group: equal if prompts begin alike, whatever the case and spacing."""
+    """Hash a prompt to its group, an int of 63 bits."""
     # The first turn decides: a conversation and its first question alone are one prompt.
     normalised = (re.sub(r"\s+", " ", turn or "").strip().casefold() for turn in turns)
     key = next(filter(None, normalised), "")
@@ -241,28 +228,24 @@ def _split(labels: np.ndarray, groups: np.ndarray, n_folds: int, seed: int) -> n
 
 
 def describe_health(pairs: pd.DataFrame, problems: pd.DataFrame) -> pd.DataFrame:
-    """Count what is unusual about the battles.
-
-    Args:
-        pairs: `schema.FROZEN_COLUMNS`.
-        problems: from `load_pairs`.
+    """Count what is unusual about the battles; `problems` are those of `load_pairs`.
 
     Returns:
         One row per check: check, count (battles), share, meaning.
     """
     texts = list(zip(*(pairs[name] for name in TEXTS), strict=True))
-    # The same for a battle and its mirror image; the vote as the turns that won.
-    unordered = pd.Series([hash((prompt, frozenset((a, b)))) for prompt, a, b in texts])
-    winners = [
-        hash((a, b, "tie")[label]) for (_, a, b), label in zip(texts, pairs["label"], strict=True)
-    ]
-    is_repeated = unordered.duplicated(keep=False)
-    votes_differ = pd.Series(winners).groupby(unordered).transform("nunique") > 1
     ordered = pd.Series(list(map(hash, texts)))
+    # The same for a battle and its mirror image, and so is the vote: the answer that won.
+    unordered = pd.Series([hash((prompt, frozenset((a, b)))) for prompt, a, b in texts])
+    winners = []
+    for (_, a, b), label in zip(texts, pairs["label"], strict=True):
+        winners.append(hash((a, b, "tie")[label]))
+    votes_differ = pd.Series(winners).groupby(unordered).transform("nunique") > 1
+    is_mirrored = unordered.duplicated(keep=False) & ~ordered.duplicated(keep=False)
     counts = pd.DataFrame([_find_oddities(*row) for row in texts]).sum().to_dict() | {
         "text that is not a JSON list": problems["id"].nunique(),
         "exact duplicate": ordered.duplicated().sum(),
-        "mirrored duplicate": (is_repeated & ~ordered.duplicated(keep=False)).sum(),
+        "mirrored duplicate": is_mirrored.sum(),
         "duplicate with another vote": votes_differ.sum(),
         "prompt seen before": pairs["group"].duplicated().sum(),
     }

@@ -1,13 +1,8 @@
 """Count what can be counted in an answer: length, punctuation, markdown, refusals, overlap.
 
-`measure_style` gives raw columns for both answers, `style_differences` turns them into
-features that change sign when A and B are exchanged, `style_shared` into features that do
-not change.
-
-Characters are counted by the class of their UTF-8 bytes, with C speed on any text.
+Characters are counted by the class of their UTF-8 bytes, which is fast on any text.
 """
 
-import hashlib
 import re
 import string
 from collections.abc import Iterable, Sequence
@@ -19,7 +14,6 @@ import numpy as np
 import pandas as pd
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from src.utils.runs import write_table
 from src.utils.schema import TEXTS, Turns, join_turns
 
 
@@ -120,14 +114,14 @@ _LEAD_BYTES = {
 }
 _BYTES: dict[str, Iterable[int]] = {
     "other": range(256),  # what no later class takes
-    "newline": b"\n",
+    "n_lines": b"\n",
     "lower": string.ascii_lowercase.encode(),
     "upper": string.ascii_uppercase.encode(),
     "digit": string.digits.encode(),
-    "mark": string.punctuation.encode(),
-    "comma": b",",
-    "question": b"?",
-    "exclamation": b"!",
+    "other_mark": string.punctuation.encode(),
+    "n_commas": b",",
+    "n_question_marks": b"?",
+    "n_exclamation_marks": b"!",
     "continuation": range(0x80, 0xC0),
     **_LEAD_BYTES,
 }
@@ -164,6 +158,13 @@ _COUNTS = (
     "n_words n_sentences n_turns_empty n_list_items n_headers n_bold n_code_blocks n_inline_code "
     "n_table_rows n_urls n_hedges lexical_diversity is_refusal has_disclaimer has_apology"
 ).split()
+_SLICES = {
+    "length": ("about equal", "up to twice", "more than twice"),
+    "turns": ("one", "several"),
+    "language": SCRIPTS,
+    "code": ("none", "some"),
+    "refusal": ("none", "one answer", "both answers"),
+}
 _OVERLAPS = ["prompt_overlap", "prompt_overlap_first", "prompt_overlap_last"]
 
 
@@ -287,15 +288,12 @@ def _answer_columns(rows: list[list[float]], side: str) -> dict[str, np.ndarray]
     n_chars = n_bytes - columns["continuation"]
     n_non_ascii = sum(columns[name] for name in _LEAD_BYTES)
     n_letters = columns["lower"] + columns["upper"]
-    n_marks = sum(columns[name] for name in ("mark", "comma", "question", "exclamation"))
+    n_marks = columns["other_mark"] + columns["n_commas"]
+    n_marks += columns["n_question_marks"] + columns["n_exclamation_marks"]
     n_in_words = n_letters + columns["digit"] + n_non_ascii
     columns |= {
         "n_chars": n_chars,
-        "n_lines": columns["newline"],
         "n_punctuation": n_marks,
-        "n_commas": columns["comma"],
-        "n_question_marks": columns["question"],
-        "n_exclamation_marks": columns["exclamation"],
         "punctuation_per_char": n_marks / np.maximum(n_chars, 1),
         "share_digits": columns["digit"] / np.maximum(n_chars, 1),
         "share_uppercase": columns["upper"] / np.maximum(n_letters, 1),
@@ -318,16 +316,10 @@ def measure_style(pairs: pd.DataFrame) -> pd.DataFrame:
     Punctuation is that of ASCII; capitals are counted among ASCII letters; a Chinese or
     Japanese character counts as a word. Turns are joined by line breaks.
 
-    Args:
-        pairs: N battles with `prompt`, `response_a`, `response_b` as tuples of turns.
-
     Returns:
         N rows with the index of `pairs`, no missing value. For each name of
         `STYLE_FEATURES` two float32 columns `<name>_a` and `<name>_b`; for each name of
         `PAIR_FEATURES` one float32 column; and `script_prompt`, a category of `SCRIPTS`.
-
-    Example:
-        prompt ("Hi",), answers ("Hello!",) and ("I cannot.",): n_words_a is 1, is_refusal_b is 1.
     """
     # Texts repeat close together (the same prompt, mirrored rows), so a small cache is enough.
     read_answer = lru_cache(4096)(_read_answer)
@@ -347,28 +339,6 @@ def measure_style(pairs: pd.DataFrame) -> pd.DataFrame:
     columns |= dict(zip(PAIR_FEATURES, shared[:-1], strict=True))
     scripts = pd.Categorical.from_codes(shared[-1].astype(np.int8), list(SCRIPTS))
     return pd.DataFrame({**columns, "script_prompt": scripts}, index=pairs.index)
-
-
-def load_or_measure_style(pairs: pd.DataFrame, path: Path, data_hash: str) -> pd.DataFrame:
-    """Read `measure_style` back from a file while battles and this module are unchanged.
-
-    Args:
-        pairs: N battles.
-        path: a `.parquet` file, written if it is missing or out of date.
-        data_hash: identifies the battles and their order, e.g. `runs.hash_pairs`.
-
-    Returns:
-        As `measure_style`.
-    """
-    key = data_hash + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    if path.exists():
-        style = pd.read_parquet(path)
-        if style.attrs.get("key") == key:
-            return style.set_index(pairs.index)
-    style = measure_style(pairs)
-    style.attrs["key"] = key  # pandas keeps attributes in the file
-    write_table(path, style)
-    return style
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -392,14 +362,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def count_tokens(pairs: pd.DataFrame, tokenizer: Tokenizer | None = None) -> np.ndarray:
-    """Count the tokens of each battle's prompt and answers, without template or special tokens.
+    """Count the tokens of each battle's texts, without template or special tokens: (N,) int64.
 
-    Args:
-        pairs: N battles with texts as tuples of turns.
-        tokenizer: None estimates one token per four characters.
-
-    Returns:
-        (N,) int64.
+    Without a tokenizer, four characters are estimated to be one token.
     """
     counts = np.zeros(len(pairs), dtype=np.int64)
     for name in TEXTS:
@@ -418,10 +383,7 @@ def _scaled(values: pd.Series, kind: str) -> np.ndarray:
 
 
 def style_differences(style: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
-    """Compare the two answers: features that change sign when A and B are exchanged.
-
-    Args:
-        style: from `measure_style`, N rows.
+    """Compare the answers of `measure_style`: features that change sign if A and B are exchanged.
 
     Returns:
         (N, F) float64 and the F names of `STYLE_FEATURES`: log((1 + a) / (1 + b)) for
@@ -434,15 +396,7 @@ def style_differences(style: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
 
 
 def density_differences(style: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
-    """Compare counts per character.
-
-    Args:
-        style: from `measure_style`, N rows.
-        names: F names of `STYLE_FEATURES` that are counts.
-
-    Returns:
-        (N, F) float64, count per character in A minus that in B.
-    """
+    """Compare F counts per character: (N, F) float64, that of A minus that of B."""
     density = {}
     for side in "ab":
         counts = style[[f"{name}_{side}" for name in names]].to_numpy(dtype=np.float64)
@@ -452,10 +406,7 @@ def density_differences(style: pd.DataFrame, names: Sequence[str]) -> np.ndarray
 
 
 def style_shared(style: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
-    """Describe the battle: features that stay the same when A and B are exchanged.
-
-    Args:
-        style: from `measure_style`, N rows.
+    """Describe the battles of `measure_style`: features that no exchange of A and B changes.
 
     Returns:
         (N, G) float64 and G names: those of `PAIR_FEATURES` (log(1 + n) for counts), one
@@ -474,10 +425,7 @@ def style_shared(style: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
 
 
 def slice_battles(style: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Slice the battles by simple visible properties: length ratio, turns, language, code, refusal.
-
-    Args:
-        style: from `measure_style`, N rows.
+    """Slice the battles of `measure_style` by what is easily seen: length ratio, language, ….
 
     Returns:
         "kind: value" -> (N,) bool. Each battle is in exactly one slice of each kind, and in
@@ -486,18 +434,15 @@ def slice_battles(style: pd.DataFrame) -> dict[str, np.ndarray]:
     gap = np.abs(_scaled(style["n_chars_a"], "count") - _scaled(style["n_chars_b"], "count"))
     n_code = style["has_code_prompt"] + style["n_code_blocks_a"] + style["n_code_blocks_b"]
     n_refusals = style["is_refusal_a"] + style["is_refusal_b"]
-    kinds = {
-        "length": (
-            np.digitize(gap, np.log([1.25, 2])),
-            ("about equal", "up to twice", "more than twice"),
-        ),
-        "turns": (style["n_turns"].to_numpy() > 1, ("one", "several")),
-        "language": (style["script_prompt"].cat.codes.to_numpy(), SCRIPTS),
-        "code": (n_code.to_numpy() > 0, ("none", "some")),
-        "refusal": (n_refusals.to_numpy(), ("none", "one answer", "both answers")),
+    codes = {
+        "length": np.digitize(gap, np.log([1.25, 2])),
+        "turns": style["n_turns"] > 1,
+        "language": style["script_prompt"].cat.codes,
+        "code": n_code > 0,
+        "refusal": n_refusals,
     }
     slices = {}
-    for kind, (codes, values) in kinds.items():
+    for kind, values in _SLICES.items():
         for code, value in enumerate(values):
-            slices[f"{kind}: {value}"] = codes == code
+            slices[f"{kind}: {value}"] = np.asarray(codes[kind]) == code
     return slices

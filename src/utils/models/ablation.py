@@ -38,13 +38,7 @@ def ablate(
 ) -> pd.DataFrame:
     """Fit the text member without each family of features in turn, on held-out folds.
 
-    Args:
-        pairs: N battles, `schema.FROZEN_COLUMNS`.
-        features: of `pairs`.
-        config: `ridge`, `n_bootstrap` and `seed` are used.
-        max_pairs: maximum number of battles; complete groups are drawn, and time grows with
-            the cube.
-        seed: for drawing them.
+    At most `max_pairs` battles are used, in complete groups: time grows with their cube.
 
     Returns:
         One row per family, the most valuable first: family, of ("A against B" or "tie"),

@@ -19,7 +19,6 @@ learn from both orders of every battle and predict the mean of both.
 Source: Davidson 1970, JASA 65(329):317-328, doi:10.1080/01621459.1970.10481082.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,19 +109,9 @@ class Features:
         texts = {name: block[rows] for name, block in self.texts.items()}
         return Features(self.differences[rows], self.shared[rows], texts)
 
-    def swap(self) -> "Features":
-        """Exchange A and B in every battle."""
-        texts = {name: -block for name, block in self.texts.items()}
-        return Features(-self.differences, self.shared, texts)
-
 
 def measure_features(pairs: pd.DataFrame, config: BaselineConfig) -> Features:
-    """Measure battles once for all members.
-
-    Args:
-        pairs: N battles with `prompt`, `response_a`, `response_b` as tuples of turns.
-        config: `n_hashed` is the width of each text block.
-    """
+    """Measure battles for all members; `n_hashed` of the settings is the width of a text block."""
     style = measure_style(pairs)
     shared, names = style_shared(style)
     # Most means of the two answers add noise to the odds of a tie, and no signal.
@@ -170,9 +159,8 @@ def measure_units(features: Features) -> Units:
     """Measure the scale of training features; none of it changes under the swap.
 
     Returns:
-        "differences" (F,), root mean square (without subtracting a mean, which would break
-        the symmetry); "shared_mean" and "shared_std" (G,); per text block, the root mean
-        square length of a row, ().
+        "differences" (F,), root mean square about zero; "shared_mean" and "shared_std" (G,);
+        for each text block, the root mean square length of its rows, ().
     """
     units = {
         "differences": np.sqrt((features.differences**2).mean(axis=0)),
@@ -217,11 +205,7 @@ class Blocks:
 
 
 def linear_inputs(features: Features, units: Units, prior: Prior) -> tuple[Blocks, Blocks]:
-    """Scale what a linear member reads to units of its prior standard deviation.
-
-    Returns:
-        The blocks that change sign under the swap, and those that do not.
-    """
+    """Scale what a linear member reads: what changes sign under the swap, and what does not."""
     style = _cut(features.differences / units["differences"])
     shared = _cut((features.shared - units["shared_mean"]) / units["shared_std"])
     signed: list = [(style, style_scales(prior))]
@@ -262,7 +246,7 @@ class Davidson:
 
 
 def davidson_probs(utility: np.ndarray, tie: np.ndarray) -> np.ndarray:
-    """Davidson's probabilities of a log-odds of A against B and a logit of a tie: (N,) -> (N, C)."""
+    """Davidson's model: log-odds of A against B and logit of a tie, (N,) each -> (N, C)."""
     logits = np.empty((len(utility), len(LABELS)))
     logits[:, A_WINS] = utility / 2
     logits[:, B_WINS] = -utility / 2
@@ -274,13 +258,10 @@ def fit_davidson(differences: Blocks, shared: Blocks, labels: np.ndarray, ridge:
     """Maximise the likelihood under a Gaussian prior of variance 1 / ridge on every weight.
 
     Args:
-        differences: (N, D) float, changes sign under the swap.
-        shared: (N, G) float, unchanged under the swap.
+        differences: (N, D), changes sign under the swap.
+        shared: (N, G), unchanged under the swap.
         labels: (N,) int in 0..2.
         ridge: precision of the prior; the intercept is free.
-
-    Returns:
-        The model; the problem is convex, so it does not depend on the starting point.
     """
     n_differences = differences.width
     votes = np.eye(len(LABELS))[labels]
@@ -305,12 +286,14 @@ def fit_davidson(differences: Blocks, shared: Blocks, labels: np.ndarray, ridge:
     return Davidson(w.astype(np.float32), v.astype(np.float32), float(intercept[0]))
 
 
-def _tree_inputs(features: Features) -> np.ndarray:
-    return np.hstack([features.differences, features.shared])
+def _tree_inputs(features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Style features of the battles and of their mirror images."""
+    forward = np.hstack([features.differences, features.shared])
+    return forward, np.hstack([-features.differences, features.shared])
 
 
 def _fit_trees(features: Features, labels: np.ndarray, config: BaselineConfig) -> lgb.Booster:
-    inputs = np.vstack([_tree_inputs(features), _tree_inputs(features.swap())])
+    inputs = np.vstack(_tree_inputs(features))
     votes = np.concatenate([labels, swap_labels(labels)])
     settings = _TREES | {"learning_rate": config.learning_rate, "seed": config.seed}
     n_rounds = max(min(config.n_trees, len(labels) // _BATTLES_PER_TREE), 1)
@@ -330,9 +313,8 @@ class Ensemble:
         probs = {}
         for name, model in self.linear.items():
             probs[name] = model.predict(*linear_inputs(features, self.units, LINEAR_MEMBERS[name]))
-        forward = self.trees.predict(_tree_inputs(features), num_threads=1)
-        backward = self.trees.predict(_tree_inputs(features.swap()), num_threads=1)
-        return probs | {"trees": average_over_swap(forward, backward)}
+        both = [self.trees.predict(inputs, num_threads=1) for inputs in _tree_inputs(features)]
+        return probs | {"trees": average_over_swap(*both)}
 
 
 def fit_ensemble(features: Features, labels: np.ndarray, config: BaselineConfig) -> Ensemble:
@@ -354,11 +336,7 @@ class Baseline:
     blend: Blend
 
     def predict_probs(self, pairs: pd.DataFrame, n_at_once: int = 4096) -> np.ndarray:
-        """Predict how people vote.
-
-        Args:
-            pairs: N battles with `prompt`, `response_a`, `response_b` as tuples of turns.
-            n_at_once: battles that are predicted together, which bounds memory.
+        """Predict how people vote on N battles, `n_at_once` at a time to limit memory.
 
         Returns:
             (N, C) float64, rows sum to 1, columns in `schema.LABELS` order; exchanging A and
@@ -379,81 +357,44 @@ class Baseline:
             One row per feature: name, caption, effect in log-odds of A against B when A has one
             standard deviation more of it, all else equal; largest first.
         """
-        table = pd.DataFrame(STYLE_FEATURES.values(), columns=["kind", "caption"])
+        captions = [feature.caption for feature in STYLE_FEATURES.values()]
+        table = pd.DataFrame({"name": list(STYLE_FEATURES), "caption": captions})
         scales = style_scales(LINEAR_MEMBERS["style"])
         table["effect"] = self.ensemble.linear["style"].differences * scales
-        table.insert(0, "name", list(STYLE_FEATURES))
-        table = table.sort_values("effect", key=np.abs, ascending=False, ignore_index=True)
-        return table.drop(columns="kind")
+        return table.sort_values("effect", key=np.abs, ascending=False, ignore_index=True)
 
 
 def cross_fit(
     pairs: pd.DataFrame, config: BaselineConfig, features: Features
 ) -> dict[str, np.ndarray]:
-    """Predict every battle with members that were fitted to the other folds.
-
-    Args:
-        pairs: N battles, `schema.FROZEN_COLUMNS`.
-        config: settings.
-        features: of `pairs`.
+    """Predict N battles (`schema.FROZEN_COLUMNS`), each with members fitted to the other folds.
 
     Returns:
         Member -> (N, C) float64; rows sum to 1.
 
     Raises:
-        ValueError: fewer than two folds.
+        ValueError: a column is missing, or there are fewer than two folds.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
+    folds = pairs["fold"].to_numpy()
+    if len(np.unique(folds)) < 2:
+        raise ValueError(
+            f"pairs: expected two folds or more in column fold, got {np.unique(folds)}"
+        )
     labels = pairs["label"].to_numpy(dtype=int)
     probs = {name: np.empty((len(pairs), len(LABELS))) for name in (*LINEAR_MEMBERS, "trees")}
-    for held_out in tqdm(list(_held_out_rows(pairs)), desc="baseline", unit="fold"):
+    for fold in tqdm(np.unique(folds), desc="baseline", unit="fold"):
+        held_out = folds == fold
         ensemble = fit_ensemble(features.take(~held_out), labels[~held_out], config)
         for name, predicted in ensemble.predict(features.take(held_out)).items():
             probs[name][held_out] = predicted
     return probs
 
 
-def blend_folds(pairs: pd.DataFrame, members: dict[str, np.ndarray]) -> np.ndarray:
-    """Blend out-of-fold predictions: each fold with a blend fitted to the other folds.
-
-    Args:
-        pairs: N battles, `schema.FROZEN_COLUMNS`.
-        members: from `cross_fit`.
-
-    Returns:
-        (N, C) float64, rows sum to 1.
-    """
-    labels = pairs["label"].to_numpy(dtype=int)
-    blended = np.empty((len(pairs), len(LABELS)))
-    for held_out in _held_out_rows(pairs):
-        others = {name: probs[~held_out] for name, probs in members.items()}
-        blend = fit_blend(others, labels[~held_out])
-        blended[held_out] = apply_blend(
-            blend, {name: probs[held_out] for name, probs in members.items()}
-        )
-    return blended
-
-
-def _held_out_rows(pairs: pd.DataFrame) -> Iterator[np.ndarray]:
-    folds = np.unique(pairs["fold"])
-    if len(folds) < 2:
-        raise ValueError(f"pairs: expected two folds or more in column fold, got {folds.tolist()}")
-    for fold in folds:
-        yield (pairs["fold"] == fold).to_numpy()
-
-
 def fit_baseline(
     pairs: pd.DataFrame, config: BaselineConfig, features: Features, members: dict[str, np.ndarray]
 ) -> Baseline:
-    """Fit the members to all battles, and their blend to held-out predictions.
-
-    Args:
-        pairs: N battles, `schema.FROZEN_COLUMNS`.
-        config: settings.
-        features: of `pairs`.
-        members: from `cross_fit`.
-    """
-    check_pairs(pairs, FROZEN_COLUMNS)
+    """Fit the members to all battles, and their blend to the held-out ones of `cross_fit`."""
     labels = pairs["label"].to_numpy(dtype=int)
     return Baseline(config, fit_ensemble(features, labels, config), fit_blend(members, labels))
 
@@ -474,11 +415,7 @@ def save_baseline(baseline: Baseline, folder: Path) -> None:
 
 
 def load_baseline(folder: Path) -> Baseline:
-    """Read what `save_baseline` wrote.
-
-    Raises:
-        FileNotFoundError: a file is missing; it is named.
-    """
+    """Read what `save_baseline` wrote; a missing file is named in a FileNotFoundError."""
     folder = Path(folder)
     content = read_json(folder / "baseline.json")
     members: dict[str, dict[str, np.ndarray]] = {}
