@@ -41,8 +41,10 @@ def download_from_kaggle(folder: Path) -> None:
 def download_with_cli(folder: Path) -> None:
     """Download the same with the kaggle command, which supports other ways to sign in."""
     program = Path(sys.executable).with_name("kaggle")
-    command = [program, "competitions", "download", "-c", COMPETITION, "-p", folder, "--quiet"]
-    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    options = f"competitions download -c {COMPETITION} --quiet -p".split()
+    ran = subprocess.run(
+        [program, *options, folder], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     output = (ran.stdout + ran.stderr).strip()
     if "Authentication required" in output:
         raise PermissionError("nobody is signed in (kaggle auth login)")

@@ -337,7 +337,7 @@ def measure_style(pairs: pd.DataFrame) -> pd.DataFrame:
     shared = np.array(pair_rows, dtype=np.float32).reshape(-1, len(PAIR_FEATURES) + 1).T
     columns = _answer_columns(rows_a, "a") | _answer_columns(rows_b, "b")
     columns |= dict(zip(PAIR_FEATURES, shared[:-1], strict=True))
-    scripts = pd.Categorical.from_codes(shared[-1].astype(np.int8), list(SCRIPTS))
+    scripts = pd.Categorical.from_codes(shared[-1].astype(np.int8), pd.Index(SCRIPTS))
     return pd.DataFrame({**columns, "script_prompt": scripts}, index=pairs.index)
 
 

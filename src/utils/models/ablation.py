@@ -111,10 +111,10 @@ def _row_losses(roots: Kernels, pairs: pd.DataFrame, ridge: float) -> np.ndarray
     probs = np.empty((len(labels), len(LABELS)))
     for fold in np.unique(pairs["fold"]):
         held_out = (pairs["fold"] == fold).to_numpy()
-        fit_inputs = [_block(root[~held_out]) for root in roots.values()]
-        held_inputs = [_block(root[held_out]) for root in roots.values()]
-        model = baseline.fit_davidson(*fit_inputs, labels[~held_out], ridge)
-        probs[held_out] = model.predict(*held_inputs)
+        signed, unsigned = (_block(root[~held_out]) for root in roots.values())
+        model = baseline.fit_davidson(signed, unsigned, labels[~held_out], ridge)
+        signed, unsigned = (_block(root[held_out]) for root in roots.values())
+        probs[held_out] = model.predict(signed, unsigned)
     return row_losses(probs, labels)
 
 

@@ -279,9 +279,14 @@ def fit_davidson(differences: Blocks, shared: Blocks, labels: np.ndarray, ridge:
         return loss / len(labels), gradient / len(labels)
 
     start = np.zeros(n_differences + shared.width + 1)
-    options = {"maxiter": 200, "ftol": 1e-6, "gtol": 1e-5}
     with threadpool_limits(1):
-        best = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+        best = minimize(
+            objective,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": 200, "ftol": 1e-6, "gtol": 1e-5},
+        )
     w, v, intercept = np.split(best.x, [n_differences, len(best.x) - 1])
     return Davidson(w.astype(np.float32), v.astype(np.float32), float(intercept[0]))
 
@@ -392,9 +397,14 @@ def cross_fit(
 
 
 def fit_baseline(
-    pairs: pd.DataFrame, config: BaselineConfig, features: Features, members: dict[str, np.ndarray]
+    pairs: pd.DataFrame,
+    config: BaselineConfig,
+    features: Features | None = None,
+    members: dict[str, np.ndarray] | None = None,
 ) -> Baseline:
-    """Fit the members to all battles, and their blend to the held-out ones of `cross_fit`."""
+    """Fit the members to all battles, and their blend to `members` of `cross_fit`."""
+    features = measure_features(pairs, config) if features is None else features
+    members = cross_fit(pairs, config, features) if members is None else members
     labels = pairs["label"].to_numpy(dtype=int)
     return Baseline(config, fit_ensemble(features, labels, config), fit_blend(members, labels))
 
