@@ -151,8 +151,8 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, _new_hash).hexdigest()
 
 
-def _new_hash() -> Any:
-    return hashlib.blake2b(digest_size=8)
+def _new_hash(content: bytes = b"") -> Any:
+    return hashlib.blake2b(content, digest_size=8)
 
 
 def write_manifest(folder: Path) -> Path:
@@ -185,9 +185,7 @@ def _identify(path: Path) -> str:
 
 def hash_json(content: Any) -> str:
     """BLAKE2b of a JSON value whatever the order of its keys, 16 hex digits."""
-    digest = _new_hash()
-    digest.update(json.dumps(content, sort_keys=True).encode())
-    return digest.hexdigest()
+    return _new_hash(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def hash_pairs(pairs: pd.DataFrame) -> str:
@@ -244,9 +242,6 @@ def make_metrics(
         seconds: wall clock of the run.
         data_hash: `hash_pairs` of the battles.
         config: the run's settings.
-
-    Raises:
-        KeyError: `log_loss` or `accuracy` is missing.
     """
     return {
         **scores,

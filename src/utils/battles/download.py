@@ -1,7 +1,4 @@
-"""Download the competition's battles into `data/raw`, from Kaggle or from the hub's public copy.
-
-python -m src.utils.battles.download
-"""
+"""Download the competition's battles into `data/raw`: python -m src.utils.battles.download."""
 
 import os
 import subprocess
@@ -22,8 +19,6 @@ BY_HAND = f"""Download the battles by hand:
   2. unzip train.csv, test.csv and sample_submission.csv into {{folder}}
   or take train.csv from https://huggingface.co/datasets/{HUB_COPY}
 Then: make run PROFILE=full"""
-
-Downloader = Callable[[Path], None]
 
 
 def download_from_kaggle(folder: Path) -> None:
@@ -59,14 +54,14 @@ def download_from_hub(folder: Path) -> None:
     hf_hub_download(HUB_COPY, "train.csv", repo_type="dataset", local_dir=folder)
 
 
-SOURCES: Mapping[str, Downloader] = {
+SOURCES: Mapping[str, Callable[[Path], None]] = {
     "kagglehub": download_from_kaggle,
     "the kaggle command": download_with_cli,
     "the hub's public copy": download_from_hub,
 }
 
 
-def download(folder: Path, sources: Mapping[str, Downloader] = SOURCES) -> str:
+def download(folder: Path, sources: Mapping[str, Callable[[Path], None]] = SOURCES) -> str:
     """Download the battles from the first source that works, completely or not at all.
 
     Returns:
@@ -108,13 +103,12 @@ def _move_tables(staging: Path, folder: Path) -> None:
         )
     # Train last: its existence means that the others are there.
     for name in ("sample_submission.csv", "test.csv", "train.csv"):
-        file_found = next(staging.rglob(name), None)
-        if file_found:
+        for file_found in staging.rglob(name):
             os.replace(file_found, folder / name)
 
 
 def main() -> int:
-    """Download into `data/raw`; returns the exit code."""
+    """Download into `data/raw`, and return the exit code."""
     folder = paths.ROOT / "data" / "raw"
     try:
         source = download(folder)

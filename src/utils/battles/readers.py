@@ -109,7 +109,12 @@ def load_pairs(
     problems: list[dict[str, Any]] = []
     for path in paths:
         raw = read_table(path)
-        _check_columns(path, raw, ("id", *TEXTS, *(LABELS if labelled else ())))
+        columns = ["id", *TEXTS, *(LABELS if labelled else ())]
+        missing = [name for name in columns if name not in raw.columns]
+        if missing:
+            raise ValueError(
+                f"{path}: expected columns {columns}, missing {missing}, got {list(raw.columns)}"
+            )
         part = pd.DataFrame({"id": raw["id"].astype(str)})
         for column in TEXTS:
             part[column] = _decode_column(path, raw, column, problems)
@@ -124,14 +129,6 @@ def load_pairs(
     pairs["id"] = _as_integers(pairs["id"])
     table = pd.DataFrame(problems, columns=list(PROBLEM_COLUMNS))
     return check_pairs(pairs.drop(columns="file")), table
-
-
-def _check_columns(path: Path, raw: pd.DataFrame, expected: Sequence[str]) -> None:
-    missing = [name for name in expected if name not in raw.columns]
-    if missing:
-        raise ValueError(
-            f"{path}: expected columns {list(expected)}, missing {missing}, got {list(raw.columns)}"
-        )
 
 
 def _decode_column(
@@ -255,16 +252,12 @@ def describe_health(pairs: pd.DataFrame, problems: pd.DataFrame) -> pd.DataFrame
     return table.assign(meaning=list(_CHECKS.values()))
 
 
-def _is_blank(turns: Turns) -> bool:
-    return not any((turn or "").strip() for turn in turns)
-
-
 def _find_oddities(prompt: Turns, a: Turns, b: Turns) -> dict[str, bool]:
     turns = (*prompt, *a, *b)
-    text = "".join(turn or "" for turn in turns)
+    text = "".join(filter(None, turns))
     return {
         "null turn": None in turns,
-        "empty answer": _is_blank(a) or _is_blank(b),
+        "empty answer": not all("".join(filter(None, answer)).strip() for answer in (a, b)),
         "identical answers": a == b,
         "more than one turn": len(prompt) > 1,
         "unequal turn counts": len({len(prompt), len(a), len(b)}) > 1,

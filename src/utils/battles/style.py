@@ -153,7 +153,7 @@ _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Columns that one answer alone gives, and those that take its prompt.
+# What is counted in an answer alone, and what takes its prompt.
 _COUNTS = (
     "n_words n_sentences n_turns_empty n_list_items n_headers n_bold n_code_blocks n_inline_code "
     "n_table_rows n_urls n_hedges lexical_diversity is_refusal has_disclaimer has_apology"
@@ -324,18 +324,16 @@ def measure_style(pairs: pd.DataFrame) -> pd.DataFrame:
     # Texts repeat close together (the same prompt, mirrored rows), so a small cache is enough.
     read_answer = lru_cache(4096)(_read_answer)
     read_prompt = lru_cache(4096)(_read_prompt)
-    rows_a = []
-    rows_b = []
-    pair_rows = []
+    rows: dict[str, list] = {"a": [], "b": [], "pair": []}
     for turns, turns_a, turns_b in zip(*(pairs[name] for name in TEXTS), strict=True):
         prompt = read_prompt(turns)
         a = read_answer(turns_a)
         b = read_answer(turns_b)
-        rows_a.append(_answer_row(prompt, a))
-        rows_b.append(_answer_row(prompt, b))
-        pair_rows.append(_pair_row(prompt, a, b, turns_a == turns_b))
-    shared = np.array(pair_rows, dtype=np.float32).reshape(-1, len(PAIR_FEATURES) + 1).T
-    columns = _answer_columns(rows_a, "a") | _answer_columns(rows_b, "b")
+        rows["a"].append(_answer_row(prompt, a))
+        rows["b"].append(_answer_row(prompt, b))
+        rows["pair"].append(_pair_row(prompt, a, b, turns_a == turns_b))
+    shared = np.array(rows["pair"], dtype=np.float32).reshape(-1, len(PAIR_FEATURES) + 1).T
+    columns = _answer_columns(rows["a"], "a") | _answer_columns(rows["b"], "b")
     columns |= dict(zip(PAIR_FEATURES, shared[:-1], strict=True))
     scripts = pd.Categorical.from_codes(shared[-1].astype(np.int8), pd.Index(SCRIPTS))
     return pd.DataFrame({**columns, "script_prompt": scripts}, index=pairs.index)

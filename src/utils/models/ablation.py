@@ -119,4 +119,4 @@ def _row_losses(roots: Kernels, pairs: pd.DataFrame, ridge: float) -> np.ndarray
 
 
 def _block(features: np.ndarray) -> baseline.Blocks:
-    return baseline.Blocks([(features, np.ones(features.shape[1]))])
+    return baseline.Blocks([(features, np.array(1.0))])

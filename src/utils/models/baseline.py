@@ -21,6 +21,7 @@ Source: Davidson 1970, JASA 65(329):317-328, doi:10.1080/01621459.1970.10481082.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lightgbm as lgb
 import numpy as np
@@ -206,8 +207,10 @@ class Blocks:
 
 def linear_inputs(features: Features, units: Units, prior: Prior) -> tuple[Blocks, Blocks]:
     """Scale what a linear member reads: what changes sign under the swap, and what does not."""
-    style = _cut(features.differences / units["differences"])
-    shared = _cut((features.shared - units["shared_mean"]) / units["shared_std"])
+    style = features.differences / units["differences"]
+    style = np.clip(style, -_MAX_DEVIATION, _MAX_DEVIATION)
+    shared = (features.shared - units["shared_mean"]) / units["shared_std"]
+    shared = np.clip(shared, -_MAX_DEVIATION, _MAX_DEVIATION)
     signed: list = [(style, style_scales(prior))]
     unsigned: list = [(shared, np.full(shared.shape[1], np.sqrt(prior.shared / shared.shape[1])))]
     for name, variance in prior.texts.items():
@@ -219,10 +222,6 @@ def linear_inputs(features: Features, units: Units, prior: Prior) -> tuple[Block
         scale = np.float32(np.sqrt(variance) / units[name])
         unsigned.append((sparse.csr_matrix(positive, shape=block.shape), scale))
     return Blocks(signed), Blocks(unsigned)
-
-
-def _cut(standardised: np.ndarray) -> np.ndarray:
-    return np.clip(standardised, -_MAX_DEVIATION, _MAX_DEVIATION)
 
 
 def style_scales(prior: Prior) -> np.ndarray:
@@ -272,21 +271,16 @@ def fit_davidson(differences: Blocks, shared: Blocks, labels: np.ndarray, ridge:
         residual = probs - votes
         gradient_w = differences.transposed_times((residual[:, A_WINS] - residual[:, B_WINS]) / 2)
         gradient_v = shared.transposed_times(residual[:, TIE])
-        gradient = np.append(
-            np.concatenate([gradient_w + ridge * w, gradient_v + ridge * v]), residual[:, TIE].sum()
+        gradient = np.concatenate(
+            [gradient_w + ridge * w, gradient_v + ridge * v, [residual[:, TIE].sum()]]
         )
         loss = -np.log((probs * votes).sum(axis=1)).sum() + ridge / 2 * (w @ w + v @ v)
         return loss / len(labels), gradient / len(labels)
 
     start = np.zeros(n_differences + shared.width + 1)
     with threadpool_limits(1):
-        best = minimize(
-            objective,
-            start,
-            jac=True,
-            method="L-BFGS-B",
-            options={"maxiter": 200, "ftol": 1e-6, "gtol": 1e-5},
-        )
+        limits: Any = {"maxiter": 200, "ftol": 1e-6, "gtol": 1e-5}
+        best = minimize(objective, start, jac=True, method="L-BFGS-B", options=limits)
     w, v, intercept = np.split(best.x, [n_differences, len(best.x) - 1])
     return Davidson(w.astype(np.float32), v.astype(np.float32), float(intercept[0]))
 
