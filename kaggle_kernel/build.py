@@ -20,10 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
-from huggingface_hub import snapshot_download
 
 from src.utils import paths
-from src.utils.models.baseline import EMBEDDER
 from src.utils.runs import read_json, write_json
 from src.utils.stats.blend import Blend
 
@@ -32,8 +30,6 @@ NOTEBOOK = paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb"
 BASELINE = "02_baseline"
 # What inference reads of a run; `base` is there for adapters on a tiny checkpoint.
 RUN_PARTS = ("config.json", "metrics.json", "model", "base")
-# A checkpoint that is loaded from a folder: weights, settings, tokenizer.
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 BLEND_PARTS = ("blend.json", "metrics.json")
 # Kaggle's image has Python 3.12 and no bitsandbytes.
 WHEELS = ("bitsandbytes",)
@@ -147,8 +143,6 @@ def copy_runs(artifacts: Path, dataset: Path) -> list[str]:
                 f"{artifacts / name}: the blend names it, but it is not finished."
             )
         _copy_parts(artifacts / name, dataset / name, RUN_PARTS)
-    if BASELINE in members:
-        copy_embedder(artifacts / BASELINE, dataset / BASELINE)
     _copy_parts(artifacts / "05_ensemble", dataset / "05_ensemble", BLEND_PARTS)
     return members
 
@@ -165,36 +159,10 @@ def copy_equal(artifacts: Path, dataset: Path, members: Sequence[str]) -> list[s
                 f"{artifacts / name}: not finished. Run `make run NB=01,{name[:2]}` first."
             )
         _copy_parts(artifacts / name, dataset / name, RUN_PARTS)
-    if BASELINE in members:
-        copy_embedder(artifacts / BASELINE, dataset / BASELINE)
     blend = Blend(tuple(members), (1 / len(members),) * len(members))
     write_json(dataset / "05_ensemble" / "blend.json", blend.to_json())
     shutil.copy2(artifacts / members[0] / "metrics.json", dataset / "05_ensemble" / "metrics.json")
     return list(members)
-
-
-def copy_embedder(run: Path, target: Path) -> None:
-    """Copy the frozen checkpoint that the CPU baseline reads embeddings from, if it reads any, beside its model.
-
-    Raises:
-        FileNotFoundError: the checkpoint is neither a folder nor in the cache of the hub.
-    """
-    checkpoint = read_json(run / "config.json").get("embeddings", "")
-    if not checkpoint:
-        return
-    from src.utils.models.embed import (
-        split_revision,
-    )  # torch, which the CPU baseline is spared else
-
-    source, revision = split_revision(checkpoint)
-    if not Path(source).is_dir():
-        source = snapshot_download(
-            source, revision=revision, allow_patterns=CHECKPOINT_FILES, local_files_only=True
-        )
-    (target / "model" / EMBEDDER).mkdir(parents=True)
-    for pattern in CHECKPOINT_FILES:
-        for file in Path(source).glob(pattern):
-            shutil.copy2(file, target / "model" / EMBEDDER)
 
 
 def _copy_parts(run: Path, target: Path, parts: tuple[str, ...]) -> None:

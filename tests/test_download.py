@@ -1,102 +1,95 @@
+"""Downloading the battles: one source after another, completely or not at all."""
+
 import subprocess
 import zipfile
 
 import pytest
 
 from src.utils.battles import download as module
-from src.utils.battles.download import fetch
+from src.utils.battles.download import download
 from src.utils.schema import LABELS, MODELS, PAIR_COLUMNS
 
 HEADER = ",".join([*PAIR_COLUMNS, *MODELS, *LABELS]) + "\n"
 
 
 def give(**files):
-    def download(folder):
+    def write(folder):
         for stem, text in files.items():
             (folder / f"{stem}.csv").write_text(text)
 
-    return download
+    return write
 
 
-def refuse(folder):
+def fail(folder):
     (folder / "train.csv").write_text("half a fi")
     raise TimeoutError("network is down")
 
 
-def test_the_first_source_that_answers_is_taken(tmp_path):
-    sources = {
-        "first": refuse,
-        "second": give(train=HEADER, test="id\n"),
-        "third": give(train="not asked"),
-    }
-    assert fetch(tmp_path, sources) == "second"
+def test_the_first_source_that_works_is_used(tmp_path):
+    second = give(train=HEADER, test="id\n")
+    sources = {"first": fail, "second": second, "third": give(train="not asked")}
+    assert download(tmp_path, sources) == "second"
     assert (tmp_path / "train.csv").read_text() == HEADER
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test.csv", "train.csv"]
 
 
-def test_a_failed_download_leaves_nothing_and_says_what_to_do_by_hand(tmp_path):
-    with pytest.raises(
-        ConnectionError, match=r"(?s)network is down.*by hand.*kaggle\.com"
-    ) as error:
-        fetch(tmp_path, {"Kaggle": refuse})
+def test_a_failed_download_writes_nothing_and_names_the_reason_and_the_remedy(tmp_path):
+    with pytest.raises(ConnectionError, match=r"(?s)network is down.*kaggle\.com") as error:
+        download(tmp_path, {"Kaggle": fail})
     assert str(tmp_path) in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_table_that_is_not_the_competitions_is_refused(tmp_path):
     with pytest.raises(ConnectionError, match=r"missing .*winner_tie"):
-        fetch(tmp_path, {"page": give(train="<html>please sign in</html>\n")})
-    assert not (tmp_path / "train.csv").exists()
+        download(tmp_path, {"page": give(train="<html>please sign in</html>\n")})
+    with pytest.raises(ConnectionError, match=r"train\.csv .*found none"):
+        download(tmp_path, {"empty": give(test="id\n")})
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_battles_that_are_there_are_left_alone(tmp_path):
+def test_existing_battles_are_kept(tmp_path):
     (tmp_path / "train.csv").write_text(HEADER)
-    assert fetch(tmp_path, {"Kaggle": refuse}) == ""
+    assert download(tmp_path, {"Kaggle": fail}) == ""
 
 
 def test_an_archive_is_unpacked(tmp_path):
-    def download(folder):
+    def write(folder):
         with zipfile.ZipFile(folder / "all.zip", "w") as archive:
             archive.writestr("train.csv", HEADER)
 
-    fetch(tmp_path, {"Kaggle": download})
+    download(tmp_path, {"Kaggle": write})
     assert (tmp_path / "train.csv").read_text() == HEADER
 
 
-def test_kaggle_without_credentials_is_named(tmp_path, monkeypatch):
+def test_missing_kaggle_credentials_are_named(tmp_path, monkeypatch):
     kagglehub = pytest.importorskip("kagglehub.config")
     monkeypatch.setattr(kagglehub, "get_kaggle_credentials", lambda: None)
-    with pytest.raises(PermissionError, match="no Kaggle credentials"):
+    with pytest.raises(PermissionError, match="KAGGLE_API_TOKEN"):
         module.download_from_kaggle(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("told", "code", "error"),
+    ("output", "error", "message"),
     [
-        (
-            "Authentication required to call the Kaggle API.\n\n  kaggle auth login",
-            1,
-            PermissionError,
-        ),
-        ("Downloading\n403 - accept the rules", 1, ConnectionError),
+        ("Authentication required to call the Kaggle API", PermissionError, "kaggle auth login"),
+        ("Downloading\n403 - accept the rules", ConnectionError, "^403 - accept the rules$"),
+        ("", ConnectionError, "exit code 1"),
     ],
 )
-def test_a_failure_of_the_kaggle_command_is_told(tmp_path, monkeypatch, told, code, error):
-    ran = subprocess.CompletedProcess([], code, told, "")
+def test_a_failure_of_the_kaggle_command_is_reported(tmp_path, monkeypatch, output, error, message):
+    ran = subprocess.CompletedProcess([], 1, output, "")
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: ran)
-    with pytest.raises(error, match=r"kaggle auth login|^403 - accept the rules$"):
+    with pytest.raises(error, match=message):
         module.download_with_cli(tmp_path)
 
 
-def test_the_command_fails_where_nothing_answers(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("source", [fail, give(train=HEADER)])
+def test_the_command_reports_what_happened(tmp_path, monkeypatch, capsys, source):
     monkeypatch.setattr(module.paths, "ROOT", tmp_path)
-    monkeypatch.setattr(module, "fetch", lambda folder: fetch(folder, {"Kaggle": refuse}))
-    assert module.main() == 1
-    assert "by hand" in capsys.readouterr().err
-
-
-def test_the_command_tells_of_missing_test_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module.paths, "ROOT", tmp_path)
-    monkeypatch.setattr(module, "fetch", lambda folder: fetch(folder, {"hub": give(train=HEADER)}))
-    assert module.main() == 0
-    assert "no test rows" in capsys.readouterr().out
+    monkeypatch.setattr(module, "download", lambda folder: download(folder, {"hub": source}))
+    is_down = source is fail
+    assert module.main() == int(is_down)
+    out, err = capsys.readouterr()
+    assert ("network is down" in err) == is_down
+    assert ("test rows" in out) == ("from hub" in out) == (not is_down)

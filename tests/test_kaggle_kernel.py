@@ -10,20 +10,13 @@ import subprocess
 import sys
 
 import nbformat
-import numpy as np
 import pandas as pd
 import pytest
 
 from src.utils.battles.readers import load_pairs
 from src.utils.config import BaselineConfig, DecoderConfig
 from src.utils.models import checkpoints
-from src.utils.models.baseline import (
-    embed_battles,
-    fit_baseline,
-    load_baseline,
-    measure_features,
-    save_baseline,
-)
+from src.utils.models.baseline import fit_baseline, save_baseline
 from src.utils.paths import ROOT
 from src.utils.schema import TEXTS
 from src.utils.stats.blend import Blend
@@ -172,35 +165,6 @@ def test_the_baseline_makes_a_kernel_where_nothing_else_is_finished(artifacts, t
         "02_baseline",
         "05_ensemble",
     }
-
-
-def test_the_checkpoint_of_the_embeddings_travels_with_the_baseline(
-    tiny_base, demo_pairs, tmp_path
-):
-    pairs, run = demo_pairs[:120], tmp_path / "artifacts" / "02_baseline"
-    checkpoint = shutil.copytree(tiny_base("modernbert"), tmp_path / "checkpoint")
-    config = BaselineConfig(
-        n_hashed=256, n_trees=5, embeddings=str(checkpoint), embeddings_tokens=32
-    )
-    embeddings = embed_battles(pairs, config, tmp_path / "cache")
-    floor = fit_baseline(pairs, config, measure_features(pairs, config, embeddings))
-    save_baseline(floor, run / "model")
-    (run / "config.json").write_text(json.dumps(config.to_json()))
-    (run / "metrics.json").write_text("{}")
-    expected = floor.predict_probs(pairs[:10])
-    build.build(run.parent, tmp_path / "kaggle", "ada", equal=["02_baseline"])
-    shutil.rmtree(checkpoint)
-    carried = load_baseline(tmp_path / "kaggle" / "dataset" / "02_baseline" / "model")
-    np.testing.assert_allclose(carried.predict_probs(pairs[:10]), expected, atol=1e-6)
-
-
-def test_embeddings_whose_checkpoint_is_nowhere_stop_the_build(artifacts, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    (artifacts / "02_baseline" / "config.json").write_text(
-        json.dumps({"embeddings": "nobody/nothing@abc"})
-    )
-    with pytest.raises(FileNotFoundError):
-        build.build(artifacts, tmp_path / "kaggle", "ada")
 
 
 def test_attached_models_are_written_and_their_form_is_checked():

@@ -1,93 +1,96 @@
-"""Claims about what a run leaves behind."""
+"""Run folders: written atomically, hashed, checked, and collected in the leaderboard."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from src.utils import runs
-from src.utils.schema import FROZEN_COLUMNS, probs_table
+from src.utils.schema import FROZEN_COLUMNS, LABELS, TEXTS, probs_table
+
+METRICS = {"accuracy": 0.5, "n_pairs": 10, "config_hash": "c", "seconds": 1.0}
 
 
-def test_battles_survive_the_disk_exactly(tmp_path: Path, ugly_pairs: pd.DataFrame) -> None:
+def test_battles_are_the_same_after_writing_and_reading(tmp_path, ugly_pairs):
     pairs = ugly_pairs[list(FROZEN_COLUMNS)]
     runs.write_pairs(tmp_path / "pairs.parquet", pairs)
     again = runs.read_pairs(tmp_path / "pairs.parquet")
-    for name in ("prompt", "response_a", "response_b"):
+    for name in TEXTS:
         assert again[name].tolist() == pairs[name].tolist()
     assert runs.hash_pairs(again) == runs.hash_pairs(pairs)
 
 
-def test_missing_battles_say_which_notebook_makes_them(tmp_path: Path) -> None:
+def test_missing_battles_name_the_notebook_that_writes_them(tmp_path):
     with pytest.raises(FileNotFoundError, match="01_eda"):
         runs.read_pairs(tmp_path / "pairs.parquet")
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_or_folder_and_nothing_else(tmp_path):
     path = runs.write_json(tmp_path / "a.json", {"old": 1})
     with pytest.raises(RuntimeError), runs.atomic_path(path) as tmp:
         tmp.write_text("half")
         raise RuntimeError("killed")
     assert json.loads(path.read_text()) == {"old": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    with runs.atomic_folder(tmp_path / "b") as folder:
+        (folder / "old").write_text("complete")
+    with pytest.raises(RuntimeError), runs.atomic_folder(tmp_path / "b") as folder:
+        (folder / "new").write_text("half")
+        raise RuntimeError("killed")
+    assert [file.name for file in (tmp_path / "b").iterdir()] == ["old"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "b"]
 
 
-def test_nan_does_not_reach_json(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_after_a_killed_write(tmp_path):
+    (tmp_path / ".b.tmp").mkdir()
+    (tmp_path / ".b.tmp" / "leftover").write_text("half")
+    for name in ("first", "second"):
+        with runs.atomic_folder(tmp_path / "b") as folder:
+            (folder / name).write_text("complete")
+    assert [file.name for file in (tmp_path / "b").iterdir()] == ["second"]
+    assert [file.name for file in tmp_path.iterdir()] == ["b"]
+
+
+def test_json_refuses_nan_and_names_a_damaged_file(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         runs.write_json(tmp_path / "a.json", {"log_loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "blend.json").write_text('{"half":')
     with pytest.raises(ValueError, match=r"blend\.json: expected JSON"):
         runs.read_json(tmp_path / "blend.json")
 
 
-def test_the_hash_of_battles_sees_every_part(demo_pairs: pd.DataFrame) -> None:
-    whole = runs.hash_pairs(demo_pairs)
-    assert runs.hash_pairs(demo_pairs.copy()) == whole
-    for name, value in {"label": 2, "fold": 4, "id": 1, "prompt": ("x",)}.items():
-        changed = demo_pairs.copy()
-        changed.at[0, name] = (
-            (0 if changed.at[0, name] == value else value) if name != "prompt" else value
-        )
-        assert runs.hash_pairs(changed) != whole, name
+def test_the_hash_of_battles_depends_on_every_part(demo_pairs):
+    first = runs.hash_pairs(demo_pairs)
+    assert runs.hash_pairs(demo_pairs.copy()) == first
+    changes = {"label": (demo_pairs["label"] + 1) % 3, "fold": demo_pairs["fold"] + 1}
+    changes |= {"id": demo_pairs["id"] + 1, "prompt": demo_pairs["response_a"]}
+    for name, values in changes.items():
+        assert runs.hash_pairs(demo_pairs.assign(**{name: values})) != first, name
 
 
-def test_metrics_are_written_last_and_hold_the_fixed_fields(tmp_path: Path) -> None:
+def test_the_hash_of_json_ignores_the_order_of_keys():
+    assert runs.hash_json({"a": 1, "b": 2}) == runs.hash_json({"b": 2, "a": 1})
+    assert runs.hash_json({"a": 1}) != runs.hash_json({"a": 2})
+
+
+def test_metrics_are_written_last_and_have_the_standard_fields(tmp_path):
     oof = probs_table([1, 2], np.full((2, 3), 1 / 3), fold=[0, 1])
-    config = {"seed": 1}
-    metrics = runs.make_metrics(
-        {"log_loss": np.float32(1.0), "accuracy": 0.5},
-        n_pairs=2,
-        seconds=1.234,
-        data_hash="d",
-        config=config,
-    )
-    runs.write_run(tmp_path, config=config, oof=oof, metrics=metrics)
+    scores = {"log_loss": np.float32(1.0), "accuracy": 0.5, "ece": 0.1}
+    metrics = runs.make_metrics(scores, n_pairs=2, seconds=1.234, data_hash="d", config={"seed": 1})
+    runs.write_run(tmp_path, config={"seed": 1}, oof=oof, metrics=metrics)
     written = runs.read_json(tmp_path / "metrics.json")
-    assert {
-        "log_loss",
-        "accuracy",
-        "n_pairs",
-        "seconds",
-        "peak_mib",
-        "versions",
-        "data_hash",
-        "config_hash",
-    } <= set(written)
-    assert written["peak_mib"] > 10
-    times = [
-        (tmp_path / name).stat().st_mtime_ns
-        for name in ("config.json", "oof.parquet", "metrics.json")
-    ]
+    standard = "accuracy config_hash data_hash log_loss machine n_pairs peak_mib seconds versions"
+    assert sorted(written) == sorted([*standard.split(), "ece"])
+    assert written["peak_mib"] > 10 and written["seconds"] == 1.23
+    files = [tmp_path / name for name in ("config.json", "oof.parquet", "metrics.json")]
+    times = [file.stat().st_mtime_ns for file in files]
     assert times == sorted(times)
+    with pytest.raises(KeyError, match="accuracy"):
+        runs.make_metrics({"log_loss": 1.0}, n_pairs=2, seconds=1, data_hash="d", config={})
 
 
-def test_a_failed_run_is_not_taken_for_whole(tmp_path: Path) -> None:
+def test_a_failed_run_is_not_complete(tmp_path):
     oof = probs_table([1, 2], np.full((2, 3), 1 / 3), fold=[0, 1])
     runs.write_run(tmp_path, config={}, oof=oof, metrics={"log_loss": 1.0})
     with pytest.raises(ValueError):
@@ -95,21 +98,57 @@ def test_a_failed_run_is_not_taken_for_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_the_truth_comes_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_the_truth_is_read_in_the_order_of_the_ids(tmp_path):
     assert runs.read_truth(tmp_path, pd.Series([1])) is None
-    probs_table([1, 2], np.array([[1, 0, 0], [0, 1, 0]])).to_parquet(tmp_path / "truth.parquet")
+    truth = probs_table([1, 2], np.array([[1, 0, 0], [0, 1, 0]]))
+    truth.to_parquet(tmp_path / "truth.parquet")
     assert runs.read_truth(tmp_path, pd.Series([2, 1])).argmax(axis=1).tolist() == [1, 0]
 
 
-def test_a_folder_is_compared_with_what_was_written(tmp_path: Path) -> None:
-    assert "manifest.json: expected the list of its files" in runs.find_damage(tmp_path)
+def test_a_damaged_folder_is_found_by_its_manifest(tmp_path):
+    assert "manifest.json" in runs.find_damage(tmp_path)
     (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "a.bin").write_bytes(b"1234")
+    file = tmp_path / "shards" / "a.bin"
+    file.write_bytes(b"1234")
     manifest = runs.write_manifest(tmp_path)
     assert runs.find_damage(tmp_path) is None
-    (tmp_path / "shards" / "a.bin").write_bytes(b"1235")
-    assert "shards/a.bin: expected 4 bytes of hash" in runs.find_damage(tmp_path)
-    (tmp_path / "shards" / "a.bin").unlink()
-    assert "found no such file" in runs.find_damage(tmp_path)
+    file.write_bytes(b"1235")
+    assert "shards/a.bin: expected 4 bytes" in runs.find_damage(tmp_path)
+    file.unlink()
+    assert "shards/a.bin" in runs.find_damage(tmp_path)
     manifest.write_text("{")
     assert "manifest.json: expected JSON" in runs.find_damage(tmp_path)
+
+
+def make_run(folder, loss, data="d", **more):
+    runs.write_json(folder / "config.json", {"seed": 7})
+    scores = METRICS | {"log_loss": loss, "data_hash": data} | more
+    runs.write_json(folder / "metrics.json", scores)
+
+
+def test_the_leaderboard_has_every_completed_run_the_best_of_its_data_first(tmp_path):
+    make_run(tmp_path / "02_baseline", 1.05, log_loss_low=1.0, log_loss_high=1.1)
+    make_run(tmp_path / "search" / "ridge" / "0" / "02_baseline", 1.02, peak_mib=100.0)
+    make_run(tmp_path / "03_modernbert", 0.9, data="e")
+    make_run(tmp_path / "03_modernbert" / "model" / "fold_0", 0.8)  # part of a run
+    runs.write_json(tmp_path / "01_eda" / "metrics.json", {"n_pairs": 10})  # not a model
+    (tmp_path / "04_qwen").mkdir()
+    table = runs.write_leaderboard(tmp_path)
+    assert table["run"].tolist() == ["search/ridge/0/02_baseline", "02_baseline", "03_modernbert"]
+    assert tuple(table.columns) == runs.LEADERBOARD_COLUMNS and table["seed"].tolist() == [7] * 3
+    written = pd.read_csv(tmp_path / "leaderboard.csv")
+    assert written["log_loss"].tolist() == [1.02, 1.05, 0.9]
+    assert written["log_loss_low"].isna().tolist() == [True, False, True]
+
+
+def test_a_removed_run_disappears_from_the_leaderboard(tmp_path):
+    make_run(tmp_path / "02_baseline", 1.0)
+    assert len(runs.write_leaderboard(tmp_path)) == 1
+    (tmp_path / "02_baseline" / "metrics.json").unlink()
+    assert runs.write_leaderboard(tmp_path).empty
+
+
+def test_the_columns_of_probabilities_are_checked(tmp_path):
+    oof = probs_table([1], np.full((1, 3), 1 / 3))
+    with pytest.raises(AssertionError, match=LABELS[0]):
+        runs.write_run(tmp_path, config={}, oof=oof, metrics={})

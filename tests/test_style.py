@@ -1,39 +1,35 @@
+"""What is counted in an answer, and the features made of it."""
+
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.battles import style as style_module
 from src.utils.battles.style import (
     PAIR_FEATURES,
     SCRIPTS,
     STYLE_FEATURES,
     count_tokens,
     density_differences,
-    load_or_measure_style,
     load_tokenizer,
     measure_style,
     slice_battles,
     style_differences,
     style_shared,
 )
-from src.utils.schema import swap_pairs
+from src.utils.schema import TEXTS, swap_pairs
+from tests.conftest import REAL_DATA
 
 
-def make_pairs(*battles: tuple) -> pd.DataFrame:
-    texts = [
-        [text if isinstance(text, tuple) else (text,) for text in battle] for battle in battles
-    ]
-    table = pd.DataFrame({"id": range(len(battles))})
-    for position, name in enumerate(("prompt", "response_a", "response_b")):
-        table[name] = pd.Series([row[position] for row in texts], dtype=object)
-    return table
+def make_pairs(*battles):
+    """Battles of prompt, answer A and answer B; a single turn may be given as a str."""
+    table = pd.DataFrame(battles, columns=list(TEXTS), dtype=object)
+    return table.map(lambda text: text if isinstance(text, tuple) else (text,))
 
 
-def measure_one(prompt: str | tuple, answer: str | tuple) -> pd.Series:
+def measure_one(prompt, answer):
     return measure_style(make_pairs((prompt, answer, "other"))).iloc[0]
 
 
@@ -49,7 +45,7 @@ UGLY = make_pairs(
 )
 
 
-def test_every_feature_has_two_columns_and_none_is_missing():
+def test_every_feature_has_two_columns_and_no_value_is_missing():
     style = measure_style(UGLY)
     sides = [f"{name}_{side}" for name in STYLE_FEATURES for side in "ab"]
     assert set(style.columns) == {*sides, *PAIR_FEATURES, "script_prompt"}
@@ -67,31 +63,19 @@ def test_no_battles_give_no_rows():
     assert len(style) == 0 and style_differences(style)[0].shape == (0, len(STYLE_FEATURES))
 
 
-def assert_mirrored(pairs: pd.DataFrame) -> None:
-    style, swapped = measure_style(pairs), measure_style(swap_pairs(pairs))
+@pytest.mark.parametrize("battles", ["demo_pairs", "ugly_pairs", "real_pairs", None])
+def test_swapping_the_answers_negates_differences_and_keeps_the_rest(battles, request):
+    pairs = UGLY if battles is None else request.getfixturevalue(battles)
+    style = measure_style(pairs)
+    swapped = measure_style(swap_pairs(pairs))
+    assert np.abs(style_differences(style)[0]).max() > 1
     np.testing.assert_array_equal(style_differences(style)[0], -style_differences(swapped)[0])
     np.testing.assert_array_equal(style_shared(style)[0], style_shared(swapped)[0])
 
 
-def test_swapping_the_answers_negates_differences_and_keeps_the_rest():
-    assert_mirrored(UGLY)
-
-
-def test_swapping_negates_differences_on_demo_battles(demo_pairs):
-    assert_mirrored(demo_pairs)
-
-
-def test_swapping_negates_differences_on_ugly_battles(ugly_pairs):
-    assert_mirrored(ugly_pairs)
-
-
-def test_density_does_not_move_with_length():
+def test_density_does_not_depend_on_length():
     style = measure_style(make_pairs(("hi", "a, b, " * 10, "a, b, "), ("hi", "a,,,", "a,bc")))
     assert density_differences(style, ["n_commas"])[:, 0] == pytest.approx([0, 0.5])
-
-
-def test_swapping_negates_differences_on_real_battles(real_pairs):
-    assert_mirrored(real_pairs)
 
 
 def test_names_match_the_columns():
@@ -153,7 +137,7 @@ def test_counts_are_what_a_reader_would_count(name, answer, expected):
         ("You can pour the oil when the pan is hot.", 0),
     ],
 )
-def test_a_refusal_is_seen_where_it_opens_an_answer(answer, expected):
+def test_a_refusal_is_found_at_the_beginning_of_an_answer(answer, expected):
     assert measure_one("hi", answer)["is_refusal_a"] == expected
 
 
@@ -164,17 +148,13 @@ def test_overlap_counts_the_prompts_content_words():
 
 def test_the_last_turn_is_matched_with_the_last_answer():
     row = measure_one(("bread recipe", "moon phases"), ("moon phases", "bread recipe"))
-    assert (
-        row["prompt_overlap_a"],
-        row["prompt_overlap_first_a"],
-        row["prompt_overlap_last_a"],
-    ) == (1, 1, 0)
+    names = ["prompt_overlap_a", "prompt_overlap_first_a", "prompt_overlap_last_a"]
+    assert row[names].tolist() == [1, 1, 0]
 
 
 def test_word_overlap_of_the_answers_is_their_jaccard_index():
-    style = measure_style(
-        make_pairs(("x", "red green", "green blue"), ("x", "a", "a"), ("x", "", (None,)))
-    )
+    pairs = make_pairs(("x", "red green", "green blue"), ("x", "a", "a"), ("x", "", (None,)))
+    style = measure_style(pairs)
     assert style["word_jaccard"].tolist() == pytest.approx([1 / 3, 1, 1])
     assert style["is_identical"].tolist() == [0, 1, 0]
 
@@ -205,27 +185,23 @@ def test_no_text_makes_measuring_slow(text):
     assert time.process_time() - start < 5, "a pattern backtracks"
 
 
-def test_style_is_measured_once_for_the_same_battles(tmp_path, monkeypatch, ugly_pairs):
-    path, pairs = tmp_path / "style.parquet", ugly_pairs.set_index(pd.Index(range(100, 112)))
-    measured = load_or_measure_style(pairs, path, "hash")
-    monkeypatch.setattr(style_module, "measure_style", lambda pairs: pytest.fail("measured again"))
-    pd.testing.assert_frame_equal(load_or_measure_style(pairs, path, "hash"), measured)
-    with pytest.raises(pytest.fail.Exception):
-        load_or_measure_style(pairs, path, "other battles")
-    assert [file.name for file in tmp_path.iterdir()] == ["style.parquet"]
+def test_lone_surrogates_count_as_one_unknown_character():
+    style = measure_style(make_pairs(("hi", "a\ud83d", "a\ufffd")))
+    assert style["n_chars_a"].item() == 2
+    assert (style_differences(style)[0] == 0).all() and style["word_jaccard"].item() == 1
 
 
-def test_without_a_tokenizer_four_characters_are_a_token(ugly_pairs):
+def test_without_a_tokenizer_four_characters_are_a_token():
     assert count_tokens(make_pairs(("12345", "1234", ""), ("", "", ""))).tolist() == [3, 0]
-    assert (count_tokens(ugly_pairs) >= 0).all()
 
 
-def test_a_tokenizer_of_two_files_merges_as_told(tmp_path):
+def test_a_tokenizer_of_two_files_merges_as_they_say(tmp_path, ugly_pairs):
     vocab = {letter: place for place, letter in enumerate([*"abcĠ", "ab", "abc"])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nab c\n")
     tokenizer = load_tokenizer(tmp_path)
     assert count_tokens(make_pairs(("abc", "ab", "abc cab")), tokenizer).tolist() == [1 + 1 + 4]
+    assert (count_tokens(ugly_pairs, tokenizer) >= 0).all()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json, or vocab\.json and merges\.txt"):
         load_tokenizer(tmp_path / "nowhere")
 
@@ -235,13 +211,12 @@ def test_a_tokenizer_of_two_files_merges_as_told(tmp_path):
     ("name", "mean", "longest"), [("qwen2_5", 670, 6371), ("olmo_bpe", 714, 6412)]
 )
 def test_real_vocabularies_give_the_known_lengths(name, mean, longest, real_pairs):
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers" / name
+    folder = REAL_DATA / "tokenizers" / name
     if not folder.exists():
-        pytest.skip(f"real vocabularies are not at hand: {folder} is missing")
+        pytest.skip(f"{folder} is missing")
     counts = count_tokens(real_pairs, load_tokenizer(folder))
-    assert counts.mean() == pytest.approx(mean, rel=0.005) and counts.max() == pytest.approx(
-        longest, abs=5
-    )
+    assert counts.mean() == pytest.approx(mean, rel=0.005)
+    assert counts.max() == pytest.approx(longest, abs=5)
 
 
 @pytest.mark.parametrize(
@@ -252,16 +227,14 @@ def test_an_apology_is_found_anywhere(answer, expected):
     assert measure_one("hi", answer)["has_apology_a"] == expected
 
 
-def test_slices_of_one_kind_part_the_battles_and_ignore_the_positions(ugly_pairs):
-    slices, swapped = (
-        slice_battles(measure_style(pairs)) for pairs in (ugly_pairs, swap_pairs(ugly_pairs))
-    )
+def test_every_battle_is_in_one_slice_of_each_kind_whatever_the_positions(ugly_pairs):
+    slices = slice_battles(measure_style(ugly_pairs))
+    swapped = slice_battles(measure_style(swap_pairs(ugly_pairs)))
     kinds = {name.split(":")[0] for name in slices}
     assert kinds == {"length", "turns", "language", "code", "refusal"}
     for kind in kinds:
-        np.testing.assert_array_equal(
-            sum(mask for name, mask in slices.items() if name.startswith(kind)), 1
-        )
+        masks = [mask for name, mask in slices.items() if name.startswith(kind)]
+        np.testing.assert_array_equal(np.sum(masks, axis=0), 1)
     for name, mask in slices.items():
         np.testing.assert_array_equal(swapped[name], mask, err_msg=name)
     assert slices["refusal: one answer"].sum() == 1 and slices["turns: several"].sum() == 2

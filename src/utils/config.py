@@ -147,8 +147,6 @@ class BaselineConfig(Config):
     )
     n_trees: int = 200  # boosting rounds at most; one for every 15 battles where these are few
     learning_rate: float = 0.05  # shrinkage of each tree
-    embeddings: str = ""  # none, or a frozen checkpoint: a folder, or a hub id, also id@commit
-    embeddings_tokens: int = 512  # of each text at most
     n_bootstrap: int = 1000  # resamples of each interval
     seed: int = 20240501
 
@@ -158,9 +156,6 @@ class BaselineConfig(Config):
         _expect(self.ridge > 0, "ridge", "above 0", self.ridge)
         _expect(self.n_trees >= 1, "n_trees", "at least 1", self.n_trees)
         _expect(0 < self.learning_rate <= 1, "learning_rate", "in (0, 1]", self.learning_rate)
-        _expect(
-            self.embeddings_tokens >= 8, "embeddings_tokens", "at least 8", self.embeddings_tokens
-        )
         _expect(self.n_bootstrap >= 1, "n_bootstrap", "at least 1", self.n_bootstrap)
 
 

@@ -1,18 +1,20 @@
-"""The words of the suite: columns, classes and their order, and what a valid table is.
+"""Columns, classes and their order; checks of tables and probabilities; exchanging A and B.
 
-A battle is one row: a prompt, two answers, and how a person voted. In memory
-the three texts are tuples of turns, `str` or `None` (the data hold nulls), so
-that turns are never joined before a model's template says how.
+A battle is one row: a prompt, two answers, and how a person voted. In memory the three
+texts are tuples of turns, `str` or `None` (the data hold nulls).
 """
+
+import re
 
 import numpy as np
 import pandas as pd
 
-# The only place that knows the classes and their order: the columns of the
-# competition's submission, which are also the names of every probability column.
+# The classes and their order, which is that of the competition's submission. These are
+# also the names of every probability column.
 LABELS = ("winner_model_a", "winner_model_b", "winner_tie")
 A_WINS, B_WINS, TIE = range(3)
 LABEL_NAMES = ("A wins", "B wins", "tie")  # for people
+SWAPPED_LABELS = [B_WINS, A_WINS, TIE]  # each class after A and B are exchanged
 
 TEXTS = ("prompt", "response_a", "response_b")
 MODELS = ("model_a", "model_b")
@@ -24,21 +26,27 @@ FROZEN_COLUMNS = (*LABELLED_COLUMNS, "group", "fold")
 
 Turns = tuple[str | None, ...]
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def clean_text(turn: str | None) -> str:
+    """Make a turn valid Unicode: None is empty, lone surrogates become U+FFFD."""
+    if not turn or turn.isascii():
+        return turn or ""
+    return _LONE_SURROGATE.sub("\ufffd", turn)
+
+
+def join_turns(turns: Turns, separator: str = "\n") -> str:
+    """Clean the turns of a text and join them."""
+    return separator.join(map(clean_text, turns))
+
 
 def check_pairs(pairs: pd.DataFrame, columns: tuple[str, ...] = PAIR_COLUMNS) -> pd.DataFrame:
-    """Assert that a table of battles is whole, and hand it back.
-
-    Args:
-        pairs: one row a battle; `prompt`, `response_a`, `response_b` hold tuples of
-            turns; `label`, where asked for, is 0 (A), 1 (B) or 2 (tie).
-        columns: the columns that must be there, e.g. `LABELLED_COLUMNS`.
-
-    Returns:
-        The same table, unchanged.
+    """Check a table with one battle per row, and return it.
 
     Raises:
-        ValueError: a column is missing, a text is not a tuple of turns, or a label is
-            outside 0..2; the message names the column, the id and what was found.
+        ValueError: a column is missing, a text is not a tuple of turns, or a label, where
+            required, is outside 0..2; the message names column, id and what was found.
     """
     missing = [name for name in columns if name not in pairs.columns]
     if missing:
@@ -47,11 +55,10 @@ def check_pairs(pairs: pd.DataFrame, columns: tuple[str, ...] = PAIR_COLUMNS) ->
         )
     for name in TEXTS:
         for battle_id, turns in zip(pairs["id"], pairs[name], strict=True):
-            if not isinstance(turns, tuple) or not all(
-                turn is None or isinstance(turn, str) for turn in turns
-            ):
+            if not _is_turns(turns):
                 raise ValueError(
-                    f"pairs: id {battle_id}, column {name}: expected a tuple of str or None, got {turns!r:.80}"
+                    f"pairs: id {battle_id}, column {name}: "
+                    f"expected a tuple of str or None, got {turns!r:.80}"
                 )
     if "label" in columns:
         wrong = ~pairs["label"].isin(range(len(LABELS)))
@@ -63,18 +70,19 @@ def check_pairs(pairs: pd.DataFrame, columns: tuple[str, ...] = PAIR_COLUMNS) ->
     return pairs
 
 
+def _is_turns(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(turn, str | None) for turn in value)
+
+
 def check_probs(
     probs: np.ndarray, n_pairs: int | None = None, tolerance: float = 1e-4
 ) -> np.ndarray:
-    """Assert that an array holds probabilities, and hand it back.
+    """Check an (N, C) array of probabilities, and return it.
 
     Args:
-        probs: (N, C) float, columns in `LABELS` order.
-        n_pairs: N, where the caller knows it.
-        tolerance: how far a row may be from summing to 1.
-
-    Returns:
-        The same array, unchanged.
+        probs: columns in `LABELS` order.
+        n_pairs: N, where it is known.
+        tolerance: largest deviation of a row's sum from 1.
 
     Raises:
         ValueError: wrong shape, a value outside [0, 1] or not finite, or a row that does
@@ -95,15 +103,10 @@ def check_probs(
 
 
 def probs_table(ids: pd.Series | np.ndarray, probs: np.ndarray, **columns: object) -> pd.DataFrame:
-    """Give probabilities their ids and column names.
-
-    Args:
-        ids: (N,) battle ids.
-        probs: (N, C) float, rows sum to 1.
-        **columns: more columns to place after `id`, e.g. `fold=folds`.
+    """Make a table of N ids, more columns (e.g. `fold=folds`), and (N, C) probabilities.
 
     Returns:
-        A table: id, the given columns, one float32 column per label.
+        id, the given columns, one float32 column per label.
     """
     check_probs(probs, n_pairs=len(ids))
     table = pd.DataFrame({"id": np.asarray(ids), **columns})
@@ -116,64 +119,39 @@ def probs_of(table: pd.DataFrame) -> np.ndarray:
     return check_probs(table[list(LABELS)].to_numpy(dtype=np.float64))
 
 
-_SWAPPED_COLUMNS = {
-    "response_a": "response_b",
-    "response_b": "response_a",
-    "model_a": "model_b",
-    "model_b": "model_a",
-}
-_SWAPPED_LABELS = np.array([B_WINS, A_WINS, TIE])
-
-
 def swap_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Exchange A and B in every battle: answers, model names and the vote.
-
-    Args:
-        pairs: one row a battle; models and label are optional.
-
-    Returns:
-        A new table, same rows and column order; swapping twice gives the first back.
-    """
-    swapped = pairs.rename(columns=_SWAPPED_COLUMNS)[list(pairs.columns)]
+    """Exchange A and B in every battle: answers and, if present, model names and votes."""
+    to_b = {"response_a": "response_b", "model_a": "model_b"}
+    to_a = {b: a for a, b in to_b.items()}
+    swapped = pairs.rename(columns=to_b | to_a)[list(pairs.columns)]
     if "label" in pairs.columns:
         swapped = swapped.assign(label=swap_labels(pairs["label"].to_numpy()))
     return swapped
 
 
 def swap_labels(labels: np.ndarray) -> np.ndarray:
-    """Exchange A wins and B wins: (N,) int in 0..2 -> (N,) int of the same dtype.
-
-    Example:
-        [0, 1, 2] -> [1, 0, 2]
-    """
-    return _SWAPPED_LABELS[labels].astype(labels.dtype)
+    """Exchange A wins and B wins: (N,) int in 0..2 -> (N,) int of the same dtype."""
+    return np.array(SWAPPED_LABELS, dtype=labels.dtype)[labels]
 
 
 def swap_probs(probs: np.ndarray) -> np.ndarray:
-    """Exchange the columns of A and B: (N, C) -> (N, C).
-
-    Example:
-        [[.7, .2, .1]] -> [[.2, .7, .1]]
-    """
-    return probs[:, _SWAPPED_LABELS]
+    """Exchange the columns of A and B: (N, C) -> (N, C), an array or a tensor."""
+    return probs[:, SWAPPED_LABELS]
 
 
 def average_over_swap(probs: np.ndarray, probs_swapped: np.ndarray) -> np.ndarray:
-    """Cancel position bias by averaging each battle with its mirror.
+    """Remove position bias: average the predictions of each battle in both orders.
 
     Args:
-        probs: (N, C) float, rows sum to 1, columns in `schema.LABELS` order.
-        probs_swapped: (N, C) float, the same battles predicted with A and B
-            exchanged; columns still as the model gave them.
+        probs: (N, C) float, rows sum to 1, columns in `LABELS` order.
+        probs_swapped: (N, C) float, the same battles predicted with A and B exchanged;
+            columns as the model returned them.
 
     Returns:
-        (N, C) float, rows sum to 1, columns in `schema.LABELS` order.
+        (N, C) float, rows sum to 1, columns in `LABELS` order.
 
     Raises:
         ValueError: shapes differ, or a row does not sum to 1 within 1e-4.
-
-    Example:
-        [[.7, .2, .1]] and [[.3, .6, .1]] -> [[.65, .25, .1]]
 
     Source: Wang et al. 2023, arXiv:2305.17926, balanced position calibration.
     """

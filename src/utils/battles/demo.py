@@ -1,4 +1,4 @@
-"""A small arena whose true probabilities are known, so that every estimate can be checked.
+"""Simulate an arena whose true probabilities are known, to check every estimate against.
 
 Chatbots of different strength answer prompts on several topics. A vote follows
 Davidson's extension of Bradley-Terry to ties, with utilities that are functions of
@@ -6,13 +6,12 @@ the text alone:
 
     p_A : p_B : p_tie = exp(u_A + position) : exp(u_B) : nu exp((u_A + position + u_B) / 2)
 
-A stronger chatbot writes measurably better text, so its name is not needed, and
-the mean entropy of the true probabilities is the best log loss that anyone can reach.
+A stronger chatbot writes measurably better text, so its name is not needed, and the mean
+entropy of the true probabilities is the oracle log loss.
 
 Source: Davidson 1970, JASA 65(329):317-328, doi:10.1080/01621459.1970.10481082.
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,33 +19,45 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from src.utils.schema import A_WINS, B_WINS, LABELS, TEXTS, TIE, Turns
+from src.utils.runs import encode_turns, write_json, write_table
+from src.utils.schema import A_WINS, B_WINS, LABELS, MODELS, TEXTS, TIE, Turns, join_turns
 
 TOPICS = {
-    "cooking": "oven flour butter garlic onion simmer roast dough yeast basil pepper skillet broth recipe whisk",
-    "astronomy": "planet orbit comet galaxy nebula telescope gravity lunar eclipse asteroid saturn quasar rocket",
-    "python": "function variable loop tuple decorator module exception iterator lambda dictionary string import class",
-    "travel": "passport luggage hostel itinerary museum harbour train visa souvenir festival island ferry guide",
-    "health": "protein vitamin sleep muscle posture cardio fibre hydration stretching calories immune allergy clinic",
-    "history": "empire treaty revolution dynasty archive monarch colony parliament siege pharaoh senate crusade viking",
-    "finance": "budget mortgage dividend inflation pension invoice equity broker savings credit audit tariff deficit",
-    "music": "melody rhythm chord guitar violin tempo octave chorus drummer sonata harmony lyric synth piano",
-    "russian": "погода книга дорога музыка город вечер молоко учитель письмо река зима окно хлеб поезд",
+    "cooking": "oven flour butter garlic onion simmer roast dough yeast basil pepper skillet "
+    "broth recipe whisk",
+    "astronomy": "planet orbit comet galaxy nebula telescope gravity lunar eclipse asteroid "
+    "saturn quasar rocket",
+    "python": "function variable loop tuple decorator module exception iterator lambda dictionary "
+    "string import class",
+    "travel": "passport luggage hostel itinerary museum harbour train visa souvenir festival "
+    "island ferry guide",
+    "health": "protein vitamin sleep muscle posture cardio fibre hydration stretching calories "
+    "immune allergy clinic",
+    "history": "empire treaty revolution dynasty archive monarch colony parliament siege pharaoh "
+    "senate crusade viking",
+    "finance": "budget mortgage dividend inflation pension invoice equity broker savings credit "
+    "audit tariff deficit",
+    "music": "melody rhythm chord guitar violin tempo octave chorus drummer sonata harmony lyric "
+    "synth piano",
+    "russian": "погода книга дорога музыка город вечер молоко учитель письмо река зима окно хлеб "
+    "поезд",
     "chinese": "天气 老师 朋友 图书馆 火车 苹果 音乐 电影 早上 城市 米饭 学生 咖啡 公园",
     "arabic": "كتاب مدرسة قهوة مدينة سيارة شمس بحر طعام صديق نافذة مطر قطار حديقة رسالة",
 }
 # What voters reward and punish, beside relevance: precise words against padding.
 STRONG_WORDS = frozenset(
-    "because therefore specifically precisely evidence example compare measured verify consider clearly "
-    "typically step reason result detail accurate practical tested summary".split()
+    "because therefore specifically precisely evidence example compare measured verify "
+    "consider clearly typically step reason result detail accurate practical tested "
+    "summary".split()
 )
 WEAK_WORDS = frozenset(
-    "stuff basically whatever maybe somehow kinda things obviously literally dunno random vague "
-    "anyway guess probably sorta nothing boring yeah blah".split()
+    "stuff basically whatever maybe somehow kinda things obviously literally dunno random "
+    "vague anyway guess probably sorta nothing boring yeah blah".split()
 )
 COMMON_WORDS = (
-    "the a of and to in with for on this that you can it is are from when your one will use more some most each "
-    "time way part first then next also many often make take keep need start good both between".split()
+    "the a of and to in with for on this that you can it is are from when your one will "
+    "use more some most each time way part first then next also many often make take keep "
+    "need start good both between".split()
 )
 PROMPTS = (
     "Explain how {} and {} relate to {}.",
@@ -67,11 +78,12 @@ REFUSALS = (
     "I apologize, but I can't assist with that.",
 )
 
-_CONTENT_WORDS = frozenset(word for words in TOPICS.values() for word in words.split())
+_TOPIC_WORDS = {topic: words.split() for topic, words in TOPICS.items()}
+_CONTENT_WORDS = frozenset(" ".join(TOPICS.values()).split())
 _PUNCTUATION = re.compile(r"[,;:!?]")
 _LIST_ITEM = re.compile(r"^- ", re.MULTILINE)
 _WORD = re.compile(r"\w+")
-_REFUSAL = re.compile("|".join(re.escape(text) for text in REFUSALS))
+_REFUSAL = re.compile("|".join(map(re.escape, REFUSALS)))
 
 
 @dataclass(frozen=True)
@@ -79,18 +91,18 @@ class Effects:
     """What a voter values, in log-odds per unit of each measure of `measure_answer`."""
 
     log_words: float = 0.5  # per natural log of 1 + words
-    quality: float = 6.0  # per share of strong words less share of weak words
+    quality: float = 6.0  # per share of strong words minus share of weak words
     relevance: float = 1.5  # from none to all of the prompt's content words
     lists: float = 0.35  # an answer with list items against one without
     punctuation: float = 0.10  # per , ; : ! ? in 100 characters
     refusal: float = -1.5  # a refusal against an answer
-    position: float = 0.10  # bonus of sitting in position A
+    position: float = 0.10  # bonus of position A
     nu: float = 1.1  # weight of a tie
 
 
 EFFECTS = Effects()
-_AGAIN_SHARE = 0.004  # battles that repeat an earlier one, half of them with positions exchanged
 MEASURES = ("log_words", "quality", "relevance", "lists", "punctuation", "refusal")
+_REPEATED_SHARE = 0.004  # battles that repeat an earlier one, half of them mirrored
 
 
 @dataclass(frozen=True)
@@ -102,48 +114,35 @@ class Chatbot:
     n_words: float  # median length of an answer
     listing: float  # share of answers with list items
     refusing: float  # share of answers that refuse
-    focus: float  # chance that a content word of the prompt is taken up
+    focus: float  # probability of taking up a content word of the prompt
 
 
-CHATBOTS = tuple(
-    Chatbot(f"demo-{name}", skill, n_words, listing, refusing, focus)
-    for name, skill, n_words, listing, refusing, focus in (
-        ("owl", 0.95, 52, 0.45, 0.01, 0.90),
-        ("heron", 0.85, 34, 0.20, 0.02, 0.85),
-        ("falcon", 0.80, 60, 0.60, 0.02, 0.75),
-        ("raven", 0.70, 44, 0.30, 0.03, 0.80),
-        ("stork", 0.60, 30, 0.15, 0.02, 0.70),
-        ("crane", 0.55, 56, 0.50, 0.05, 0.65),
-        ("finch", 0.45, 24, 0.10, 0.03, 0.70),
-        ("robin", 0.40, 40, 0.35, 0.08, 0.55),
-        ("wren", 0.30, 22, 0.10, 0.04, 0.55),
-        ("dodo", 0.15, 36, 0.25, 0.06, 0.40),
-    )
+CHATBOTS = (
+    Chatbot("demo-owl", 0.95, 52, 0.45, 0.01, 0.90),
+    Chatbot("demo-heron", 0.85, 34, 0.20, 0.02, 0.85),
+    Chatbot("demo-falcon", 0.80, 60, 0.60, 0.02, 0.75),
+    Chatbot("demo-raven", 0.70, 44, 0.30, 0.03, 0.80),
+    Chatbot("demo-stork", 0.60, 30, 0.15, 0.02, 0.70),
+    Chatbot("demo-crane", 0.55, 56, 0.50, 0.05, 0.65),
+    Chatbot("demo-finch", 0.45, 24, 0.10, 0.03, 0.70),
+    Chatbot("demo-robin", 0.40, 40, 0.35, 0.08, 0.55),
+    Chatbot("demo-wren", 0.30, 22, 0.10, 0.04, 0.55),
+    Chatbot("demo-dodo", 0.15, 36, 0.25, 0.06, 0.40),
 )
 
 
 def measure_answer(prompt: Turns, answer: Turns) -> np.ndarray:
-    """Measure what the demo's voters look at, from the text alone.
-
-    Args:
-        prompt: turns of the prompt.
-        answer: turns of one answer; nulls count as nothing said.
-
-    Returns:
-        (len(MEASURES),) float64 in the order of `MEASURES`.
-    """
-    text = "\n".join(turn for turn in answer if turn)
+    """Measure in an answer what the demo's voters value: (len(MEASURES),) float64."""
+    text = join_turns(tuple(filter(None, answer)))
     words = _WORD.findall(text.lower())
     n_words = max(len(words), 1)
-    asked = {
-        word for turn in prompt for word in _WORD.findall((turn or "").lower())
-    } & _CONTENT_WORDS
-    strong = sum(word in STRONG_WORDS for word in words)
-    weak = sum(word in WEAK_WORDS for word in words)
+    asked = _CONTENT_WORDS.intersection(_WORD.findall(join_turns(prompt).lower()))
+    n_strong = sum(word in STRONG_WORDS for word in words)
+    n_weak = sum(word in WEAK_WORDS for word in words)
     return np.array(
         [
             np.log1p(len(words)),
-            (strong - weak) / n_words,
+            (n_strong - n_weak) / n_words,
             len(asked.intersection(words)) / max(len(asked), 1),
             float(_LIST_ITEM.search(text) is not None),
             100 * len(_PUNCTUATION.findall(text)) / max(len(text), 1),
@@ -152,109 +151,97 @@ def measure_answer(prompt: Turns, answer: Turns) -> np.ndarray:
     )
 
 
-def true_probs(
-    prompt: Turns, response_a: Turns, response_b: Turns, effects: Effects = EFFECTS
-) -> np.ndarray:
-    """The probabilities by which the demo's votes are drawn: (C,) in `LABELS` order."""
+def true_probs(prompt: Turns, a: Turns, b: Turns, effects: Effects = EFFECTS) -> np.ndarray:
+    """Compute the probabilities by which votes are drawn: (C,) float64 in `LABELS` order."""
     weights = np.array([getattr(effects, name) for name in MEASURES])
-    utility_a = weights @ measure_answer(prompt, response_a) + effects.position
-    utility_b = weights @ measure_answer(prompt, response_b)
+    utility_a = weights @ measure_answer(prompt, a) + effects.position
+    utility_b = weights @ measure_answer(prompt, b)
     odds = np.empty(len(LABELS))
-    odds[A_WINS], odds[B_WINS] = (
-        np.exp((utility_a - utility_b) / 2),
-        np.exp((utility_b - utility_a) / 2),
-    )
+    odds[A_WINS] = np.exp((utility_a - utility_b) / 2)
+    odds[B_WINS] = np.exp((utility_b - utility_a) / 2)
     odds[TIE] = effects.nu
     return odds / odds.sum()
 
 
 class _Writer:
-    """Writes prompts and answers with one source of randomness."""
+    """Writes prompts and answers, drawing all chance from one generator."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng = rng
-        self._topics = {name: words.split() for name, words in TOPICS.items()}
-        self._strong, self._weak = sorted(STRONG_WORDS), sorted(WEAK_WORDS)
+        self._strong = sorted(STRONG_WORDS)
+        self._weak = sorted(WEAK_WORDS)
 
     def _pick(self, words: list[str], count: int) -> list[str]:
         return [words[i] for i in self._rng.integers(len(words), size=count)]
 
     def write_prompt(self) -> tuple[str, Turns]:
-        """A topic and one to three turns of questions."""
-        topic = str(self._rng.choice(list(self._topics)))
-        n_turns = int(self._rng.choice([1, 2, 3], p=[0.86, 0.11, 0.03]))
-        templates = [PROMPTS[self._rng.integers(len(PROMPTS))]]
-        templates += [FOLLOW_UPS[self._rng.integers(len(FOLLOW_UPS))] for _ in range(n_turns - 1)]
-        return topic, tuple(
-            text.format(*self._rng.choice(self._topics[topic], 3, replace=False))
-            for text in templates
-        )
+        """Write a prompt of one to three turns; returns its topic and the turns."""
+        rng = self._rng
+        topic = str(rng.choice(list(TOPICS)))
+        n_turns = int(rng.choice([1, 2, 3], p=[0.86, 0.11, 0.03]))
+        templates = [PROMPTS[rng.integers(len(PROMPTS))]]
+        templates += [FOLLOW_UPS[rng.integers(len(FOLLOW_UPS))] for _ in range(n_turns - 1)]
+        words = _TOPIC_WORDS[topic]
+        return topic, tuple(text.format(*rng.choice(words, 3, replace=False)) for text in templates)
 
     def write_answer(self, chatbot: Chatbot, topic: str, prompt: Turns) -> Turns:
-        """One turn per turn of the prompt; now and then a null."""
-        length = chatbot.n_words * np.exp(self._rng.normal(0, 0.45)) / len(prompt) ** 0.7
-        turns = [
-            self._write_turn(chatbot, topic, turn, int(np.clip(length, 6, 110))) for turn in prompt
-        ]
-        if self._rng.random() < 0.006:
-            turns[-1] = None if self._rng.random() < 0.7 else ""
+        """Write one turn per turn of the prompt, occasionally a null."""
+        rng = self._rng
+        length = chatbot.n_words * np.exp(rng.normal(0, 0.45)) / len(prompt) ** 0.7
+        n_words = int(np.clip(length, 6, 110))
+        turns: list[str | None] = []
+        for question in prompt:
+            turns.append(self._write_turn(chatbot, topic, question or "", n_words))
+        if rng.random() < 0.006:
+            turns[-1] = None if rng.random() < 0.7 else ""
         return tuple(turns)
 
-    def _write_turn(self, chatbot: Chatbot, topic: str, prompt: str, n_words: int) -> str:
+    def _write_turn(self, chatbot: Chatbot, topic: str, question: str, n_words: int) -> str:
         rng = self._rng
         if rng.random() < chatbot.refusing:
             return REFUSALS[rng.integers(len(REFUSALS))]
-        asked = [word for word in _WORD.findall(prompt.lower()) if word in _CONTENT_WORDS]
+        asked = [word for word in _WORD.findall(question.lower()) if word in _CONTENT_WORDS]
         words = [word for word in asked if rng.random() < chatbot.focus]
-        mood = np.clip(chatbot.skill + rng.normal(0, 0.18), 0, 1)
-        n_strong, n_weak = (
-            rng.binomial(n_words, 0.20 * mood),
-            rng.binomial(n_words, 0.20 * (1 - mood)),
-        )
-        others = [word for word in self._topics[topic] if word not in asked]
+        skill = np.clip(chatbot.skill + rng.normal(0, 0.18), 0, 1)
+        n_strong = rng.binomial(n_words, 0.20 * skill)
+        n_weak = rng.binomial(n_words, 0.20 * (1 - skill))
         words += self._pick(self._strong, n_strong) + self._pick(self._weak, n_weak)
-        words += self._pick(others, n_words // 6) + self._pick(
-            COMMON_WORDS, max(n_words - len(words) - n_words // 6, 2)
-        )
+        n_others = n_words // 6
+        n_common = max(n_words - len(words) - n_others, 2)
+        others = [word for word in _TOPIC_WORDS[topic] if word not in asked]
+        words += self._pick(others, n_others) + self._pick(COMMON_WORDS, n_common)
         return self._lay_out(chatbot, topic, [words[i] for i in rng.permutation(len(words))])
 
     def _lay_out(self, chatbot: Chatbot, topic: str, words: list[str]) -> str:
         rng = self._rng
         cuts = np.cumsum(rng.integers(5, 12, size=len(words) // 5 + 1))
-        chunks = [part for part in np.split(np.array(words, dtype=object), cuts) if len(part)]
-        commas, ending = rng.random() * 0.3, "!" if rng.random() < 0.15 else "."
-        sentences = [self._punctuate(list(chunk), commas, ending) for chunk in chunks]
+        chunks = np.split(np.array(words, dtype=object), cuts)
+        comma_rate = rng.random() * 0.3
+        ending = "!" if rng.random() < 0.15 else "."
+        sentences = []
+        for chunk in filter(len, chunks):
+            sentences.append(self._punctuate(list(chunk), comma_rate, ending))
         if rng.random() < chatbot.listing:
             head = "## Summary\n\n" if rng.random() < 0.3 else ""
-            return (
-                head
-                + sentences[0]
-                + "\n"
-                + "\n".join(f"- {text}" for text in sentences[1:] or sentences)
-            )
+            return head + "\n- ".join([sentences[0], *(sentences[1:] or sentences)])
         text = " ".join(sentences)
         if topic == "python" and rng.random() < 0.5:
             text += f"\n```python\nprint({words[0]!r})  # a/b\n```"
         return text
 
-    def _punctuate(self, words: list[str], commas: float, ending: str) -> str:
-        marks = self._rng.random(len(words)) < commas
-        bold = self._rng.random() < 0.1
-        words = [
-            f"{word}," if mark else word for word, mark in zip(words[:-1], marks[:-1], strict=True)
-        ] + words[-1:]
-        if bold:
+    def _punctuate(self, words: list[str], comma_rate: float, ending: str) -> str:
+        has_comma = self._rng.random(len(words)) < comma_rate
+        is_bold = self._rng.random() < 0.1
+        for i in np.flatnonzero(has_comma[:-1]):
+            words[i] += ","
+        if is_bold:
             words[0] = f"**{words[0]}**"
         sentence = " ".join(words)
         return sentence[0].upper() + sentence[1:] + ending
 
 
 def make_battles(n_battles: int, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
-    """Let chatbots answer and people vote.
-
-    Args:
-        n_battles: N, rows to make.
-        seed: of everything random.
+    """Let chatbots answer and people vote; the same seed gives the same battles.
 
     Returns:
         battles: id, model_a, model_b, prompt, response_a, response_b (tuples of turns), label.
@@ -265,85 +252,58 @@ def make_battles(n_battles: int, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
     asked: list[tuple[str, Turns]] = []
     rows: list[tuple] = []
     for _ in range(n_battles):
-        if rows and rng.random() < _AGAIN_SHARE:
-            battle = _fight_again(rows[rng.integers(len(rows))], mirrored=rng.random() < 0.5)
+        if rows and rng.random() < _REPEATED_SHARE:
+            model_a, model_b, prompt, a, b = rows[rng.integers(len(rows))]
+            is_mirrored = rng.random() < 0.5
+            mirrored = (model_b, model_a, prompt, b, a)
+            rows.append(mirrored if is_mirrored else (model_a, model_b, prompt, a, b))
+            continue
+        if asked and rng.random() < 0.07:
+            asked.append(asked[rng.integers(len(asked))])
         else:
-            asked.append(
-                asked[rng.integers(len(asked))]
-                if asked and rng.random() < 0.07
-                else writer.write_prompt()
-            )
-            battle = _fight(writer, rng, *asked[-1])
-        rows.append(battle)
+            asked.append(writer.write_prompt())
+        rows.append(_make_battle(writer, rng, *asked[-1]))
     probs = np.array([true_probs(*row[2:]) for row in rows]).reshape(-1, len(LABELS))
-    battles = pd.DataFrame(rows, columns=["model_a", "model_b", *TEXTS])
+    battles = pd.DataFrame(rows, columns=[*MODELS, *TEXTS])
     battles["label"] = (rng.random((n_battles, 1)) > probs.cumsum(axis=1)[:, :-1]).sum(axis=1)
     battles.insert(0, "id", rng.permutation(np.arange(10**5, 10**5 + 10 * n_battles))[:n_battles])
     return battles, probs
 
 
-def _fight(writer: _Writer, rng: np.random.Generator, topic: str, prompt: Turns) -> tuple:
+def _make_battle(writer: _Writer, rng: np.random.Generator, topic: str, prompt: Turns) -> tuple:
     first, second = (CHATBOTS[i] for i in rng.choice(len(CHATBOTS), 2, replace=False))
-    answer_a, answer_b = (
-        writer.write_answer(chatbot, topic, prompt) for chatbot in (first, second)
-    )
+    a = writer.write_answer(first, topic, prompt)
+    b = writer.write_answer(second, topic, prompt)
     if rng.random() < 0.003:
-        answer_a = (
-            *answer_a[:-1],
-            (answer_a[-1] or "") + " \ud83d",
-        )  # half an emoji, as real rows hold
-    return first.name, second.name, prompt, answer_a, answer_b
+        a = (*a[:-1], (a[-1] or "") + " \ud83d")  # half an emoji, which real data hold, too
+    return first.name, second.name, prompt, a, b
 
 
-def _fight_again(battle: tuple, mirrored: bool) -> tuple:
-    model_a, model_b, prompt, answer_a, answer_b = battle
-    return (model_b, model_a, prompt, answer_b, answer_a) if mirrored else battle
+def make_arena(folder: Path, n_battles: int, n_test: int, seed: int) -> Path:
+    """Write an arena in the competition's layout, and its truth, into a folder; returns it.
 
-
-def make_arena(
-    folder: Path, n_battles: int = 12_000, n_test: int = 600, seed: int = 20240501
-) -> Path:
-    """Write an arena in the competition's layout, and beside it the truth.
-
-    Args:
-        folder: gets `train.csv`, `test.csv`, `sample_submission.csv`, `truth.parquet` (id and
-            true probabilities of train and test rows), `votes_test.parquet` (how the test
-            battles ended) and `effects.json` (what was planted).
-        n_battles: training rows.
-        n_test: test rows.
-        seed: of everything random; the same seed gives the same bytes.
-
-    Returns:
-        The folder.
+    The files are `train.csv`, `test.csv`, `sample_submission.csv`, `truth.parquet` (id and true
+    probabilities of train and test rows), `votes_test.parquet` (labels of the test rows) and
+    `effects.json`. The same seed gives the same bytes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     battles, probs = make_battles(n_battles + n_test, seed)
-    encoded = battles.assign(**{name: battles[name].map(_encode) for name in TEXTS})
+    # As the competition does: slashes are escaped.
+    encoded = battles.assign(
+        **{name: battles[name].map(encode_turns).str.replace("/", "\\/") for name in TEXTS}
+    )
     for index, name in enumerate(LABELS):
         encoded[name] = (battles["label"] == index).astype(int)
-    train, test = encoded[:n_battles], encoded[n_battles:]
-    _write_csv(folder / "test.csv", test[["id", *TEXTS]])
-    _write_csv(
-        folder / "sample_submission.csv",
-        test[["id"]].assign(**dict.fromkeys(LABELS, 1 / len(LABELS))),
-    )
+    test = encoded[n_battles:]
+    third = dict.fromkeys(LABELS, 1 / len(LABELS))
+    write_table(folder / "test.csv", test[["id", *TEXTS]])
+    write_table(folder / "sample_submission.csv", test[["id"]].assign(**third))
     truth = pd.DataFrame({"id": battles["id"], **dict(zip(LABELS, probs.T, strict=True))})
-    truth.to_parquet(folder / "truth.parquet", index=False)
-    battles[n_battles:][["id", "label"]].to_parquet(folder / "votes_test.parquet", index=False)
+    write_table(folder / "truth.parquet", truth)
+    write_table(folder / "votes_test.parquet", battles[n_battles:][["id", "label"]])
     entropy = float(-(probs * np.log(probs)).sum(axis=1).mean())
     planted = {"effects": asdict(EFFECTS), "expected_oracle_log_loss": entropy, "seed": seed}
-    (folder / "effects.json").write_text(json.dumps(planted, indent=2) + "\n")
-    # Last, so that its existence means that the arena is whole.
-    _write_csv(folder / "train.csv", train[["id", "model_a", "model_b", *TEXTS, *LABELS]])
+    write_json(folder / "effects.json", planted)
+    # Last: its existence means that the arena is complete.
+    columns = ["id", *MODELS, *TEXTS, *LABELS]
+    write_table(folder / "train.csv", encoded.loc[: n_battles - 1, columns])
     return folder
-
-
-def _encode(turns: Turns) -> str:
-    # As the competition does: slashes escaped, everything outside ASCII as \u escapes.
-    return json.dumps(turns).replace("/", "\\/")
-
-
-def _write_csv(path: Path, table: pd.DataFrame) -> None:
-    tmp = path.with_suffix(".tmp")
-    table.to_csv(tmp, index=False)
-    tmp.replace(path)

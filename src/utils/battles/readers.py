@@ -1,8 +1,8 @@
-"""Read battles as the competition encodes them, lose none, and freeze the folds.
+"""Read files of battles, report damaged texts, and assign groups and folds.
 
-A text is a JSON list, one string or null a turn. It is decoded exactly and the
-turns are kept apart. What does not decode is kept as it stands and reported with
-its file, row, id and column.
+In a file, a text is a JSON list with one string or null per turn. A text that cannot be
+decoded is kept as a single turn and reported with its file, row, id and column: no battle
+is lost.
 """
 
 import hashlib
@@ -19,46 +19,55 @@ from sklearn.model_selection import StratifiedGroupKFold
 from src.utils.schema import LABELS, MODELS, TEXTS, UNKNOWN_MODEL, Turns, check_pairs
 
 PROBLEM_COLUMNS = ("file", "row", "id", "column", "expected", "found")
+_TURNS_EXPECTED = "a JSON list of strings and nulls"
 _N_SHOWN = 5  # rows that an error message lists
-_LONG_CHARS = 20_000  # some 5,000 tokens of English, more than any model of the suite reads
+_LONG_CHARS = 20_000  # about 5,000 tokens of English, more than any model here reads
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# The rows of the health table and what each means.
+_CHECKS = {
+    "text that is not a JSON list": "kept as one turn, listed in problems",
+    "null turn": "an answer that was never given",
+    "empty answer": "the other side should win",
+    "identical answers": "a tie, unless people disagree",
+    "more than one turn": "turns are kept apart",
+    "unequal turn counts": "a conversation cut short",
+    f"over {_LONG_CHARS:,} characters": "cut to a model's budget",
+    "not in ASCII": "another script, or typographic signs",
+    "lone surrogate": "half of a broken emoji",
+    "exact duplicate": "the same battle again",
+    "mirrored duplicate": "the same battle, positions exchanged",
+    "duplicate with another vote": "people disagree: a limit for any model",
+    "prompt seen before": "would leak across a random split",
+}
 
 
 def decode_turns(cell: Any) -> tuple[Turns, str | None]:
-    """Decode one text cell.
-
-    Args:
-        cell: a JSON list of strings and nulls; a Python list or array is taken as it is.
+    """Decode one text cell: a JSON list of strings and nulls, or already a list or array.
 
     Returns:
-        The turns, and what was expected where the cell was something else (then it is
-        kept whole as a single turn), or None.
-
-    Example:
-        '["hi", null]' -> (("hi", None), None)
-        'hi'           -> (("hi",), "a JSON list of strings and nulls")
+        The turns; and None, or what was expected where the cell was something else and is
+        therefore kept as a single turn.
     """
-    expected = "a JSON list of strings and nulls"
     if isinstance(cell, str):
         try:
             # strict=False: raw line breaks inside a string are text, not damage.
-            turns = json.loads(cell, strict=False)
+            turns: Any = json.loads(cell, strict=False)
         except ValueError:
-            return (cell,), expected
+            return (cell,), _TURNS_EXPECTED
     else:
-        turns = list(cell) if isinstance(cell, (list, tuple, np.ndarray)) else cell
+        turns = list(cell) if isinstance(cell, (list, tuple, np.ndarray)) else None
     if isinstance(turns, list) and turns:
-        kept = tuple(
-            turn if turn is None or isinstance(turn, str) else json.dumps(turn) for turn in turns
-        )
-        return kept, None if kept == tuple(turns) else expected
-    return (cell if isinstance(cell, str) and turns is not None else None,), expected
+        kept = tuple(t if isinstance(t, str | None) else json.dumps(t) for t in turns)
+        return kept, None if kept == tuple(turns) else _TURNS_EXPECTED
+    is_text = isinstance(cell, str) and turns is not None  # neither missing nor JSON's null
+    return (cell if is_text else None,), _TURNS_EXPECTED
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a `.csv`, `.csv.gz` or `.parquet` file with every cell as it stands.
+    """Read a `.csv`, `.csv.gz` or `.parquet` file without interpreting its cells.
 
-    Nothing is taken for missing ("NA" and "null" are answers people got), and bytes that
-    are no UTF-8 become lone surrogates instead of an error.
+    Nothing counts as missing ("NA" and "null" are possible answers); bytes that are not UTF-8
+    become lone surrogates.
 
     Raises:
         ValueError: the file cannot be read as a table; it is named.
@@ -78,16 +87,16 @@ def read_table(path: Path) -> pd.DataFrame:
 def load_pairs(
     paths: Sequence[Path] | Path, labelled: bool = True
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read battles from one or several files.
+    """Read battles from one or several files in the competition's layout.
 
     Args:
-        paths: `.csv`, `.csv.gz` or `.parquet` files in the competition's layout.
-        labelled: training rows, which carry votes and (mostly) model names; False for test rows.
+        paths: `.csv`, `.csv.gz` or `.parquet` files.
+        labelled: True for training rows, which have votes and (mostly) model names.
 
     Returns:
-        pairs: one row a battle, in file order: `schema.LABELLED_COLUMNS`, or
-            `schema.PAIR_COLUMNS` where not labelled; texts are tuples of turns.
-        problems: one row a damaged text: file, row (1 is the first), id, column, expected, found.
+        pairs: one row per battle, in file order: `schema.LABELLED_COLUMNS`, or
+            `schema.PAIR_COLUMNS` if not labelled; texts are tuples of turns.
+        problems: one row per damaged text: file, row (from 1), id, column, expected, found.
 
     Raises:
         ValueError: a column is missing, a training id repeats, or a row does not have
@@ -96,10 +105,16 @@ def load_pairs(
     paths = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     if not paths:
         raise ValueError("load_pairs: expected at least one file, got none")
-    parts, problems = [], []
+    parts = []
+    problems: list[dict[str, Any]] = []
     for path in paths:
         raw = read_table(path)
-        _check_columns(path, raw, ("id", *TEXTS, *(LABELS if labelled else ())))
+        columns = ["id", *TEXTS, *(LABELS if labelled else ())]
+        missing = [name for name in columns if name not in raw.columns]
+        if missing:
+            raise ValueError(
+                f"{path}: expected columns {columns}, missing {missing}, got {list(raw.columns)}"
+            )
         part = pd.DataFrame({"id": raw["id"].astype(str)})
         for column in TEXTS:
             part[column] = _decode_column(path, raw, column, problems)
@@ -112,65 +127,52 @@ def load_pairs(
     if labelled:
         _check_unique_ids(pairs)
     pairs["id"] = _as_integers(pairs["id"])
-    return check_pairs(pairs.drop(columns="file")), pd.DataFrame(
-        problems, columns=list(PROBLEM_COLUMNS)
-    )
-
-
-def _check_columns(path: Path, raw: pd.DataFrame, expected: Sequence[str]) -> None:
-    missing = [name for name in expected if name not in raw.columns]
-    if missing:
-        raise ValueError(
-            f"{path}: expected columns {list(expected)}, missing {missing}, got {list(raw.columns)}"
-        )
+    table = pd.DataFrame(problems, columns=list(PROBLEM_COLUMNS))
+    return check_pairs(pairs.drop(columns="file")), table
 
 
 def _decode_column(
     path: Path, raw: pd.DataFrame, column: str, problems: list[dict[str, Any]]
 ) -> pd.Series:
-    decoded = [decode_turns(cell) for cell in raw[column]]
-    for position, (_, expected) in enumerate(decoded):
+    """Decode a column of texts and append what is damaged to `problems`."""
+    decoded = []
+    for row, (battle_id, cell) in enumerate(zip(raw["id"], raw[column], strict=True), start=1):
+        turns, expected = decode_turns(cell)
+        decoded.append(turns)
         if expected:
-            problems.append(
-                {
-                    "file": path.name,
-                    "row": position + 1,
-                    "id": str(raw["id"].iloc[position]),
-                    "column": column,
-                    "expected": expected,
-                    "found": ascii(raw[column].iloc[position])[:80],
-                }
-            )
-    return pd.Series([turns for turns, _ in decoded], index=raw.index, dtype=object)
+            found = ascii(cell)[:80]
+            values = (path.name, row, str(battle_id), column, expected, found)
+            problems.append(dict(zip(PROBLEM_COLUMNS, values, strict=True)))
+    return pd.Series(decoded, index=raw.index, dtype=object)
 
 
 def _read_labels(path: Path, raw: pd.DataFrame) -> np.ndarray:
-    votes = raw[list(LABELS)].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
-    wrong = np.flatnonzero(~((np.isin(votes, (0, 1)).all(axis=1)) & (votes.sum(axis=1) == 1)))
+    table = raw[list(LABELS)]
+    votes = table.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
+    wrong = np.flatnonzero(~(np.isin(votes, (0, 1)).all(axis=1) & (votes.sum(axis=1) == 1)))
     if len(wrong):
         shown = "; ".join(
-            f"row {row + 1}, id {raw['id'].iloc[row]}: {raw[list(LABELS)].iloc[row].tolist()}"
+            f"row {row + 1}, id {raw['id'].iloc[row]}: {table.iloc[row].tolist()}"
             for row in wrong[:_N_SHOWN]
         )
         raise ValueError(
-            f"{path}: {len(wrong)} rows without exactly one winner. Expected a single 1 in {list(LABELS)}, got {shown}"
+            f"{path}: expected a single 1 in {list(LABELS)}, got {len(wrong)} rows without: {shown}"
         )
     return votes.argmax(axis=1).astype(np.int8)
 
 
 def _check_unique_ids(pairs: pd.DataFrame) -> None:
-    again = pairs["id"].duplicated(keep=False)
-    if again.any():
-        shown = pairs.loc[again, ["id", "file"]].sort_values("id").head(_N_SHOWN).to_dict("records")
+    repeated = pairs.loc[pairs["id"].duplicated(keep=False), ["id", "file"]]
+    if len(repeated):
+        shown = repeated.sort_values("id").head(_N_SHOWN).to_dict("records")
         raise ValueError(
-            f"training data: expected every id once, got {int(again.sum())} rows that share one: {shown}"
+            f"training data: expected unique ids, got {len(repeated)} rows that share one: {shown}"
         )
 
 
 def _as_integers(ids: pd.Series) -> pd.Series:
-    """Ids as int64 where that changes none of them ("007" stays text)."""
-    numbers = pd.to_numeric(ids, errors="coerce")
-    if numbers.isna().any() or not ids.str.fullmatch(r"-?\d{1,18}").all():
+    """Convert ids to int64 if that changes none of them ("007" stays text)."""
+    if not ids.str.fullmatch(r"-?\d{1,18}").all():
         return ids
     integers = ids.astype("int64")
     return integers if (integers.astype(str) == ids).all() else ids
@@ -179,19 +181,17 @@ def _as_integers(ids: pd.Series) -> pd.Series:
 def add_groups_and_folds(
     pairs: pd.DataFrame, n_folds: int = 5, seed: int = 20240501
 ) -> pd.DataFrame:
-    """Freeze which battles stay together and which fold holds each out.
+    """Assign every battle to a group and to the fold that holds it out.
 
-    Battles whose prompts begin alike (case and spacing aside) share a group: repeated
-    prompts, duplicates and mirrored duplicates. Folds keep groups whole and the shares
-    of the labels even; they depend on ids and texts alone, not on row order or machine.
-
-    Args:
-        pairs: `schema.LABELLED_COLUMNS`.
-        n_folds: folds, 2 or more.
-        seed: of the shuffle.
+    Battles whose prompts begin alike (whatever the case and spacing) share a group: repeated
+    prompts, duplicates and mirrored duplicates. Folds hold complete groups and about the same
+    shares of the labels; they depend on ids and texts alone, not on row order or machine.
 
     Returns:
-        The same rows with `group` (int64, from a hash of the prompt) and `fold` (int8, 0..n_folds-1).
+        The same rows with `group` (int64, a hash of the prompt) and `fold` (int8, from 0).
+
+    Raises:
+        ValueError: `n_folds` is less than 2.
     """
     if n_folds < 2:
         raise ValueError(f"n_folds: expected 2 or more, got {n_folds}")
@@ -202,15 +202,12 @@ def add_groups_and_folds(
     return pairs.assign(group=groups, fold=folds)
 
 
-def normalise(text: str | None) -> str:
-    """Text with case and spacing aside; None is empty."""
-    return re.sub(r"\s+", " ", text or "").strip().casefold()
-
-
 def hash_prompt(turns: Turns) -> int:
-    """The group of a prompt: equal where prompts begin alike, case and spacing aside."""
+    """Hash a prompt to its group, an int of 63 bits."""
     # The first turn decides: a conversation and its first question alone are one prompt.
-    key = next((text for text in map(normalise, turns) if text), "")
+    normalised = (re.sub(r"\s+", " ", turn or "").strip().casefold() for turn in turns)
+    key = next(filter(None, normalised), "")
+    # Exact even for lone surrogates: replacing them would reassign the folds of existing data.
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -218,7 +215,7 @@ def hash_prompt(turns: Turns) -> int:
 def _split(labels: np.ndarray, groups: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
     _, codes = np.unique(groups, return_inverse=True)
     folds = codes % n_folds
-    # Too few rows to stratify: the hash order of the groups is split evenly instead.
+    # With too few rows to stratify, groups are dealt out in the order of their hashes.
     n_rarest = min(np.unique(labels, return_counts=True)[1], default=0)
     if codes.max(initial=0) + 1 >= n_folds and n_rarest >= n_folds:
         splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
@@ -228,103 +225,43 @@ def _split(labels: np.ndarray, groups: np.ndarray, n_folds: int, seed: int) -> n
 
 
 def describe_health(pairs: pd.DataFrame, problems: pd.DataFrame) -> pd.DataFrame:
-    """Count what is odd about the battles.
-
-    Args:
-        pairs: `schema.FROZEN_COLUMNS`.
-        problems: from `load_pairs`.
+    """Count what is unusual about the battles; `problems` are those of `load_pairs`.
 
     Returns:
-        One row a check: check, count (battles), share, meaning.
+        One row per check: check, count (battles), share, meaning.
     """
-    answers = list(zip(pairs["response_a"], pairs["response_b"], strict=True))
-    full = [(prompt, *pair) for prompt, pair in zip(pairs["prompt"], answers, strict=True)]
-    unordered = pd.Series(
-        [
-            hash((prompt, frozenset(pair)))
-            for prompt, pair in zip(pairs["prompt"], answers, strict=True)
-        ]
-    )
-    ordered = pd.Series([hash(row) for row in full])
-    # A battle as its first-named answer sees it, so that mirrored votes compare equal.
-    vote = pd.Series(
-        [
-            _vote_by_content(a, b, label)
-            for (a, b), label in zip(answers, pairs["label"], strict=True)
-        ]
-    )
-    same = unordered.duplicated(keep=False)
-    conflicting = same & (vote.groupby(unordered).transform("nunique") > 1)
-    checks = {
-        "text that is no JSON list": (
-            problems["id"].nunique(),
-            "kept as one turn, listed in problems",
-        ),
-        "null turn": (
-            sum(_any_turn(row, lambda turn: turn is None) for row in full),
-            "an answer that was never given",
-        ),
-        "empty answer": (
-            sum(_is_empty(a) or _is_empty(b) for a, b in answers),
-            "the other side should win",
-        ),
-        "identical answers": (sum(a == b for a, b in answers), "a tie, unless people disagree"),
-        "more than one turn": (
-            sum(len(prompt) > 1 for prompt in pairs["prompt"]),
-            "turns are kept apart",
-        ),
-        "unequal turn counts": (
-            sum(len({len(text) for text in row}) > 1 for row in full),
-            "a conversation cut short",
-        ),
-        f"over {_LONG_CHARS:,} characters": (sum(map(_is_long, full)), "cut to a model's budget"),
-        "not in ASCII": (
-            sum(_any_turn(row, _is_not_ascii) for row in full),
-            "another script, or typographic signs",
-        ),
-        "lone surrogate": (
-            sum(_any_turn(row, _has_surrogate) for row in full),
-            "half of a broken emoji",
-        ),
-        "exact duplicate": (int(ordered.duplicated().sum()), "the same battle again"),
-        "mirrored duplicate": (
-            int((same & ~ordered.duplicated(keep=False)).sum()),
-            "the same battle, positions exchanged",
-        ),
-        "duplicate with another vote": (
-            int(conflicting.sum()),
-            "people disagree: a limit for any model",
-        ),
-        "prompt seen before": (
-            int(pairs["group"].duplicated().sum()),
-            "would leak across a random split",
-        ),
+    texts = list(zip(*(pairs[name] for name in TEXTS), strict=True))
+    ordered = pd.Series(list(map(hash, texts)))
+    # The same for a battle and its mirror image, and so is the vote: the answer that won.
+    unordered = pd.Series([hash((prompt, frozenset((a, b)))) for prompt, a, b in texts])
+    winners = []
+    for (_, a, b), label in zip(texts, pairs["label"], strict=True):
+        winners.append(hash((a, b, "tie")[label]))
+    votes_differ = pd.Series(winners).groupby(unordered).transform("nunique") > 1
+    is_mirrored = unordered.duplicated(keep=False) & ~ordered.duplicated(keep=False)
+    counts = pd.DataFrame([_find_oddities(*row) for row in texts]).sum().to_dict() | {
+        "text that is not a JSON list": problems["id"].nunique(),
+        "exact duplicate": ordered.duplicated().sum(),
+        "mirrored duplicate": is_mirrored.sum(),
+        "duplicate with another vote": votes_differ.sum(),
+        "prompt seen before": pairs["group"].duplicated().sum(),
     }
-    table = pd.DataFrame([(check, count, meaning) for check, (count, meaning) in checks.items()])
-    table.columns = ["check", "count", "meaning"]
-    table.insert(2, "share", table["count"] / max(len(pairs), 1))
-    return table
+    table = pd.DataFrame({"check": list(_CHECKS)})
+    table["count"] = [int(counts.get(check, 0)) for check in _CHECKS]
+    table["share"] = table["count"] / max(len(pairs), 1)
+    return table.assign(meaning=list(_CHECKS.values()))
 
 
-def _vote_by_content(a: Turns, b: Turns, label: int) -> object:
-    return "tie" if label == 2 else hash((a, b)[label])
-
-
-def _is_empty(turns: Turns) -> bool:
-    return not any((turn or "").strip() for turn in turns)
-
-
-def _has_surrogate(turn: str | None) -> bool:
-    return turn is not None and re.search("[\ud800-\udfff]", turn) is not None
-
-
-def _is_not_ascii(turn: str | None) -> bool:
-    return turn is not None and not turn.isascii()
-
-
-def _is_long(texts: Sequence[Turns]) -> bool:
-    return sum(len(turn or "") for turns in texts for turn in turns) > _LONG_CHARS
-
-
-def _any_turn(texts: Sequence[Turns], test: Any) -> bool:
-    return any(test(turn) for turns in texts for turn in turns)
+def _find_oddities(prompt: Turns, a: Turns, b: Turns) -> dict[str, bool]:
+    turns = (*prompt, *a, *b)
+    text = "".join(filter(None, turns))
+    return {
+        "null turn": None in turns,
+        "empty answer": not all("".join(filter(None, answer)).strip() for answer in (a, b)),
+        "identical answers": a == b,
+        "more than one turn": len(prompt) > 1,
+        "unequal turn counts": len({len(prompt), len(a), len(b)}) > 1,
+        f"over {_LONG_CHARS:,} characters": len(text) > _LONG_CHARS,
+        "not in ASCII": not text.isascii(),
+        "lone surrogate": _LONE_SURROGATE.search(text) is not None,
+    }
