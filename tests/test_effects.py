@@ -86,10 +86,11 @@ def test_shares_by_level_are_those_of_each_level_alone():
         )
 
 
-@pytest.mark.parametrize("by", [[1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-def test_bins_take_few_and_equal_values(by):
-    bins = effects.win_share_by_bin(np.array(by), np.ones(len(by)), np.zeros(len(by), dtype=int))
-    assert bins["n"].sum() == len(by) and (bins["share"] == 1).all()
+@pytest.mark.parametrize("ratio", [[1.0], [2.0, 2.0, -2.0], [1.0, 1.0, 2.0]])
+def test_bins_take_few_and_equal_values(ratio):
+    bins = effects.length_curves(np.array(ratio), np.zeros(len(ratio), dtype=int))["longer_bins"]
+    assert bins["n"].sum() == len(ratio)
+    assert bins["share"] @ bins["n"] == (np.array(ratio) > 0).sum()
 
 
 # ── smooth curves ─────────────────────────────────────────────────────────────────────

@@ -89,7 +89,7 @@ def test_position_names_every_part_and_counts_what_matters(ax):
     shares = effects.win_share_by_level(
         {"half": np.repeat(["first", "second"], 100), "parity": np.arange(200) % 2}, labels
     )
-    plots.plot_position_by(ax, shares)
+    plots.plot_win_share_by_level(ax, shares, "position A")
     assert "1 of 2" in ax.get_title(loc="left")
     assert len(ax.get_yticklabels()) == 4
 
@@ -100,13 +100,6 @@ def test_the_share_that_a_budget_truncates_is_shown_for_each_tokenizer(ax):
     )
     assert ax.texts[0].get_text().split("\n") == [" 75.0\u00a0%", "0.0\u00a0%"]
     assert "50.0\u00a0% of battles (x)" in ax.get_title(loc="left")
-
-
-def test_length_by_prompt_names_every_bin(ax, votes):
-    values, labels = votes
-    bins = effects.win_share_by_bin(np.arange(400.0), values, labels, n_bins=4)
-    plots.plot_length_by_prompt(ax, bins)
-    assert len(ax.get_xticklabels()) == 4
 
 
 def test_effects_are_sorted_and_counted(ax, votes):
@@ -156,7 +149,8 @@ def test_the_reason_is_shown_where_there_is_nothing_to_draw(ax, axes):
     plots.plot_strengths(ax, {"as voted": nothing, "at equal style": nothing})
     plots.plot_effects(ax, {"alone": found, "held": found})
     plots.plot_length_difference(ax, np.ones(1), np.ones(1), np.array([2]))
-    plots.plot_length_by_prompt(ax, effects.win_share_by_bin(np.ones(1), np.ones(1), np.array([2])))
+    ties = effects.win_share_by_level({"turns": ["one"]}, np.array([2]))
+    plots.plot_win_share_by_level(ax, ties, "position A")
     assert len(ax.texts) == 6 and not ax.axison
     plots.plot_length_curves(axes, effects.length_curves(np.ones(0), np.ones(0, dtype=int)))
     assert not axes[0].axison and not axes[1].axison
@@ -245,7 +239,7 @@ def test_the_learning_curve_names_the_gain_over_the_class_prior(ax):
 
 def test_probabilities_above_ninety_percent_are_counted(ax):
     plots.plot_probabilities(ax, np.array([[0.95, 0.03, 0.02], [0.4, 0.3, 0.3]]))
-    assert "50%" in ax.get_title(loc="left")
+    assert "50.0\u00a0%" in ax.get_title(loc="left")
 
 
 def test_battles_beyond_the_budget_are_counted_and_drawn(ax):

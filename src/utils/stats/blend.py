@@ -20,13 +20,14 @@ from src.utils.runs import read_json
 from src.utils.schema import LABELS, TIE, check_probs, probs_of
 from src.utils.stats.scores import MIN_PROB, log_loss, row_losses
 
+Members = Mapping[str, np.ndarray]
 _POOLS = ("log", "linear")
 # Standard deviations of the Gaussian priors of a blend: a few hundred rows cannot move it
 # far, thousands can. Chosen on 898 real battles, see notebooks/LOG.md.
 _WEIGHT_SD, _BIAS_SD = 0.07, 0.1
 _N_REWEIGHTINGS = 200
 _MIN_SCALE = 1e-3  # keeps the temperature finite when no member knows anything
-_ABSENT_WEIGHT = 1e-9  # a member of weight 0 still counts where it is the only one
+_MIN_WEIGHT = 1e-9  # a member of weight 0 still counts where it is the only one
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,8 @@ class Blend(Config):
     def __post_init__(self) -> None:
         """Check ranges."""
         if len(set(self.members)) != len(self.weights) or not self.members:
-            raise ValueError(
-                f"weights: expected one per distinct member {self.members}, got {self.weights}"
-            )
+            names = f"distinct member {self.members}"
+            raise ValueError(f"weights: expected one per {names}, got {self.weights}")
         if min(self.weights) < 0 or not np.isclose(sum(self.weights), 1):
             raise ValueError(f"weights: expected at least 0 with sum 1, got {self.weights}")
         if not (0 < self.temperature < np.inf and np.isfinite(self.tie_bias)):
@@ -68,8 +68,7 @@ def read_members(
         data_hash: of `battles`; a run made from others is skipped.
 
     Returns:
-        `members`; the N rows of `battles` that they predict, with a fresh index; and one line
-        per run, what was read or why it was skipped.
+        `members`, the battles that they predict, and a line per run: read, or why skipped.
 
     Raises:
         ValueError: no run can be used, or no battle was held out by all.
@@ -92,12 +91,11 @@ def read_members(
     return {name: probs_of(table.loc[pairs["id"]]) for name, table in tables.items()}, pairs, notes
 
 
-def fit_blend(members: Mapping[str, np.ndarray], labels: np.ndarray) -> Blend:
-    """Fit weights, temperature and tie bias to votes by penalised log loss.
+def fit_blend(members: Members, labels: np.ndarray) -> Blend:
+    """Fit weights, temperature and tie bias to votes by penalised log loss, on the better scale.
 
-    Both scales of the mean are fitted and the better one is kept; they have the same number
-    of parameters. Gaussian priors pull towards temperature 1, no bias, and weights that are
-    the probability of each member to be the best (`_prior_weights`).
+    Gaussian priors pull towards temperature 1, no bias, and weights that are the probability of
+    each member to be the best (`_prior_weights`).
 
     Raises:
         ValueError: no members, or one whose rows are not probabilities.
@@ -123,11 +121,10 @@ def fit_blend(members: Mapping[str, np.ndarray], labels: np.ndarray) -> Blend:
     return Blend(tuple(members), weights, float(1 / scales.sum()), tie_bias, pool)
 
 
-def apply_blend(blend: Blend, members: Mapping[str, np.ndarray]) -> np.ndarray:
+def apply_blend(blend: Blend, members: Members) -> np.ndarray:
     """Blend the members that are there, row by row: (N, C) float64, rows sum to 1.
 
-    A member may be missing, and any row of one may be NaN; the weights of those present are
-    scaled to sum to 1.
+    A member may be missing, and any row of one may be NaN; the other weights are scaled up.
 
     Raises:
         ValueError: a name that the blend does not know, or a row that no member predicted.
@@ -137,24 +134,18 @@ def apply_blend(blend: Blend, members: Mapping[str, np.ndarray]) -> np.ndarray:
         raise ValueError(f"members: expected some of {list(blend.members)}, got {sorted(members)}")
     stacked = np.stack([np.asarray(probs, dtype=np.float64) for probs in members.values()])
     weights = np.array([blend.weights[blend.members.index(name)] for name in members])
-    present = np.isfinite(stacked).all(axis=2)  # (M, N)
+    present = np.isfinite(stacked.sum(axis=2))  # (M, N)
     if not present.any(axis=0).all():
-        row = int(np.flatnonzero(~present.any(axis=0))[0])
-        raise ValueError(
-            f"row {row}: expected a prediction by at least one of {sorted(members)}, got none"
-        )
-    shares = present * (weights + _ABSENT_WEIGHT)[:, None]
+        row = int(present.any(axis=0).argmin())
+        raise ValueError(f"row {row}: expected a prediction by one of {sorted(members)}, got none")
+    shares = present * (weights + _MIN_WEIGHT)[:, None]
     stacked = np.where(present[:, :, None], stacked, 1.0)
     logits = _pool(stacked, shares / shares.sum(axis=0), blend.pool)
     return _sharpen(logits, 1 / blend.temperature, blend.tie_bias)
 
 
 def cross_fit_blend(
-    members: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    groups: np.ndarray,
-    n_folds: int = 5,
-    seed: int = 0,
+    members: Members, labels: np.ndarray, groups: np.ndarray, n_folds: int = 5, seed: int = 0
 ) -> np.ndarray:
     """Blend each row with weights that were fitted on other groups: (N, C) float64."""
     labels, codes = np.asarray(labels), pd.factorize(np.asarray(groups))[0]
@@ -168,16 +159,13 @@ def cross_fit_blend(
 
 
 def choose_blend(
-    members: Mapping[str, np.ndarray], labels: np.ndarray, blended: np.ndarray
+    members: Members, labels: np.ndarray, blended: np.ndarray
 ) -> tuple[Blend, np.ndarray, str]:
-    """Choose the blend where it is no worse than the best member, else that member.
-
-    Args:
-        blended: (N, C) float, from `cross_fit_blend`.
+    """Choose what `cross_fit_blend` made where it is no worse than the best member, else that.
 
     Returns:
-        The blend to publish, which knows every member; its probabilities on these rows,
-        (N, C), none of which it was fitted to; and a sentence that gives the choice and why.
+        The blend to publish, which knows every member; its probabilities, (N, C), none of them
+        from a fit to its own row; and a sentence that gives the choice and why.
     """
     losses = {name: log_loss(probs, labels) for name, probs in members.items()}
     best, loss = min(losses, key=lambda name: losses[name]), log_loss(blended, labels)

@@ -24,7 +24,6 @@ from sklearn.preprocessing import SplineTransformer
 from src.utils.schema import A_WINS, LABEL_NAMES, TEXTS, TIE, Turns
 from src.utils.stats import scores
 from src.utils.stats.ranking import MAX_STANDARD_ERROR, MIN_SUPPORT, group_codes
-from src.utils.stats.scores import Z_95, proportion_interval
 
 # What a modeller should do about an effect, by its name.
 ADVICE = {
@@ -43,9 +42,9 @@ ADVICE = {
 def winner_shares(labels: np.ndarray) -> pd.DataFrame:
     """Count who wins: one row per label, outcome, n, share, low, high (Wilson)."""
     n = np.bincount(labels, minlength=len(LABEL_NAMES))
-    low, high = proportion_interval(n, np.full(len(n), len(labels)))
-    share = n / max(len(labels), 1)
-    return pd.DataFrame({"outcome": LABEL_NAMES, "n": n, "share": share, "low": low, "high": high})
+    table = pd.DataFrame({"outcome": LABEL_NAMES, "n": n, "share": n / max(len(labels), 1)})
+    table["low"], table["high"] = scores.proportion_interval(n, np.full(len(n), len(labels)))
+    return table
 
 
 def win_share(labels: np.ndarray, values: np.ndarray | None = None) -> dict[str, Any]:
@@ -60,22 +59,19 @@ def win_share(labels: np.ndarray, values: np.ndarray | None = None) -> dict[str,
         test against one half; `n` battles; `reason`.
     """
     kept, hits = _decided(labels, values)
-    n_hits, n = int(hits[kept].sum()), int(kept.sum())
+    n = int(kept.sum())
+    found: dict[str, Any] = dict.fromkeys(("share", "low", "high", "p_value"), np.nan)
     if n == 0:
-        found = dict.fromkeys(("share", "low", "high", "p_value"), np.nan)
-        return found | {"n": 0, "reason": "no decided battle with a difference"}
-    test = stats.binomtest(n_hits, n)
-    low, high = test.proportion_ci(method="exact")
-    found = {"share": n_hits / n, "low": low, "high": high, "p_value": float(test.pvalue)}
-    return found | {"n": n, "reason": None}
+        return found | {"n": n, "reason": "no decided battle with a difference"}
+    test = stats.binomtest(int(hits[kept].sum()), n)
+    found["low"], found["high"] = test.proportion_ci(method="exact")
+    return found | {"share": test.statistic, "p_value": test.pvalue, "n": n, "reason": None}
 
 
 def _decided(labels: np.ndarray, values: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Which battles count, and whether A (or the answer with the larger value) won: (N,) bool."""
-    decided, a_won = labels != TIE, labels == A_WINS
-    if values is None:
-        return decided, a_won
-    return decided & (values != 0), a_won == (values > 0)
+    values = np.ones(len(labels)) if values is None else values
+    return (labels != TIE) & (values != 0), (labels == A_WINS) == (values > 0)
 
 
 def cut_levels(
@@ -90,7 +86,8 @@ def cut_levels(
     edges = np.unique(np.round(quantiles, digits))
     bounds = [f"{edge:,.{digits}f}" for edge in edges]
     names = [f"{low}–{high}{unit}" for low, high in pairwise(bounds)] or [bounds[0] + unit]
-    return pd.Categorical.from_codes(np.searchsorted(edges[1:-1], values, side="left"), names)
+    codes = np.searchsorted(edges[1:-1], values)
+    return pd.Categorical.from_codes(codes, pd.Index(names, dtype=object))
 
 
 def win_share_by_level(
@@ -112,59 +109,36 @@ def win_share_by_level(
         level = pd.Categorical(levels)[kept]
         n = np.bincount(level.codes, minlength=len(level.categories))
         n_hits = np.bincount(level.codes[hits[kept]], minlength=len(n))
-        low, high = proportion_interval(n_hits, n, exact=True)
-        share = np.where(n > 0, n_hits / np.maximum(n, 1), np.nan)
         table = pd.DataFrame({"property": name, "level": list(level.categories), "n": n})
-        table = table.assign(share=share, low=low, high=high, p_value=np.nan)
+        table["share"] = n_hits / table["n"]  # NaN where n is 0
+        table["low"], table["high"] = scores.proportion_interval(n_hits, n, exact=True)
         seen = np.column_stack([n_hits, n - n_hits])[n > 0]
-        if len(seen) > 1 and seen.sum(axis=0).all():
-            table["p_value"] = float(stats.chi2_contingency(seen).pvalue)
+        testable = len(seen) > 1 and seen.sum(axis=0).all()
+        table["p_value"] = stats.chi2_contingency(seen).pvalue if testable else np.nan
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
-def win_share_by_bin(
-    by: np.ndarray, values: np.ndarray, labels: np.ndarray, n_bins: int = 5
-) -> pd.DataFrame:
-    """Trace how often the answer with more of something wins, along a property of the battle.
-
-    Args:
-        by: (N,) float, a property of the battle, e.g. the prompt's length.
-        values: (N,) float, difference A − B; battles with 0 are left out.
-        n_bins: bins of equal count at most; bins with equal edges are merged.
-
-    Returns:
-        One row per bin of `by`: value (mean), left, right, n, share, low, high (Wilson).
-    """
-    kept, hits = _decided(labels, values)
-    return _rate_by_bin(by[kept], hits[kept], n_bins)
-
-
 def _rate_by_bin(values: np.ndarray, hits: np.ndarray, n_bins: int) -> pd.DataFrame:
-    columns = ["value", "left", "right", "n", "share", "low", "high"]
+    """The rate in bins of equal count: value (mean), n, share, low, high (Wilson)."""
     if not len(values):
-        return pd.DataFrame(columns=columns, dtype=np.float64)
+        return pd.DataFrame(columns=["value", "n", "share", "low", "high"], dtype=np.float64)
     edges = np.unique(np.quantile(values, np.linspace(0, 1, n_bins + 1)))
     bins = np.searchsorted(edges[1:-1], values, side="right")
     rows = pd.DataFrame({"value": values, "hit": hits}).groupby(bins)
     table = rows.agg(value=("value", "mean"), n=("hit", "size"), share=("hit", "mean"))
-    table["left"] = edges[table.index]
-    table["right"] = edges[np.minimum(table.index + 1, len(edges) - 1)]
-    table["low"], table["high"] = proportion_interval(rows["hit"].sum(), table["n"])
-    return table[columns]
+    low, high = scores.proportion_interval(rows["hit"].sum().to_numpy(), table["n"].to_numpy())
+    return table.assign(low=low, high=high)
 
 
 def length_curves(
     length_ratio: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
 ) -> dict[str, pd.DataFrame]:
-    """Trace how who wins and the chance of a tie follow the absolute log length ratio.
-
-    Args:
-        length_ratio: (N,) float, log length of A over B.
+    """Trace how who wins and the chance of a tie follow the log length ratio, (N,) float, A over B.
 
     Returns:
         "longer" and "ties", smooth curves (`smooth_rate`) of P(the longer answer wins | decided)
-        and P(tie), and "longer_bins" and "ties_bins", the same in bins (`win_share_by_bin`).
+        and P(tie) by the absolute log ratio; "longer_bins" and "ties_bins", the same in bins.
     """
     gap, codes = np.abs(length_ratio), group_codes(groups, len(labels))
     n_bins = int(np.clip(len(labels) // 150, 4, 16))
@@ -187,29 +161,26 @@ def smooth_rate(
 
     Args:
         values: (N,) float; those beyond the central 98 % are moved to its ends.
-        hits: (N,) bool.
+        hits: (N,) bool; fewer than 50 hits or misses give an empty table.
 
     Returns:
-        61 rows: value, share, low, high (95 %, pointwise); none where fewer than 50 battles are
-        hits or misses, or the values have fewer than three distinct quantiles.
+        61 rows: value, share, low, high (95 %, pointwise).
     """
-    hits = np.asarray(hits, dtype=np.float64)
     nothing = pd.DataFrame(columns=["value", "share", "low", "high"], dtype=np.float64)
-    if min(hits.sum(), (1 - hits).sum()) < _CURVE_SUPPORT:
+    if min(np.sum(hits), len(hits) - np.sum(hits)) < _CURVE_SUPPORT:
         return nothing
-    ends = np.quantile(values, [0.01, 0.99])
-    values = np.clip(values, *ends)
+    low, high = np.quantile(values, [0.01, 0.99])
+    values = np.clip(values, low, high)
     knots = np.unique(np.quantile(values, np.linspace(0, 1, 6 if len(values) > 2000 else 4)))
     if len(knots) < 3:
         return nothing
     spline = SplineTransformer(degree=3, knots=knots[:, None]).fit(values[:, None])
-    model = sm.GLM(hits, spline.transform(values[:, None]), family=sm.families.Binomial())
-    clusters = {"groups": group_codes(groups, len(hits))}
-    fit = model.fit(cov_type="cluster", cov_kwds=clusters)
-    grid = np.linspace(*ends, 61)
+    basis, grid = spline.transform(values[:, None]), np.linspace(low, high, 61)
+    model = sm.GLM(hits.astype(float), basis, family=sm.families.Binomial())
+    fit = model.fit(cov_type="cluster", cov_kwds={"groups": group_codes(groups, len(hits))})
     curve = fit.get_prediction(spline.transform(grid[:, None])).summary_frame()
-    bounds = {"low": curve["mean_ci_lower"], "high": curve["mean_ci_upper"]}
-    return pd.DataFrame({"value": grid, "share": curve["mean"], **bounds})
+    curve = curve.rename(columns={"mean": "share", "mean_ci_lower": "low", "mean_ci_upper": "high"})
+    return curve[["share", "low", "high"]].assign(value=grid)
 
 
 def effect_sizes(
@@ -221,8 +192,7 @@ def effect_sizes(
 ) -> pd.DataFrame:
     """Estimate each feature's effect on who wins, with one logistic regression per feature.
 
-    The intercept is the effect of the position. Errors are clustered by prompt, because votes
-    on the same prompt are not independent.
+    The intercept is the effect of the position.
 
     Args:
         differences: (N, F) float, each A − B.
@@ -245,9 +215,9 @@ def effect_sizes(
         held = np.column_stack([held, controls[decided]])
     rows = []
     for name, values in zip(names, differences[decided].T, strict=True):
-        row = {"effect": name, **_estimate_effect(values, held, y, codes)}
-        sd = float(values.std()) if len(values) else np.nan
-        rows.append(row | {"sd": sd, "n": len(y), "n_differ": int(np.count_nonzero(values))})
+        row: dict[str, Any] = {"effect": name, "sd": values.std() if len(values) else np.nan}
+        row |= {"n": len(y), "n_differ": np.count_nonzero(values)}
+        rows.append(row | _estimate_effect(values, held, y, codes))
     columns = ["effect", "log_odds", "low", "high", "p_value"]
     columns += ["log_odds_per_unit", "sd", "n", "n_differ", "reason"]
     return pd.DataFrame(rows, columns=columns)
@@ -271,14 +241,9 @@ def _estimate_effect(
             spread = np.inf
     if not (spread < MAX_STANDARD_ERROR and fit.mle_retvals["converged"]):
         return {"reason": "one side of the effect always wins: no finite estimate"}
-    estimate, error = float(fit.params[-1]), float(fit.bse[-1])
-    return {
-        "log_odds": estimate,
-        "low": estimate - Z_95 * error,
-        "high": estimate + Z_95 * error,
-        "p_value": float(2 * stats.norm.sf(abs(estimate) / error)),
-        "log_odds_per_unit": estimate / sd,
-    }
+    found = {"log_odds": fit.params[-1], "log_odds_per_unit": fit.params[-1] / sd}
+    found["low"], found["high"] = fit.conf_int()[-1]
+    return found | {"p_value": fit.pvalues[-1]}
 
 
 def _why_no_effect(
@@ -308,19 +273,14 @@ def measure_leak(
 ) -> pd.DataFrame:
     """Measure how much a random split flatters a model, against one that keeps prompts together.
 
-    The model is a logistic regression on style differences, their absolute values, and the
-    hashed words that open the prompt and the answers. What it gains on the random split it
-    remembered.
-
-    Args:
-        pairs: N battles with texts as tuples of turns, `label` and `group`.
-        differences: (N, F) float, style differences A − B.
-        max_pairs: battles at most; whole groups are drawn.
+    The model is a logistic regression on style `differences`, (N, F) float, their absolute
+    values, and the hashed words that open each text. What it gains on the random split it
+    remembered. Whole groups are drawn, `max_pairs` battles at most.
 
     Returns:
-        Up to two rows, all battles and those whose prompt repeats: part, battles, grouped,
-        random (nats, held out), leak (grouped − random), low, high (95 %). None where fewer
-        groups than `n_folds` or one kind of vote remain.
+        All battles, and those whose prompt repeats: part, battles, grouped, random (nats, held
+        out), leak (grouped − random), low, high (95 %). None where fewer groups than `n_folds`
+        or one kind of vote remain.
     """
     kept = scores.draw_groups(pairs["group"].to_numpy(), max_pairs, seed)
     pairs, differences = pairs.iloc[kept], differences[kept]
@@ -338,14 +298,14 @@ def measure_leak(
             warnings.simplefilter("ignore")  # 60 steps are enough for a comparison
             probs = cross_val_predict(model, features, labels, **how)
         losses[name] = -np.log(np.maximum(probs[np.arange(len(labels)), labels], 1e-6))
-    table = pd.DataFrame({**losses, "group": groups})
-    repeats = table[table["group"].duplicated(keep=False)]
+    repeats = pairs["group"].duplicated(keep=False).to_numpy()
+    parts = {"all battles": np.ones_like(repeats), "battles whose prompt repeats": repeats}
     rows = []
-    for part, rest in (("all battles", table), ("battles whose prompt repeats", repeats)):
-        if len(rest):
-            gap = scores.paired_difference(rest["grouped"], rest["random"], rest["group"])
-            means = rest["grouped"].mean(), rest["random"].mean()
-            rows.append((part, len(rest), *means, *gap.values()))
+    for part, inside in parts.items():
+        if inside.any():
+            grouped, random = losses["grouped"][inside], losses["random"][inside]
+            gap = scores.paired_difference(grouped, random, groups[inside])
+            rows.append((part, inside.sum(), grouped.mean(), random.mean(), *gap.values()))
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -365,8 +325,7 @@ def _leak_features(pairs: pd.DataFrame, differences: np.ndarray) -> sparse.csr_m
     prompt, a, b = (words.transform(pairs[name].map(_opening)) for name in TEXTS)
     style = np.column_stack([differences, np.abs(differences)])
     style = (style - style.mean(axis=0)) / np.maximum(style.std(axis=0), 1e-9)
-    style = sparse.csr_matrix(np.clip(style, -4, 4) / 4)
-    return sparse.hstack([style, prompt, a - b], format="csr")
+    return sparse.hstack([np.clip(style, -4, 4) / 4, prompt, a - b], format="csr")
 
 
 def _opening(turns: Turns) -> str:
@@ -375,11 +334,7 @@ def _opening(turns: Turns) -> str:
 
 
 def make_verdict(shares: dict[str, dict[str, Any]], effects: pd.DataFrame) -> pd.DataFrame:
-    """Put the findings into one table.
-
-    Args:
-        shares: name -> result of `win_share`.
-        effects: rows of `effect_sizes`.
+    """Put results of `win_share`, by name, and rows of `effect_sizes` into one table.
 
     Returns:
         One row per effect: effect, measure, size, low, high (95 %), n (decided battles), found

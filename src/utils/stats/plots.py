@@ -1,8 +1,8 @@
 """Draw the figures, one claim each in its title: `plot_x(ax, data) -> ax`.
 
-A function draws on the axes `ax` that it is given; it never opens, shows or saves a
-figure. A, B and tie have one fixed colour everywhere. Intervals are 95 %, columns `low`
-and `high`; tables come from `stats.effects`, `stats.ranking` and `stats.scores`.
+A function draws on the axes `ax` that it is given; it never opens, shows or saves a figure.
+A, B and tie have one fixed colour everywhere. Tables come from `stats.effects`, `stats.ranking`
+and `stats.scores`; their columns `low` and `high` are 95 % intervals, losses nats per battle.
 """
 
 from typing import Any
@@ -18,8 +18,7 @@ from src.utils.schema import A_WINS, LABEL_NAMES, TIE
 # Okabe-Ito colours, which colour-blind readers can distinguish, in LABELS order.
 LABEL_COLORS = ("#0072B2", "#D55E00", "#7F7F7F")
 ACCENT, MUTED = "#009E73", "#BBBBBB"
-_TOKENIZER_COLORS = (ACCENT, "#CC79A7", "#E69F00", "#56B4E9")
-_LENGTH_RATIOS = (1, 1.5, 2, 3, 5, 8, 16, 32)
+_BLACK: dict[str, Any] = {"color": "black", "linewidth": 1}
 
 
 def use_style() -> None:
@@ -50,37 +49,30 @@ def _explain(ax: Axes, reason: str) -> Axes:
 
 
 def _draw_intervals(
-    ax: Axes, table: pd.DataFrame, value: str, at: Any, vertical: bool = False, **style: Any
+    ax: Axes, table: pd.DataFrame, value: str, at: Any, vertical: bool = False, **look: Any
 ) -> None:
     """Draw dots with their intervals at places `at`; rows without a value are left out."""
     kept = table[value].notna().to_numpy()
     places, rows = np.asarray(at)[kept], table[kept]
     values = rows[value].to_numpy(dtype=float)
     reach = np.abs(rows[["low", "high"]].to_numpy(dtype=float).T - values)
-    style = {"fmt": "o", "capsize": 3, "markersize": 5} | style
+    look = {"fmt": "o", "capsize": 3, "markersize": 5, **look}
     if vertical:
-        ax.errorbar(places, values, yerr=reach, **style)
+        ax.errorbar(places, values, yerr=reach, **look)
     else:
-        ax.errorbar(values, places, xerr=reach, **style)
+        ax.errorbar(values, places, xerr=reach, **look)
 
 
 def _draw_rows(
-    ax: Axes,
-    series: dict[str, pd.DataFrame],
-    colors: tuple[str, ...],
-    value: str,
-    key: str,
-    order: list[str],
-    null: float,
+    ax: Axes, series: dict[str, tuple[str, pd.DataFrame]], value: str, key: str, order: list[str]
 ) -> None:
-    """Draw one row per name in `order`, from the bottom, with one interval per series."""
+    """Draw one row per name in `order`, from the bottom, with an interval per colour and table."""
     shifts = np.linspace(0.13, -0.13, len(series)) if len(series) > 1 else np.zeros(1)
-    for (name, table), color, shift in zip(series.items(), colors, shifts, strict=True):
+    for (name, (color, table)), shift in zip(series.items(), shifts, strict=True):
         shown = table[table[key].isin(order)]
         places = shown[key].map(order.index).to_numpy(dtype=float) + shift
         _draw_intervals(ax, shown, value, places, color=color, label=name)
     ax.set_yticks(range(len(order)), order)
-    ax.axvline(null, color="black", linewidth=1)
     if len(series) > 1:
         ax.legend(loc="best")
 
@@ -88,9 +80,9 @@ def _draw_rows(
 def plot_winner_shares(ax: Axes, shares: pd.DataFrame) -> Axes:
     """Show who wins, from `effects.winner_shares`."""
     bars = ax.bar(shares["outcome"], shares["share"], color=LABEL_COLORS)
-    places = np.arange(len(shares))
-    _draw_intervals(ax, shares, "share", places, vertical=True, fmt="none", color="black")
-    texts = [f"{percent(row.share)}\nn = {row.n:,}" for row in shares.itertuples()]
+    _draw_intervals(ax, shares, "share", range(3), vertical=True, fmt="none", color="black")
+    counts = zip(shares["share"].map(percent), shares["n"], strict=True)
+    texts = [f"{share}\nn = {n:,}" for share, n in counts]
     ax.bar_label(bars, texts, label_type="center", color="white")
     a, b, tie = shares["share"].map(percent)
     title = f"A wins {a}, B wins {b}, and {tie} are ties"
@@ -113,14 +105,15 @@ def plot_win_rates(
     ax: Axes, records: pd.DataFrame, min_battles: int = 30, n_shown: int = 25
 ) -> Axes:
     """Rank chatbots with enough battles by their wins, from `ranking.model_records`."""
-    enough = records[(records["n"] >= min_battles) & (records["n_decided"] > 0)]
-    if enough.empty:
+    shown = records[(records["n"] >= min_battles) & (records["n_decided"] > 0)].head(n_shown)
+    if shown.empty:
         return _explain(ax, f"No named chatbot fought {min_battles} battles or more.")
-    shown = enough.head(n_shown).sort_values("win_share")
+    shown = shown.sort_values("win_share")
     names = [f"{row.model} ({row.n_decided:,})" for row in shown.itertuples()]
-    rows = {"won": shown.assign(name=names)}
-    _draw_rows(ax, rows, (ACCENT,), "win_share", "name", names, null=0.5)
-    worst, best = (f"{percent(r.win_share)} ({r.model})" for r in (shown.iloc[0], shown.iloc[-1]))
+    _draw_rows(ax, {"": (ACCENT, shown.assign(name=names))}, "win_share", "name", names)
+    ax.axvline(0.5, **_BLACK)
+    ends = shown.iloc[[0, -1]]
+    worst, best = ends["win_share"].map(percent) + " (" + ends["model"] + ")"
     x = "share of decided battles won (95 % interval)"
     return _label(ax, f"From {worst} to {best}", x, "chatbot (decided battles)", percent_on="x")
 
@@ -129,76 +122,52 @@ def plot_length_difference(
     ax: Axes, n_chars_a: np.ndarray, n_chars_b: np.ndarray, labels: np.ndarray
 ) -> Axes:
     """Show by how much the winner is longer; `n_chars_a` and `n_chars_b` are (N,) characters."""
-    gain = np.where(labels == A_WINS, n_chars_a - n_chars_b, n_chars_b - n_chars_a)
-    gain = gain[labels != TIE]
+    gain = np.where(labels == A_WINS, n_chars_a - n_chars_b, n_chars_b - n_chars_a)[labels != TIE]
     if not len(gain):
         return _explain(ax, "No decided battle.")
     reach = max(float(np.quantile(np.abs(gain), 0.98)), 1.0)
-    bins = np.linspace(-reach, reach, 41)
+    bins = np.linspace(-reach, reach, 41).tolist()
     for name, color, part in (("shorter", MUTED, gain < 0), ("longer", ACCENT, gain > 0)):
         ax.hist(gain[part], bins=bins, color=color, label=f"winner is {name}: {part.sum():,}")
     median = float(np.median(gain))
-    ax.axvline(0, color="black", linewidth=1)
+    ax.axvline(0, **_BLACK)
     ax.axvline(median, color=ACCENT, linestyle="--", label=f"median {median:+,.0f} characters")
     ax.legend()
     share = percent((gain > 0).sum() / max((gain != 0).sum(), 1))
-    title = f"The longer answer wins {share} of decided battles"
     x = "characters of the winner − characters of the loser (middle 98 %)"
-    return _label(ax, title, x, "decided battles")
-
-
-def plot_length_by_prompt(ax: Axes, bins: pd.DataFrame) -> Axes:
-    """Show the effect of length by prompt length, `effects.win_share_by_bin` of characters."""
-    bins = bins.dropna(subset=["share"])
-    if bins.empty:
-        return _explain(ax, "No decided battle with answers of different length.")
-    places = np.arange(len(bins))
-    _draw_intervals(ax, bins, "share", places, vertical=True, fmt="o-", color=ACCENT)
-    names = [f"{row.left:,.0f}–{row.right:,.0f}\nn = {row.n:,}" for row in bins.itertuples()]
-    ax.set_xticks(places, names)
-    ax.axhline(0.5, color="black", linewidth=1)
-    low, high = percent(bins["share"].min()), percent(bins["share"].max())
-    title = f"By prompt length, the longer answer wins {low} to {high}"
-    y = "won by the longer answer (95 % interval)"
-    return _label(ax, title, "characters of the prompt, decided battles", y, percent_on="y")
+    return _label(ax, f"The longer answer wins {share} of decided battles", x, "decided battles")
 
 
 def plot_punctuation_winner(ax: Axes, shares: pd.DataFrame) -> Axes:
-    """Compare how often the answer with more punctuation wins, by count and per character.
-
-    Args:
-        shares: caption, measure ("by count" or "per character"), share, low, high.
-    """
+    """Compare how often more punctuation wins, by `measure`: "by count" and "per character"."""
     shares = shares.dropna(subset=["share"])
     if shares.empty:
         return _explain(ax, "No decided battle with answers that differ in punctuation.")
-    captions = list(dict.fromkeys(shares["caption"]))[::-1]
-    series = dict(list(shares.groupby("measure")))
-    _draw_rows(ax, series, (MUTED, ACCENT)[: len(series)], "share", "caption", captions, null=0.5)
-    first = shares[shares["caption"] == captions[-1]]
-    found = [f"{percent(row.share)} {row.measure}" for row in first.itertuples()]
+    order = list(dict.fromkeys(shares["caption"]))[::-1]
+    colors = {"by count": MUTED, "per character": ACCENT}
+    series = {name: (colors[name], shares[shares["measure"] == name]) for name in colors}
+    _draw_rows(ax, series, "share", "caption", order)
+    ax.axvline(0.5, **_BLACK)
+    first = shares[shares["caption"] == order[-1]]
+    found = ", ".join(first["share"].map(percent) + " " + first["measure"])
     x = "decided battles won by the answer with more (95 % interval)"
-    title = f"More {captions[-1]} win: {', '.join(found)}"
-    return _label(ax, title, x, "punctuation", percent_on="x")
+    return _label(ax, f"More {order[-1]} win: {found}", x, "punctuation", percent_on="x")
 
 
-def plot_position_by(ax: Axes, shares: pd.DataFrame) -> Axes:
-    """Show whether position A's share depends on the battle, `effects.win_share_by_level`."""
-    shares = shares[shares["n"] > 0].reset_index(drop=True)
+def plot_win_share_by_level(ax: Axes, shares: pd.DataFrame, winner: str) -> Axes:
+    """Show whether the share of `winner` depends on the battle, `effects.win_share_by_level`."""
+    shares = shares[shares["n"] > 0][::-1]
     if shares.empty:
         return _explain(ax, "No decided battle.")
-    properties = list(dict.fromkeys(shares["property"]))
-    for place, name in enumerate(properties):
-        part = shares[shares["property"] == name]
-        _draw_intervals(ax, part, "share", -part.index, color=(ACCENT, "black")[place % 2])
     names = [f"{row.property}: {row.level} (n = {row.n:,})" for row in shares.itertuples()]
-    ax.set_yticks(-shares.index, names)
-    ax.axvline(0.5, color="black", linewidth=1)
-    ax.set_ylim(0.4 - len(shares), 0.6)
+    shares = shares.assign(name=names)
+    for place, (_, rows) in enumerate(shares.groupby("property", sort=False)):
+        _draw_rows(ax, {"": ((ACCENT, "black")[place % 2], rows)}, "share", "name", names)
+    ax.axvline(0.5, **_BLACK)
     p_values = shares.groupby("property")["p_value"].first()
-    n_moved = int((p_values < 0.05 / len(properties)).sum())
-    title = f"Position A's share depends on {n_moved} of {len(properties)} properties"
-    x = "decided battles won by position A (95 % interval)"
+    n_moved = int((p_values < 0.05 / len(p_values)).sum())
+    title = f"The share of {winner} depends on {n_moved} of {len(p_values)} properties"
+    x = f"decided battles won by {winner} (95 % interval)"
     return _label(ax, title, x, "battles with …", percent_on="x")
 
 
@@ -209,7 +178,7 @@ def plot_length_curves(axes: np.ndarray, curves: dict[str, pd.DataFrame]) -> np.
         return np.array([_explain(ax, "No battle to show.") for ax in axes])
     x = "words of the longer over the shorter answer"
     _draw_curve(axes[0], curves["longer"], bins, ACCENT)
-    axes[0].axhline(0.5, color="black", linewidth=1)
+    axes[0].axhline(0.5, **_BLACK)
     overall = percent((bins["n"] * bins["share"]).sum() / bins["n"].sum() if len(bins) else np.nan)
     title = f"More words win {overall} of decided battles"
     _label(axes[0], title, x, "P(longer wins | decided)", percent_on="y")
@@ -222,15 +191,15 @@ def plot_length_curves(axes: np.ndarray, curves: dict[str, pd.DataFrame]) -> np.
 
 def _draw_curve(ax: Axes, curve: pd.DataFrame, bins: pd.DataFrame, color: str) -> None:
     """Draw a rate as a smooth curve with its band, over its bins, by a log ratio from 0 up."""
-    band = {"color": color, "alpha": 0.2, "linewidth": 0, "label": "95 % band"}
-    ax.fill_between(curve["value"], curve["low"], curve["high"], **band)
+    band: dict[str, Any] = {"alpha": 0.2, "linewidth": 0, "label": "95 % band"}
+    ax.fill_between(curve["value"], curve["low"], curve["high"], color=color, **band)
     ax.plot(curve["value"], curve["share"], color=color, label="smooth curve")
     if len(curve):
         bins = bins[bins["value"] <= curve["value"].max()]
-    style = {"color": MUTED, "markersize": 4, "label": "equal bins"}
-    _draw_intervals(ax, bins, "share", bins["value"], vertical=True, **style)
+    look = {"color": MUTED, "markersize": 4, "label": "equal bins"}
+    _draw_intervals(ax, bins, "share", bins["value"], vertical=True, **look)
     end = max([0.0, *curve["value"], *bins["value"]])
-    ticks = [ratio for ratio in _LENGTH_RATIOS if np.log(ratio) <= end]
+    ticks = [ratio for ratio in (1, 1.5, 2, 3, 5, 8, 16, 32) if np.log(ratio) <= end]
     ax.set_xticks(np.log(ticks), [f"{ratio:g}×" for ratio in ticks])
     ax.legend(loc="best")
 
@@ -241,14 +210,15 @@ def plot_token_distribution(
     """Show how long battles are and what each budget truncates; tokenizer -> (N,) int tokens."""
     every = np.maximum(np.concatenate(list(lengths.values())), 1)
     edges = np.geomspace(max(np.quantile(every, 0.002), 1), max(every.max(), budgets[-1]) * 1.2, 50)
-    look = {"bins": edges, "histtype": "step", "linewidth": 2}
-    for (name, counts), color in zip(lengths.items(), _TOKENIZER_COLORS, strict=False):
+    look: dict[str, Any] = {"bins": edges, "histtype": "step", "linewidth": 2}
+    colors = (ACCENT, "#CC79A7", "#E69F00", "#56B4E9")
+    for (name, counts), color in zip(lengths.items(), colors, strict=False):
         ax.hist(counts, color=color, label=f"{name}, median {np.median(counts):,.0f}", **look)
     ax.set_xscale("log")
     top = ax.get_ylim()[1] * 1.3
     for budget in budgets:
         cut = "\n".join(percent(float((counts > budget).mean())) for counts in lengths.values())
-        ax.axvline(budget, color="black", linewidth=1, linestyle=":")
+        ax.axvline(budget, linestyle=":", **_BLACK)
         ax.text(budget, top * 0.98, f" {cut}", va="top", fontsize=9)
     ticks = [64, 128, 256, *budgets, 8192]
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45)
@@ -256,8 +226,8 @@ def plot_token_distribution(
     ax.set(ylim=(0, top), xlim=(edges[0], edges[-1]))
     several = "one line per tokenizer, in this order at each budget" if len(lengths) > 1 else None
     ax.legend(loc="upper left", title=several)
-    first = next(iter(lengths))
-    cut = percent(float((lengths[first] > budgets[1]).mean()))
+    first, counts = next(iter(lengths.items()))
+    cut = percent(float((counts > budgets[1]).mean()))
     title = f"A budget of {budgets[1]:,} tokens truncates {cut} of battles ({first})"
     x = "tokens of prompt and both answers (log scale; at each budget: share truncated)"
     return _label(ax, title, x, "battles")
@@ -265,14 +235,15 @@ def plot_token_distribution(
 
 def plot_effects(ax: Axes, effects: dict[str, pd.DataFrame]) -> Axes:
     """Compare two series of `effects.effect_sizes`; the second gives order and title."""
-    name, last = list(effects.items())[-1]
-    known = last.dropna(subset=["log_odds"]).sort_values("log_odds")
+    (first, others), (name, table) = effects.items()
+    known = table.dropna(subset=["log_odds"]).sort_values("log_odds")
     if known.empty:
         return _explain(ax, "No effect can be estimated from these battles.")
-    order = known["effect"].tolist()
-    _draw_rows(ax, effects, (MUTED, ACCENT), "log_odds", "effect", order, null=0)
+    series = {first: (MUTED, others), name: (ACCENT, known)}
+    _draw_rows(ax, series, "log_odds", "effect", known["effect"].tolist())
+    ax.axvline(0, **_BLACK)
     n_clear = int(((known["low"] > 0) | (known["high"] < 0)).sum())
-    title = f"{n_clear} of {len(order)} style differences move the vote, {name}"
+    title = f"{n_clear} of {len(known)} style differences move the vote, {name}"
     x = "log-odds of winning per standard deviation (95 % interval)"
     return _label(ax, title, x, "more of …")
 
@@ -283,13 +254,13 @@ def plot_strengths(ax: Axes, strengths: dict[str, pd.DataFrame], n_shown: int = 
     if first.empty:
         return _explain(ax, "No strength can be estimated: too few battles between named chatbots.")
     order = first.nlargest(n_shown, "n").sort_values("strength")["model"].tolist()
-    _draw_rows(ax, strengths, (MUTED, ACCENT), "strength", "model", order, null=0)
-    spreads = []
-    for name, table in strengths.items():
-        spread = table.loc[table["model"].isin(order), "strength"].std()
-        spreads.append(f"{spread:.2f} {name}")
-    x = "strength, log-odds against the mean (95 % interval)"
-    return _label(ax, f"Standard deviation of strengths: {', '.join(spreads)}", x, "chatbot")
+    pairs = zip((MUTED, ACCENT), strengths.items(), strict=True)
+    series = {name: (color, rows[rows["model"].isin(order)]) for color, (name, rows) in pairs}
+    _draw_rows(ax, series, "strength", "model", order)
+    ax.axvline(0, **_BLACK)
+    spreads = [f"{rows['strength'].std():.2f} {name}" for name, (_, rows) in series.items()]
+    title = f"Standard deviation of strengths: {', '.join(spreads)}"
+    return _label(ax, title, "strength, log-odds against the mean (95 % interval)", "chatbot")
 
 
 def plot_planted(ax: Axes, planted: pd.Series, estimated: pd.DataFrame) -> Axes:
@@ -297,11 +268,12 @@ def plot_planted(ax: Axes, planted: pd.Series, estimated: pd.DataFrame) -> Axes:
     columns = ["log_odds_per_unit", "low", "high"]
     rows = estimated.set_index("effect").loc[list(planted.index), columns].div(planted, axis=0)
     # Dividing by a negative effect exchanges the bounds.
-    low, high = rows[["low", "high"]].min(axis=1), rows[["low", "high"]].max(axis=1)
+    rows["low"], rows["high"] = rows[["low", "high"]].min(axis=1), rows[["low", "high"]].max(axis=1)
     names = [f"{name} ({size:+.2f})" for name, size in planted.items()]
-    series = {"estimated": rows.assign(low=low, high=high, name=names)}
-    _draw_rows(ax, series, (ACCENT,), "log_odds_per_unit", "name", names[::-1], null=1)
-    covered = int(((low <= 1) & (high >= 1)).sum())
+    series = {"": (ACCENT, rows.assign(name=names))}
+    _draw_rows(ax, series, "log_odds_per_unit", "name", names[::-1])
+    ax.axvline(1, **_BLACK)
+    covered = int(((rows["low"] <= 1) & (rows["high"] >= 1)).sum())
     title = f"{covered} of {len(rows)} intervals cover the planted effect"
     x = "estimated / planted effect (95 % interval)"
     return _label(ax, title, x, "effect (planted size, log-odds)")
@@ -309,56 +281,53 @@ def plot_planted(ax: Axes, planted: pd.Series, estimated: pd.DataFrame) -> Axes:
 
 def plot_probabilities(ax: Axes, probs: np.ndarray) -> Axes:
     """Show how the predicted probabilities of A, B and tie, (N, C) float, are distributed."""
-    look = {"bins": np.linspace(0, 1, 26), "histtype": "step", "linewidth": 2}
+    look: dict[str, Any] = {"bins": np.linspace(0, 1, 26), "histtype": "step", "linewidth": 2}
     for name, color, column in zip(LABEL_NAMES, LABEL_COLORS, probs.T, strict=True):
         ax.hist(column, color=color, label=f"P({name})", **look)
-    confident = (probs.max(axis=1) > 0.9).mean() if len(probs) else 0.0
     ax.set_xlim(0, 1)
     ax.legend(frameon=False)
-    title = f"{confident:.0%} of the battles get a probability above 0.9"
+    confident = percent((probs.max(axis=1) > 0.9).mean() if len(probs) else np.nan)
+    title = f"{confident} of the battles get a probability above 0.9"
     return _label(ax, title, "predicted probability", "battles")
 
 
 def plot_ladder(
-    ax: Axes,
-    names: list[str],
-    means: np.ndarray,
-    lows: np.ndarray,
-    highs: np.ndarray,
-    oracle: float | None = None,
+    ax: Axes, names: list[str], means: Any, lows: Any, highs: Any, oracle: float | None = None
 ) -> Axes:
-    """Compare log losses, the first model at the top, the last accented.
+    """Compare the log losses of K models, the first at the top, the last accented.
 
     Args:
-        names: K models, from the simplest to the last.
-        means, lows, highs: (K,) float, log loss and bounds of its interval, nats per battle.
+        means, lows, highs: (K,) float, log loss and bounds of its interval.
         oracle: log loss of the true probabilities, where they are known.
     """
     table = pd.DataFrame({"loss": list(means), "low": list(lows), "high": list(highs)})
     white = {"facecolor": "white", "linewidth": 0, "pad": 1}
+    look: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "bbox": white}
     for row, loss in enumerate(table["loss"]):
         color = ACCENT if row == len(names) - 1 else MUTED
         _draw_intervals(ax, table[row : row + 1], "loss", [-row], color=color, markersize=8)
-        look = {"textcoords": "offset points", "ha": "center", "bbox": white}
         ax.annotate(f"{loss:.4f}", (loss, -row), xytext=(0, 9), **look)
     if oracle is not None:
         ax.axvline(oracle, color="black", linestyle="--", label=f"oracle {oracle:.4f}")
         ax.legend(loc="lower right")
     ax.set_yticks(-np.arange(len(names)), names)
     ax.set_ylim(0.4 - len(names), 0.7)
-    gain = table["loss"].iloc[0] - table["loss"].iloc[-1]
-    side = "below" if gain >= 0 else "above"
-    title = f"{names[-1]} is {abs(gain):.3f} nats {side} {names[0]}"
+    title = f"{names[-1]} is {_gain(table['loss'].iloc[0], table['loss'].iloc[-1])} {names[0]}"
     return _label(ax, title, "log loss, nats per battle (95 % interval), lower is better", "model")
+
+
+def _gain(before: float, after: float) -> str:
+    return f"{abs(before - after):.3f} nats {'below' if after <= before else 'above'}"
 
 
 def plot_reliability(ax: Axes, curve: pd.DataFrame, ece: float) -> Axes:
     """Compare observed with predicted shares, from `scores.reliability_curve`; `ece` is 0..1."""
     end = min(1.0, float(curve[["predicted", "high"]].to_numpy().max()) + 0.05)
-    ax.plot([0, end], [0, end], color="black", linewidth=1)
-    for label, bins in curve.groupby("label"):
-        style = {"fmt": "o-", "color": LABEL_COLORS[label], "label": LABEL_NAMES[label]}
-        _draw_intervals(ax, bins, "observed", bins["predicted"], vertical=True, **style)
+    ax.plot([0, end], [0, end], **_BLACK)
+    for label, (name, color) in enumerate(zip(LABEL_NAMES, LABEL_COLORS, strict=True)):
+        bins = curve[curve["label"] == label]
+        look = {"fmt": "o-", "color": color, "label": name}
+        _draw_intervals(ax, bins, "observed", bins["predicted"], vertical=True, **look)
     ax.set(xlim=(0, end), ylim=(0, end))
     ax.legend()
     title = f"Confidence and accuracy differ by {percent(ece)} on average"
@@ -370,7 +339,7 @@ def plot_coefficients(ax: Axes, effects: pd.DataFrame, n_shown: int = 15) -> Axe
     """Show what a model learned: caption, effect (log-odds per SD), the strongest first."""
     shown = effects.head(n_shown)[::-1]
     ax.barh(shown["caption"], shown["effect"], color=np.where(shown["effect"] > 0, ACCENT, MUTED))
-    ax.axvline(0, color="black", linewidth=1)
+    ax.axvline(0, **_BLACK)
     first = effects.iloc[0]
     title = f"Strongest, all else equal: {first['caption']} ({first['effect']:+.2f})"
     x = "log-odds of winning per standard deviation more than the other answer"
@@ -382,13 +351,14 @@ def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
     shares = shares.dropna(subset=["share"])
     names = [f"{row.leaning} (n = {row.n:,})" for row in shares.itertuples()]
     shares = shares.assign(name=names)
-    series = {voter: shares[shares["voter"] == voter] for voter in ("people", "model")}
-    order = list(dict.fromkeys(names))[::-1]
-    _draw_rows(ax, series, ("black", ACCENT), "share", "name", order, null=0.5)
+    people, model = (shares[shares["voter"] == voter] for voter in ("people", "model"))
+    order = model["name"].tolist()[::-1]
+    _draw_rows(ax, {"people": ("black", people), "model": (ACCENT, model)}, "share", "name", order)
+    ax.axvline(0.5, **_BLACK)
     ax.set_ylim(-0.5, len(order) - 0.5)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    people, model = (rows.set_index("leaning") for rows in series.values())
-    n_inside = int(model["share"].between(people["low"], people["high"]).sum())
+    low, high = people["low"].to_numpy(), people["high"].to_numpy()
+    n_inside = int(model["share"].between(low, high).sum())
     title = f"On {n_inside} of {len(order)} leanings the model is within people's interval"
     x = "share of decided votes (95 % interval)"
     return _label(ax, title, x, "votes for … (battles that differ in it)", percent_on="x")
@@ -397,8 +367,8 @@ def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
 def plot_token_lengths(ax: Axes, lengths: np.ndarray, budget: int) -> Axes:
     """Show how long battles are, (N,) int tokens, and how many exceed the model's budget."""
     top = max(budget * 1.25, np.quantile(lengths, 0.99))
-    ax.hist(np.minimum(lengths, top), bins=np.linspace(0, top, 41), color=ACCENT)
-    ax.axvline(budget, color="black", linewidth=1.5)
+    ax.hist(np.minimum(lengths, top), bins=np.linspace(0, top, 41).tolist(), color=ACCENT)
+    ax.axvline(budget, **_BLACK)
     ax.text(budget, ax.get_ylim()[1] * 0.95, f" budget {budget:,}", va="top")
     ax.set_xlim(0, top)
     title = f"{percent(float((lengths > budget).mean()))} of the battles are cut"
@@ -406,17 +376,16 @@ def plot_token_lengths(ax: Axes, lengths: np.ndarray, budget: int) -> Axes:
 
 
 def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
-    """Show what smaller token budgets cost, and how many battles each cuts.
+    """Show what token budgets cost against the longest with a cost, and how many battles each cuts.
 
     Args:
-        budgets: budget, cut_share, cost, low, high; the longest budget with a cost is the one
-            that the others are compared to.
+        budgets: budget, cut_share, cost (NaN where not measured), low, high.
     """
     places = np.arange(len(budgets))
     _draw_intervals(ax, budgets, "cost", places, vertical=True, fmt="o-", color=ACCENT)
-    ax.axhline(0, color="black", linewidth=1)
-    names = [f"{row.budget:,}\n{percent(row.cut_share)}" for row in budgets.itertuples()]
-    ax.set_xticks(places, names)
+    ax.axhline(0, **_BLACK)
+    cut = zip(budgets["budget"], budgets["cut_share"].map(percent), strict=True)
+    ax.set_xticks(places, [f"{budget:,}\n{share}" for budget, share in cut])
     ax.set_xlim(-0.5, len(budgets) - 0.5)
     read = budgets.dropna(subset=["cost"])
     least, own, cost = read["budget"].iloc[0], read["budget"].iloc[-1], read["cost"].iloc[0]
@@ -428,46 +397,31 @@ def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
 def plot_learning_curve(
     ax: Axes, history: pd.DataFrame, prior: float, oracle: float | None = None
 ) -> Axes:
-    """Show how the loss fell in training, between the class prior and the oracle.
-
-    Args:
-        history: fold, seed, epoch, train_loss, log_loss (nats per battle), one row per validation.
-        prior: log loss of the class prior, nats per battle.
-        oracle: log loss of the true probabilities, where they are known.
-    """
+    """Show how the loss fell; `history`: fold, seed, epoch, train_loss, log_loss by validation."""
     models = history.groupby(["fold", "seed"])
     for place, (_, rows) in enumerate(models):
         hidden = "_" if place else ""  # one entry in the legend is enough
-        held_out = {"marker": "o", "color": ACCENT, "label": f"{hidden}held out"}
-        ax.plot(rows["epoch"], rows["log_loss"], **held_out)
-        training = {"marker": ".", "linestyle": ":", "color": MUTED, "label": f"{hidden}training"}
-        ax.plot(rows["epoch"], rows["train_loss"], **training)
-    look = {"color": "black", "linewidth": 1}
-    ax.axhline(prior, linestyle="--", label=f"class prior {prior:.3f}", **look)
+        ax.plot(rows["epoch"], rows["log_loss"], "o-", color=ACCENT, label=f"{hidden}held out")
+        ax.plot(rows["epoch"], rows["train_loss"], ".:", color=MUTED, label=f"{hidden}training")
+    ax.axhline(prior, linestyle="--", label=f"class prior {prior:.3f}", **_BLACK)
     if oracle is not None:
-        ax.axhline(oracle, linestyle="-.", label=f"oracle {oracle:.3f}", **look)
+        ax.axhline(oracle, linestyle="-.", label=f"oracle {oracle:.3f}", **_BLACK)
     ax.set_xlim(0, None)
     ax.legend(frameon=False)
-    gain = prior - models["log_loss"].min().mean()
-    side = "below" if gain > 0 else "above"
-    title = f"Held-out battles: {abs(gain):.3f} nats {side} the class prior"
+    best = float(models["log_loss"].min().mean())
+    title = f"Held-out battles: {_gain(prior, best)} the class prior"
     return _label(ax, title, "epochs", "log loss (nats per battle)")
 
 
 def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
-    """Show what each family of features is worth, the most valuable at the top.
-
-    Args:
-        worth: family, of ("A against B" or "tie"), difference, low, high (nats per battle).
-    """
-    series = {f"in the odds of {of}": rows for of, rows in worth.groupby("of")}
-    colors = tuple(LABEL_COLORS[TIE] if "tie" in name else ACCENT for name in series)
+    """Show what each family of features is worth, from `ablation.ablate`, the best at the top."""
     order = worth["family"].tolist()[::-1]
-    for (name, rows), color in zip(series.items(), colors, strict=True):
-        places = rows["family"].map(order.index)
+    for of, color in (("A against B", ACCENT), ("tie", LABEL_COLORS[TIE])):
+        rows = worth[worth["of"] == of]
+        places, name = rows["family"].map(order.index), f"in the odds of {of}"
         _draw_intervals(ax, rows, "difference", places, color=color, label=name)
     ax.set_yticks(range(len(order)), order)
-    ax.axvline(0, color="black", linewidth=1)
+    ax.axvline(0, **_BLACK)
     ax.legend(loc="lower right")
     n_sure = int((worth["low"] > 0).sum())
     title = f"Missed by more than chance: {n_sure} of {len(worth)} families"

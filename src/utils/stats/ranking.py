@@ -8,6 +8,7 @@ and `groups` (N,) the prompt of each battle; without it every battle is its own 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,16 +32,11 @@ def group_codes(groups: np.ndarray | None, n_pairs: int) -> np.ndarray:
 
 
 def davidson_log_probs(eta: np.ndarray, log_nu: np.ndarray | float) -> np.ndarray:
-    """Compute the log probabilities of Davidson's model.
+    """Compute the log probabilities of Davidson's model, (N, C) in the order of `schema.LABELS`.
 
     Args:
         eta: (N,) float, log-odds of A over B.
         log_nu: (N,) float, or one for all: log weight of a tie; −inf means no ties.
-
-    Returns:
-        (N, C) float64, in the order of `schema.LABELS`.
-
-    Source: Davidson 1970, doi:10.1080/01621459.1970.10481082.
     """
     ties = np.broadcast_to(log_nu, np.shape(eta))
     return log_softmax(np.column_stack([eta / 2, -eta / 2, ties]), axis=1)
@@ -62,7 +58,8 @@ def model_records(
     table = known.agg(n=("won", "size"), n_won=("won", "sum"), n_tied=("tied", "sum")).reset_index()
     table["n_decided"] = table["n"] - table["n_tied"]
     table["win_share"] = table["n_won"] / table["n_decided"]  # NaN where all are ties
-    table["low"], table["high"] = proportion_interval(table["n_won"], table["n_decided"])
+    counts = table["n_won"].to_numpy(), table["n_decided"].to_numpy()
+    table["low"], table["high"] = proportion_interval(*counts)
     table["tie_share"] = table["n_tied"] / table["n"]
     table = table.drop(columns=["n_won", "n_tied"])
     return table.sort_values("n", ascending=False, kind="stable", ignore_index=True)
@@ -74,8 +71,8 @@ class VoteModel:
 
     # model, n (battles), strength (log-odds against the mean of those shown), low, high, reason
     strengths: pd.DataFrame
-    # "position A", "tie" (log ν) and every covariate: effect, log_odds_per_unit, low, high (per
-    # unit), log_odds (per standard deviation), sd, reason
+    # "position A", "tie" (log ν) and every covariate: effect, log_odds_per_unit with its low and
+    # high, log_odds (per standard deviation), sd, reason
     effects: pd.DataFrame
     n: int  # battles used
     reason: str | None = None  # why nothing was fitted
@@ -84,14 +81,7 @@ class VoteModel:
 def fit_votes(
     covariates: pd.DataFrame, labels: np.ndarray, groups: np.ndarray | None = None
 ) -> VoteModel:
-    """Fit all effects at once, ties included, without the chatbots' names.
-
-    Args:
-        covariates: N rows, one column per difference A − B.
-
-    Returns:
-        A `VoteModel` without strengths.
-    """
+    """Fit all effects of N rows of differences A − B at once, without the chatbots' names."""
     codes = group_codes(groups, len(labels))
     return _fit(np.zeros((len(labels), 0)), [], covariates, np.asarray(labels), codes, 0)
 
@@ -108,14 +98,11 @@ def fit_bradley_terry(
 
     η = strength_A − strength_B + position + covariates·β. Chatbots that no chain of wins and
     losses links to the rest have no finite strength and are left out of the fit (Ford 1957,
-    doi:10.2307/2308513), as are unknown names. Without a tie the model is Bradley–Terry's.
+    doi:10.2307/2308513), as are unknown names. Strengths have mean zero over those reported.
 
     Args:
         covariates: N rows, one column per difference A − B; None for no control.
         min_battles: a chatbot with fewer is fitted but not reported.
-
-    Returns:
-        A `VoteModel`; strengths have mean zero over the chatbots reported.
 
     Source: Davidson 1970, doi:10.1080/01621459.1970.10481082; position as in Davidson and Beaver
         1977, doi:10.2307/2529467; style as in https://lmsys.org/blog/2024-08-28-style-control.
@@ -125,14 +112,13 @@ def fit_bradley_terry(
     if covariates is None:
         covariates = pd.DataFrame(index=range(len(labels)))
     models = _linked_models(names, labels)
-    kept = np.isin(names, models).all(axis=1)
-    places = pd.Categorical(names[kept].ravel(), categories=models).codes.reshape(-1, 2)
-    design = np.zeros((len(places), len(models)))
-    np.add.at(design, (np.arange(len(places)), places[:, 0]), 1)
-    np.add.at(design, (np.arange(len(places)), places[:, 1]), -1)
+    kept = np.logical_and(*np.isin(names, models).T)
+    a, b = _places(names[kept], models)
+    one_hot = np.eye(len(models))
     codes = group_codes(groups, len(labels))[kept]
-    fitted = _fit(design, models, covariates[kept], labels[kept], codes, min_battles)
-    records = model_records(names[:, 0], names[:, 1], labels)[["model", "n"]]
+    style = covariates.loc[kept]
+    fitted = _fit(one_hot[a] - one_hot[b], models, style, labels[kept], codes, min_battles)
+    records = model_records(model_a, model_b, labels)[["model", "n"]]
     strengths = fitted.strengths.set_index("model").reindex(records["model"])
     rows = pd.concat([records, strengths.reset_index(drop=True)], axis=1)
     unlinked = ~rows["model"].isin(models)
@@ -142,15 +128,21 @@ def fit_bradley_terry(
     return VoteModel(rows, fitted.effects, fitted.n, reason)
 
 
+def _places(names: np.ndarray, models: list[str]) -> np.ndarray:
+    """(2, N) int, the place in `models` of A and of B."""
+    return pd.Categorical(names.ravel(), categories=models).codes.reshape(-1, 2).T
+
+
 def _linked_models(names: np.ndarray, labels: np.ndarray) -> list[str]:
     """The largest set of chatbots linked both ways by chains of wins; a tie counts as both."""
     known = (names != UNKNOWN_MODEL).all(axis=1) & (names[:, 0] != names[:, 1])
     models = sorted(set(names[known].ravel()))
-    a, b = pd.Categorical(names[known].ravel(), categories=models).codes.reshape(-1, 2).T
+    a, b = _places(names[known], models)
     beats, is_beaten = labels[known] != B_WINS, labels[known] != A_WINS
     winners = np.concatenate([a[beats], b[is_beaten]])
     losers = np.concatenate([b[beats], a[is_beaten]])
-    graph = sparse.coo_matrix((np.ones(len(winners)), (winners, losers)), shape=[len(models)] * 2)
+    shape = len(models), len(models)
+    graph = sparse.csr_matrix((np.ones(len(winners)), (winners, losers)), shape)
     _, component = connected_components(graph, directed=True, connection="strong")
     sizes = np.bincount(component, minlength=1)
     linked = component == sizes.argmax()
@@ -238,9 +230,9 @@ def _maximise(
 
     # With exact derivatives 57,477 battles of 64 chatbots take seconds; a general-purpose
     # likelihood class of a library differentiates numerically.
-    start = np.zeros(n_params - (n_ties == 0))
-    search = {"method": "trust-exact", "options": {"gtol": 1e-8}}
-    found = minimize(loss, start, jac=True, hess=hessian, **search).x
+    start = np.zeros(n_params if n_ties else n_params - 1)
+    options: Any = {"gtol": 1e-8}
+    found = minimize(loss, start, jac=True, hess=hessian, method="trust-exact", options=options).x
     log_probs = votes.log_probs(found)
     information = votes.information(log_probs)
     # Where nothing bounds an effect, the information is singular or its standard error is huge.
@@ -269,9 +261,10 @@ def _strength_table(
     contrast = (np.eye(len(models)) - shown / max(shown.sum(), 1))[:, 1:]
     strengths = np.where(shown, contrast @ params, np.nan)
     error = np.sqrt(np.diag(contrast @ cov @ contrast.T))
-    few = [f"{n} battles, fewer than {min_battles}" for n in counts]
     table = pd.DataFrame({"model": models, **_interval("strength", strengths, error)})
-    return table.assign(reason=np.where(shown, None, few))
+    few = [None if n >= min_battles else f"{n} battles, fewer than {min_battles}" for n in counts]
+    table["reason"] = few
+    return table
 
 
 def _effect_table(
@@ -285,9 +278,9 @@ def _effect_table(
     estimate[fitted], error[fitted] = params[order], np.sqrt(np.diag(cov))[order]
     scale[fitted] = np.append([1, 1], sds[used])
     table = table.assign(**_interval("log_odds_per_unit", estimate / scale, error / scale))
-    is_covariate = table.index >= 2
-    table["log_odds"] = np.where(is_covariate, estimate, np.nan)
-    table["sd"] = np.where(is_covariate, scale, np.nan)
+    table["log_odds"], table["sd"] = estimate, scale
+    table.loc[:1, ["log_odds", "sd"]] = np.nan  # position and tie have no spread
     few = f"the answers differ in fewer than {MIN_SUPPORT} battles"
-    reasons = np.select([np.isfinite(estimate), is_covariate], [None, few], "no ties")
-    return table.assign(reason=reasons)
+    table["reason"] = ["no ties", "no ties", *[few] * len(names)]
+    table.loc[np.isfinite(estimate), "reason"] = None
+    return table

@@ -29,14 +29,11 @@ _MIN_BIN = 40  # battles in a bin of a reliability curve
 
 
 def row_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compute the loss of each battle: minus the log of the probability given to its vote.
+    """Compute minus the log of the probability given to each vote: (N,) float64, nats.
 
     Args:
         probs: (N, C) float; clipped to [1e-15, 1] and renormalised as the competition does.
         labels: (N,) int in 0..C-1.
-
-    Returns:
-        (N,) float64, nats.
 
     Raises:
         ValueError: not one label per row of `probs`.
@@ -98,10 +95,7 @@ def score(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def swap_gap(probs: np.ndarray, probs_swapped: np.ndarray) -> float:
     """Mean absolute difference between p(A, B) and the mirrored p(B, A); 0 is symmetric.
 
-    Args:
-        probs: (N, C) float, rows sum to 1.
-        probs_swapped: (N, C) float, the same battles predicted with A and B exchanged;
-            columns still as the model gave them.
+    `probs_swapped`, (N, C), is for A and B exchanged, its columns as the model gave them.
     """
     return float(np.abs(np.asarray(probs) - swap_probs(probs_swapped)).mean())
 
@@ -121,11 +115,7 @@ def held_out_prior(labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
 
 
 def draw_groups(groups: np.ndarray, max_pairs: int, seed: int) -> np.ndarray:
-    """Draw whole groups at random, `max_pairs` battles at most.
-
-    Returns:
-        Sorted positions of their battles, int; at least those of one group.
-    """
+    """Draw whole groups, `max_pairs` battles at most but one group at least: sorted positions."""
     codes = pd.factorize(np.asarray(groups))[0]
     sizes = np.bincount(codes)
     order = np.random.default_rng(seed).permutation(len(sizes))
@@ -136,13 +126,7 @@ def draw_groups(groups: np.ndarray, max_pairs: int, seed: int) -> np.ndarray:
 def bootstrap_interval(
     values: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Cluster-bootstrap confidence interval of the mean.
-
-    Args:
-        values: (N,) float, e.g. row losses.
-        groups: (N,) any hashable; whole groups are resampled.
-        n_boot: resamples.
-        seed: of the resampling.
+    """Cluster-bootstrap confidence interval of the mean of `values`, (N,) float, e.g. row losses.
 
     Returns:
         Lower and upper 95 % bound (percentiles), in the units of `values`.
@@ -181,13 +165,10 @@ def paired_difference(
 def proportion_interval(
     n_hits: np.ndarray, n: np.ndarray, exact: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bound proportions at 95 %, by Wilson or, where `exact`, by Clopper and Pearson.
+    """Bound proportions at 95 % by Wilson, or `exact` by Clopper and Pearson: low, high (K,) float.
 
     Args:
         n_hits, n: (K,) int, hits and trials; no trials give NaN.
-
-    Returns:
-        low, high: (K,) float in [0, 1].
 
     Example:
         5 of 10 -> (0.237, 0.763) by Wilson, (0.187, 0.813) exact.
@@ -203,13 +184,9 @@ def proportion_interval(
 def reliability_curve(probs: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> pd.DataFrame:
     """Compare predicted and observed shares of each class, in bins of equally many battles.
 
-    Args:
-        n_bins: bins per class at most; equal predictions share a bin, and no more bins are
-            made than 40 battles can fill.
-
     Returns:
-        One row per class and bin: label (int), predicted and observed (mean shares), low and
-        high (95 % Wilson interval of observed), n_rows.
+        One row per class and bin of at least 40 battles, at most `n_bins`: label (int),
+        predicted and observed (mean shares), low, high (95 %, Wilson, of observed), n_rows.
     """
     n_bins = max(min(n_bins, len(probs) // _MIN_BIN), 1)
     curves = []
@@ -217,10 +194,10 @@ def reliability_curve(probs: np.ndarray, labels: np.ndarray, n_bins: int = 10) -
         rows = pd.DataFrame({"predicted": probs[:, label], "observed": labels == label})
         # Where all predictions are equal, qcut finds no bin at all: that is one bin.
         bins = pd.qcut(rows["predicted"], n_bins, labels=False, duplicates="drop").fillna(0)
-        curve = rows.groupby(bins.to_numpy()).mean().assign(label=label)
-        n_hits, n = rows.groupby(bins.to_numpy())["observed"].agg(["sum", "size"]).to_numpy().T
+        binned = rows.groupby(bins.to_numpy())
+        n_hits, n = binned["observed"].agg(["sum", "size"]).to_numpy().T
         low, high = proportion_interval(n_hits, n)
-        curves.append(curve.assign(low=low, high=high, n_rows=n))
+        curves.append(binned.mean().assign(label=label, low=low, high=high, n_rows=n))
     return pd.concat(curves, ignore_index=True)
 
 
@@ -232,11 +209,7 @@ def compare_models(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Score several models on the same battles, and their differences to one of them.
-
-    Args:
-        models: name -> `probs`.
-        reference: the model that differences are taken to.
+    """Score several models, name -> `probs`, and their differences to the one named `reference`.
 
     Returns:
         One row per model: model, log_loss, low, high (nats, 95 %), accuracy, ece, difference,
@@ -263,10 +236,9 @@ def compare_slices(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare a model with a reference on parts of the battles.
+    """Compare a model's `row_losses` with those of a reference, (N,) float each, on slices.
 
     Args:
-        losses, reference: (N,) float, `row_losses` of the two on the same rows, nats.
         slices: name -> (N,) bool, the battles of that slice.
 
     Returns:
@@ -328,12 +300,7 @@ def compare_leanings(
 def confident_errors(
     pairs: pd.DataFrame, probs: np.ndarray, n_shown: int = 8, n_chars: int = 300
 ) -> pd.DataFrame:
-    """List the battles whose vote got the lowest probability, their texts cut for reading.
-
-    Args:
-        pairs: N battles with `label`; texts are tuples of turns.
-        n_shown: battles at most.
-        n_chars: characters of each text at most.
+    """List `n_shown` of the battles whose vote got the lowest probability, texts cut to `n_chars`.
 
     Returns:
         One row per battle, the worst first: id, vote, predicted, p(vote), prompt, response_a,
