@@ -171,7 +171,7 @@ def smooth_rate(
         return nothing
     low, high = np.quantile(values, [0.01, 0.99])
     values = np.clip(values, low, high)
-    knots = np.unique(np.quantile(values, np.linspace(0, 1, 6 if len(values) > 2000 else 4)))
+    knots = np.unique(np.quantile(values, np.linspace(0, 1, 4)))
     if len(knots) < 3:
         return nothing
     spline = SplineTransformer(degree=3, knots=knots[:, None]).fit(values[:, None])

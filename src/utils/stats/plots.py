@@ -131,7 +131,7 @@ def plot_length_difference(
         ax.hist(gain[part], bins=bins, color=color, label=f"winner is {name}: {part.sum():,}")
     median = float(np.median(gain))
     ax.axvline(0, **_BLACK)
-    ax.axvline(median, color=ACCENT, linestyle="--", label=f"median {median:+,.0f} characters")
+    ax.axvline(median, color="black", linestyle="--", label=f"median {median:+,.0f} characters")
     ax.legend()
     share = percent((gain > 0).sum() / max((gain != 0).sum(), 1))
     x = "characters of the winner − characters of the loser (middle 98 %)"
@@ -164,9 +164,9 @@ def plot_win_share_by_level(ax: Axes, shares: pd.DataFrame, winner: str) -> Axes
     for place, (_, rows) in enumerate(shares.groupby("property", sort=False)):
         _draw_rows(ax, {"": ((ACCENT, "black")[place % 2], rows)}, "share", "name", names)
     ax.axvline(0.5, **_BLACK)
-    p_values = shares.groupby("property")["p_value"].first()
+    p_values = shares.groupby("property")["p_value"].first().dropna()
     n_moved = int((p_values < 0.05 / len(p_values)).sum())
-    title = f"The share of {winner} depends on {n_moved} of {len(p_values)} properties"
+    title = f"The share of {winner} depends on {n_moved} of {len(p_values)} properties tested"
     x = f"decided battles won by {winner} (95 % interval)"
     return _label(ax, title, x, "battles with …", percent_on="x")
 
