@@ -201,7 +201,7 @@ def test_intervals_cover_the_true_effect_at_their_rate_and_nulls_are_rarely_foun
         (np.ones(1), np.array([0]), "1 battles"),
         (np.linspace(-1, 1, 50), np.zeros(50, dtype=int), "50 of them won by A"),
         (np.linspace(-1, 1, 50), np.full(50, 2), "0 battles"),
-        (np.zeros(50), np.arange(50) % 2, "differ in 0"),
+        (np.zeros(50), np.arange(50) % 2, "from 0 in 0 battles"),
         (np.ones(50), np.arange(50) % 2, "constant"),
         (np.linspace(-1, 1, 50), (np.arange(50) < 25).astype(int), "no finite estimate"),
     ],

@@ -253,7 +253,7 @@ def _why_no_effect(
     if len(y) < MIN_SUPPORT or len(np.unique(y)) < 2:
         return f"{len(y)} battles, {int(y.sum())} of them won by A: too few of one kind"
     if n_differ < MIN_SUPPORT:
-        return f"the answers differ in {n_differ} battles, fewer than {MIN_SUPPORT}"
+        return f"differs from 0 in {n_differ} battles, fewer than {MIN_SUPPORT}"
     if n_prompts < MIN_SUPPORT:
         return f"{n_prompts} prompts, fewer than {MIN_SUPPORT}"
     residual = values - held @ np.linalg.lstsq(held, values, rcond=None)[0]
