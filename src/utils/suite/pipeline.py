@@ -63,7 +63,7 @@ STAGES = (
     Stage("04_qwen", (*_MODEL, "history.csv"), "metrics.json", reads=_PAIRS),
     Stage(
         "05_ensemble",
-        ("blend.json", "report.html", "figures/", "metrics.json"),
+        ("blend.json", "slices.csv", "figures/", "metrics.json"),
         "metrics.json",
         reads=_PAIRS | dict.fromkeys(MODELS, _SCORED),
         chosen_by="MEMBERS",
