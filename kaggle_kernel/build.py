@@ -35,6 +35,7 @@ RUN_PARTS = ("config.json", "metrics.json", "model", "base")
 # A checkpoint that is loaded from a folder: weights, settings, tokenizer.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 BLEND_PARTS = ("blend.json", "metrics.json")
+SOURCE_SUFFIXES = (".py", ".md")
 # Kaggle's image has Python 3.12 and no bitsandbytes.
 WHEELS = ("bitsandbytes",)
 WHEEL_PYTHON, WHEEL_PLATFORM = "3.12", "manylinux_2_24_x86_64"
@@ -69,15 +70,14 @@ if importlib.util.find_spec("torchao"):
 
 
 def zip_package(root: Path = paths.ROOT) -> bytes:
-    """Zip `src`, the same bytes for the same source."""
+    """Zip `src`, data files included: the same bytes for the same source."""
+    files = [file for file in (root / "src").rglob("*") if file.suffix in SOURCE_SUFFIXES]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted((root / "src").rglob("*.py")):
-            archive.writestr(
-                zipfile.ZipInfo(str(file.relative_to(root))),
-                file.read_bytes(),
-                zipfile.ZIP_DEFLATED,
-            )
+        for file in sorted(files):
+            # A ZipInfo of its own has no time of writing.
+            entry = zipfile.ZipInfo(str(file.relative_to(root)))
+            archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
