@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from src.utils import paths
 from src.utils.config import FinetuneConfig
 from src.utils.models.baseline import load_baseline
 from src.utils.models.checkpoints import TINY, check_base, load_finetuned, load_tokenizer
@@ -32,7 +33,6 @@ from src.utils.models.hardware import choose_device
 from src.utils.models.predict import (
     LocalReader,
     Prediction,
-    Reader,
     ReaderLost,
     TokenRows,
     choose_least_certain,
@@ -47,10 +47,7 @@ SUBMISSION_COLUMNS = ("id", *LABELS)
 _GRACE_S = 3.0  # after the deadline, for a process to end by itself
 _LONGEST_S = 1e6  # that is waited for where there is no deadline
 
-# Name of a checkpoint -> its folders, the best match first: `paths.find_checkpoints`.
-FindCheckpoints = Callable[[str], Sequence[Path]]
 Keep = Callable[[Prediction], None]  # is given what a model has predicted so far
-Predict = Callable[[pd.DataFrame, "_Member", Keep], Prediction]
 
 
 @dataclass(frozen=True)
@@ -149,10 +146,6 @@ def check_submission(submission: pd.DataFrame, sample_ids: np.ndarray) -> pd.Dat
     return submission
 
 
-def _find_none(name: str) -> Sequence[Path]:
-    return ()
-
-
 # ---- the plan ----------------------------------------------------------------
 
 
@@ -164,7 +157,6 @@ def predict_submission(
     *,
     deadline_s: float,
     cascade: float = 1.0,
-    find_checkpoints: FindCheckpoints = _find_none,
     n_workers: int | None = None,
 ) -> Outcome:
     """Predict every battle as well as time allows: the CPU baseline, then network by network.
@@ -185,7 +177,6 @@ def predict_submission(
         deadline_s: seconds from now that must not be passed, margin included.
         cascade: share of the battles, above 0 to 1, least certain first by the entropy of what
             is known so far, that gets the costly work.
-        find_checkpoints: finds the attached bases of adapters by name.
         n_workers: processes per network, as for `open_reader`.
 
     Raises:
@@ -202,20 +193,20 @@ def predict_submission(
             member.give_up("absent", "no finished run; execute its notebook")
         elif not _is_network(run):
             state.run(member, functools.partial(_predict_baseline, run))
-    networks = order_networks(runs, blend, find_checkpoints)
+    networks = order_networks(runs, blend)
     weighted = {name for name, _ in networks if state.members[name].weight}
-    cheapest = networks[0][0] if len(weighted) > 1 else None
+    first = networks[0][0] if len(weighted) > 1 else None
     for name, folder in networks:
         member = state.members[name]
         if member.uncertainty is None:
-            state.choose_battles(member, cascade, is_cheapest=name == cheapest)
+            state.choose_battles(member, cascade, is_first=name == first)
         if not member.weight and state.is_reached.all():
             member.give_up("zero weight", "")
         elif time.monotonic() >= deadline:
             member.give_up("given up", f"{folder.name}: no time was left")
         else:
-            network = _Network(folder, find_checkpoints, deadline, n_workers)
-            state.run(member, network.predict)
+            predict = functools.partial(_predict_network, folder, deadline, n_workers)
+            state.run(member, predict)
     timings = [member.timing(name) for name, member in state.members.items()]
     if len(pairs) and not state.is_reached.any():
         notes = "; ".join(f"{timing.member}: {timing.note}" for timing in timings)
@@ -223,13 +214,11 @@ def predict_submission(
     return Outcome(state.blend(), timings, state.count_members())
 
 
-def order_networks(
-    runs: Mapping[str, Path | None], blend: Blend, find_checkpoints: FindCheckpoints = _find_none
-) -> list[tuple[str, Path]]:
+def order_networks(runs: Mapping[str, Path | None], blend: Blend) -> list[tuple[str, Path]]:
     """Order the models of all networks by worth per second, most first.
 
-    The worth is the weight in the blend, halved for the second model of a network, a third
-    for its third; the size of the weights stands for the seconds.
+    The worth is the weight in the blend, for the second model of a network half of it, for
+    the third a third; the size of the weights stands for the seconds.
 
     Returns:
         Member and folder of each model.
@@ -243,8 +232,7 @@ def order_networks(
         folders = [*models.glob("refit"), *sorted(models.glob("fold_*"))]
         # Where none is found, the first is tried all the same: its error says what is missing.
         for place, folder in enumerate(folders or [models / "fold_0"], start=1):
-            n_bytes = _count_bytes(run, folder, find_checkpoints)
-            worth[name, folder] = weight / place / max(n_bytes, 1)
+            worth[name, folder] = weight / place / max(_count_bytes(run, folder), 1)
     return sorted(worth, key=lambda model: -worth[model])
 
 
@@ -255,14 +243,12 @@ def _is_network(run: Path) -> bool:
         return False  # the attempt to load it reports the damage
 
 
-def _count_bytes(run: Path, folder: Path, find_checkpoints: FindCheckpoints) -> int:
+def _count_bytes(run: Path, folder: Path) -> int:
     """Size of the weights of a model, the base of its adapters included."""
     config = read_json(run / "config.json")
     folders = [folder]
     if config.get("lora_rank"):
-        checkpoint = str(config["checkpoint"])
-        is_tiny = checkpoint.startswith(TINY)
-        folders += [run / "base"] if is_tiny else find_checkpoints(checkpoint)[:1]
+        folders += [run / "base", *paths.find_checkpoints(config["checkpoint"])[:1]]
     files = [file for place in folders for file in place.glob("*.safetensors")]
     return sum(file.stat().st_size for file in files)
 
@@ -276,7 +262,7 @@ class _Member:
     uncertainty: np.ndarray | None = None  # (M,) float, once the battles are chosen
     twice_share: float = 1.0  # of these battles, least certain first, in both orders
     predictions: list[Prediction] = field(default_factory=list)  # one per model, of M battles
-    early: Prediction | None = None  # of the model under way
+    early: list[Prediction] = field(default_factory=list)  # the last one of the model under way
     status: str = ""
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -290,8 +276,8 @@ class _Member:
         if not self.predictions:
             return MemberTiming(name, self.status, len(self.rows), 0, seconds, note)
         is_read = np.stack([_is_known(prediction.probs) for prediction in self.predictions])
-        is_cut = np.any([prediction.is_cut for prediction in self.predictions], axis=0)
         n_readings = np.sum([prediction.n_readings for prediction in self.predictions], axis=0)
+        is_cut = np.any([prediction.is_cut for prediction in self.predictions], axis=0)
         return MemberTiming(
             name,
             "complete" if is_read.all() and not self.notes else "partial",
@@ -313,39 +299,38 @@ class _State:
 
     def __init__(self, pairs: pd.DataFrame, blend: Blend, submission: Submission) -> None:
         self._pairs, self._blend, self._submission = pairs, blend, submission
-        self.members = {
-            name: _Member(weight, np.arange(len(pairs)))
-            for name, weight in zip(blend.members, blend.weights, strict=True)
-        }
+        weights = zip(blend.members, blend.weights, strict=True)
+        self.members = {name: _Member(weight, np.arange(len(pairs))) for name, weight in weights}
 
-    def run(self, member: _Member, predict: Predict) -> None:
+    def run(
+        self, member: _Member, predict: Callable[[pd.DataFrame, _Member, Keep], Prediction]
+    ) -> None:
         """Let one model of a member predict, and write the submission; an error is noted."""
 
         def keep(early: Prediction) -> None:
-            member.early = early
+            member.early = [early]
             self._write()
 
         start = time.monotonic()
         try:
             prediction = predict(self._pairs.iloc[member.rows], member, keep)
-            member.early = None
+            member.early = []
             member.predictions.append(prediction)
             if prediction.note:
                 member.notes.append(prediction.note)
             self._write()
         except Exception as error:  # whatever a damaged model does, the others must still submit
             traceback.print_exc()
-            member.early = None
+            member.early = []
             member.give_up("failed", f"{type(error).__name__}: {error}")
         member.seconds += time.monotonic() - start
 
-    def choose_battles(self, member: _Member, cascade: float, *, is_cheapest: bool) -> None:
+    def choose_battles(self, member: _Member, cascade: float, *, is_first: bool) -> None:
         """Choose what a network reads, the same for each of its models."""
         # A battle that nobody has read is the least certain.
         uncertainty = np.full(len(self._pairs), np.log(len(LABELS)))
-        if self.is_reached.any():
-            uncertainty[self.is_reached] = measure_entropy(self.blend()[self.is_reached])
-        reads_all = is_cheapest or cascade == 1 or not self.is_reached.all()
+        uncertainty[self.is_reached] = measure_entropy(self.blend()[self.is_reached])
+        reads_all = is_first or cascade == 1 or not self.is_reached.all()
         member.rows = choose_least_certain(uncertainty, 1.0 if reads_all else cascade)
         member.uncertainty = uncertainty[member.rows]
         member.twice_share = cascade if reads_all else 1.0
@@ -354,7 +339,7 @@ class _State:
         """Member -> (N, C), the mean over its models, NaN where none has read."""
         known = {}
         for name, member in self.members.items():
-            predictions = member.predictions + ([member.early] if member.early else [])
+            predictions = member.predictions + member.early
             if predictions:
                 stacked = np.stack([prediction.probs for prediction in predictions])
                 n_read = _is_known(stacked).sum(axis=0)
@@ -366,8 +351,8 @@ class _State:
     @property
     def is_reached(self) -> np.ndarray:
         """(N,) bool, some member has predicted the battle."""
-        known = [_is_known(probs) for probs in self._known().values()]
-        return np.any(known, axis=0) if known else np.zeros(len(self._pairs), dtype=bool)
+        nobody = np.zeros(len(self._pairs), dtype=bool)
+        return np.any([nobody, *map(_is_known, self._known().values())], axis=0)
 
     def blend(self) -> np.ndarray:
         """(N, C) float64; a battle that no member reached gets the symmetric mean of the others."""
@@ -400,38 +385,33 @@ def _predict_baseline(run: Path, pairs: pd.DataFrame, member: _Member, keep: Kee
     return Prediction(probs, np.full(len(pairs), 2), np.zeros(len(pairs), dtype=bool))
 
 
-@dataclass(frozen=True)
-class _Network:
-    """One model of a network, and what it is read with."""
-
-    folder: Path
-    find_checkpoints: FindCheckpoints
-    deadline: float
-    n_workers: int | None
-
-    def predict(self, pairs: pd.DataFrame, member: _Member, keep: Keep) -> Prediction:
-        run = self.folder.parents[1]
-        config = FinetuneConfig.from_json(read_json(run / "config.json"))
-        base = find_base(self.folder, config, self.find_checkpoints)
-        load = functools.partial(load_reader, self.folder, config, base)
-        with open_reader(load, self.deadline, self.n_workers) as reader:
-            return predict_pairs(
-                reader,
-                load_tokenizer(self.folder),
-                pairs,
-                max_tokens=config.predict_tokens,
-                tokens_per_batch=config.tokens_per_batch,
-                deadline=self.deadline,
-                progress=f"{run.name} {self.folder.name}",
-                keep=keep,
-                uncertainty=member.uncertainty,
-                twice_share=member.twice_share,
-            )
+def _predict_network(
+    folder: Path,
+    deadline: float,
+    n_workers: int | None,
+    pairs: pd.DataFrame,
+    member: _Member,
+    keep: Keep,
+) -> Prediction:
+    run = folder.parents[1]
+    config = FinetuneConfig.from_json(read_json(run / "config.json"))
+    load = functools.partial(load_reader, folder, config, find_base(folder, config))
+    with contextlib.closing(open_reader(load, deadline, n_workers)) as reader:
+        return predict_pairs(
+            reader,
+            load_tokenizer(folder),
+            pairs,
+            max_tokens=config.predict_tokens,
+            tokens_per_batch=config.tokens_per_batch,
+            deadline=deadline,
+            progress=f"{run.name} {folder.name}",
+            keep=keep,
+            uncertainty=member.uncertainty,
+            twice_share=member.twice_share,
+        )
 
 
-def find_base(
-    folder: Path, config: FinetuneConfig, find_checkpoints: FindCheckpoints
-) -> Path | None:
+def find_base(folder: Path, config: FinetuneConfig) -> Path | None:
     """Find the attached base of an adapter: the one that it was trained on, by its weights.
 
     Returns:
@@ -442,11 +422,11 @@ def find_base(
     """
     if not config.lora_rank or config.checkpoint.startswith(TINY):
         return None
-    attached = find_checkpoints(config.checkpoint)
+    attached = paths.find_checkpoints(config.checkpoint)
     for base in attached:
         with contextlib.suppress(ValueError):
             return check_base(folder, base)
-    return check_base(folder, attached[0]) if attached else None  # says what differs
+    return check_base(folder, attached[0]) if attached else None  # raises: says what differs
 
 
 # ---- processes ---------------------------------------------------------------
@@ -458,10 +438,9 @@ def load_reader(folder: Path, config: FinetuneConfig, base: Path | None) -> Loca
     return LocalReader(model, tokenizer.pad_token_id, packing=config.packing)
 
 
-@contextlib.contextmanager
 def open_reader(
     load: Callable[[], LocalReader], deadline: float, n_workers: int | None = None
-) -> Iterator[Reader]:
+) -> "LocalReader | ProcessReader":
     """Open a reader of one model: in processes of its own, or here where none can be started.
 
     Args:
@@ -469,20 +448,19 @@ def open_reader(
         deadline: `time.monotonic()` value by which the model must be loaded.
         n_workers: processes; None takes one per GPU, or one on the CPU; 0 reads in this process.
 
+    Returns:
+        A reader to close after use.
+
     Raises:
         RuntimeError: the model cannot be loaded in time.
     """
     devices = choose_devices(n_workers)
-    try:
-        reader = ProcessReader(load, devices, deadline) if devices else None
-    except OSError as error:
-        warnings.warn(f"reading in this process, as no other starts: {error}", stacklevel=3)
-        reader = None
-    if reader is None:
-        yield load()
-        return
-    with contextlib.closing(reader):
-        yield reader
+    if devices:
+        try:
+            return ProcessReader(load, devices, deadline)
+        except OSError as error:
+            warnings.warn(f"reading in this process, as no other starts: {error}", stacklevel=2)
+    return load()
 
 
 def choose_devices(n_workers: int | None) -> list[int | None]:
@@ -496,9 +474,8 @@ def choose_devices(n_workers: int | None) -> list[int | None]:
 class ProcessReader:
     """One model in several processes that take batches from one queue; a `Reader`.
 
-    Each process is an executor of its own, so that the death of one leaves the others, which
-    read its batches. What kills all of them, often a lack of memory, would end this process
-    as well: so nothing is read here then, and what was read before is kept.
+    Each process is an executor of its own, so that when one dies the others read its batches.
+    When all die, often for lack of memory, this process does not try as well.
 
     Args:
         load: as for `open_reader`.
@@ -513,19 +490,18 @@ class ProcessReader:
     def __init__(
         self, load: Callable[[], LocalReader], devices: Sequence[int | None], deadline: float
     ) -> None:
-        left_s = min(max(0.0, deadline - time.monotonic()), _LONGEST_S)
+        left_s = _seconds_until(deadline)
         # A fork would share the state of CUDA and of threads.
         context = multiprocessing.get_context("spawn")
-        self._executors = [
-            ProcessPoolExecutor(1, context, initializer=_end_in_time, initargs=(left_s,))
-            for _ in devices
-        ]
+        start = functools.partial(_end_in_time, left_s)
+        self._executors = [ProcessPoolExecutor(1, context, start) for _ in devices]
         self._failures: dict[ProcessPoolExecutor, str] = {}
         self._under_way: dict[Future, tuple[int, TokenRows, ProcessPoolExecutor]] = {}
         try:
-            loading = {}
-            for executor, device in zip(self._executors, devices, strict=True):
-                loading[executor.submit(_load, load, device, len(devices))] = executor
+            loading = {
+                executor.submit(_load, load, device, len(devices)): executor
+                for executor, device in zip(self._executors, devices, strict=True)
+            }
             if wait(loading, left_s).not_done:
                 raise RuntimeError("time ran out while the model was being loaded")
             for task, executor in loading.items():
@@ -557,11 +533,7 @@ class ProcessReader:
 
     def receive(self, deadline: float) -> tuple[int, np.ndarray] | None:
         """Wait for a batch: its key and (rows, C) float64; None when the deadline passes first."""
-        while True:
-            left_s = min(max(0.0, deadline - time.monotonic()), _LONGEST_S)
-            done = wait(self._under_way, left_s, FIRST_COMPLETED).done
-            if not done:
-                return None
+        while done := wait(self._under_way, _seconds_until(deadline), FIRST_COMPLETED).done:
             task = done.pop()
             key, rows, executor = self._under_way.pop(task)
             error = task.exception()
@@ -569,10 +541,15 @@ class ProcessReader:
                 return key, task.result()
             self._note(executor, error)
             self.send(key, rows)
+        return None
 
     def _note(self, executor: ProcessPoolExecutor, error: BaseException | None) -> None:
         if error is not None:
             self._failures.setdefault(executor, f"{type(error).__name__}: {error}")
+
+
+def _seconds_until(deadline: float) -> float:
+    return min(max(0.0, deadline - time.monotonic()), _LONGEST_S)
 
 
 _reader: LocalReader | None = None  # of a process that `ProcessReader` started

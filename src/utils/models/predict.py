@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -99,6 +99,9 @@ class LocalReader:
         """Return the batch that was read."""
         return self._done.popleft()
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     def read(self, rows: TokenRows) -> np.ndarray:
         """Predict each row: (rows, C) float64.
 
@@ -147,35 +150,22 @@ class LocalReader:
 
 
 def predict_probs(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: pd.DataFrame,
-    *,
-    max_tokens: int,
-    tokens_per_batch: int,
-    swap: bool = True,
-    deadline: float | None = None,
-    progress: str = "",
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame, **options: Any
 ) -> np.ndarray:
     """Predict how each battle is voted, with a model in this process.
 
     Args:
         model: a sequence classifier, logits in `LABELS` order; its mode is restored.
-        tokenizer: and the other arguments: as for `predict_pairs`.
+        tokenizer: its tokenizer.
+        pairs: N battles; only the texts are read.
+        **options: as for `predict_pairs`; max_tokens and tokens_per_batch are needed.
 
     Returns:
-        `Prediction.probs`: (N, C) float64, rows sum to 1; each depends on its own battle only.
+        (N, C) float64, rows sum to 1; each depends on its own battle only. NaN where a battle
+        was not reached, or its logits were not finite even in 32 bit.
     """
-    return predict_pairs(
-        LocalReader(model, tokenizer.pad_token_id),
-        tokenizer,
-        pairs,
-        max_tokens=max_tokens,
-        tokens_per_batch=tokens_per_batch,
-        swap=swap,
-        deadline=deadline,
-        progress=progress,
-    ).probs
+    reader = LocalReader(model, tokenizer.pad_token_id)
+    return predict_pairs(reader, tokenizer, pairs, **options).probs
 
 
 def predict_pairs(
