@@ -1,4 +1,7 @@
-"""Check a submission as the competition would: `python .ci/check_submission.py submission.csv DATA_FOLDER`."""
+"""Check a submission as the competition would.
+
+python .ci/check_submission.py submission.csv DATA_FOLDER
+"""
 
 import sys
 from pathlib import Path

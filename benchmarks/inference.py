@@ -1,12 +1,12 @@
-"""Compare three ways over the same battles with the same model: ours, one row at a time, and Trainer.predict.
+"""Compare three ways to predict: ours, one row at a time, and Trainer.predict.
 
     python -m benchmarks.inference
 
-The model has the architecture of ModernBERT and random weights, 6 x 384 on a CPU and of the
-base's shape on a GPU. Battles and tokenizer are real where `../shared/data` is at hand,
-else battles are demo ones with log-normal lengths. Each way reads each battle once, from
-text to probabilities, in a process of its own and in the same precision. Writes
-`benchmarks/results/inference.json`.
+All read the same battles with the same model: the architecture of ModernBERT with random
+weights, 6 layers x 384 on a CPU, the shape of ModernBERT-base on a GPU. Battles and
+tokenizer are real where real battles are found, else demo battles with log-normal lengths.
+Each way reads each battle once, from text to probabilities, in a process of its own and in
+the same precision. Writes `benchmarks/results/inference.json`.
 """
 
 import argparse
@@ -45,9 +45,7 @@ from src.utils.runs import Stopwatch, measure_peak_mib, write_json
 RESULT = ROOT / "benchmarks" / "results" / "inference.json"
 N_TEST = 25_000  # battles of the competition's hidden test
 N_WARMUP = 8  # battles read before the clock starts
-CPU_TOKENS_PER_BATCH = (
-    4096  # without gradients a CPU reads smaller batches faster, which stay in its cache
-)
+CPU_TOKENS_PER_BATCH = 4096  # smaller batches stay in the cache of a CPU
 TARGETS = {"Trainer.predict": 5.0, "one row at a time": 1.5}  # rows/s of ours over theirs, CPU
 
 
@@ -74,7 +72,8 @@ def read_one_by_one(
 ) -> tuple[np.ndarray, float]:
     """One row at a time, in file order."""
     device = choose_device()
-    dtype, logits = choose_dtype(device, model.config.hidden_size), []
+    dtype = choose_dtype(device, model.config.hidden_size)
+    logits = []
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         for row in encode_pairs(pairs, tokenizer, MAX_TOKENS):
             batch = {
@@ -88,7 +87,7 @@ def read_one_by_one(
 def read_with_trainer(
     model: nn.Module, tokenizer, pairs: pd.DataFrame, _: int
 ) -> tuple[np.ndarray, float]:
-    """Trainer.predict as it comes: eight rows in file order, padded to the longest."""
+    """Trainer.predict with its defaults: eight rows in file order, padded to the longest."""
     rows = encode_pairs(pairs, tokenizer, MAX_TOKENS)
     dtype = choose_dtype(choose_device(), model.config.hidden_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -105,9 +104,8 @@ def read_with_trainer(
     n_rows = arguments.per_device_eval_batch_size
     lengths = np.array([len(row) for row in rows])
     batches = np.split(np.arange(len(rows)), np.arange(n_rows, len(rows), n_rows))
-    return torch.softmax(
-        torch.from_numpy(np.asarray(logits)).double(), dim=1
-    ).numpy(), padding_share(lengths, batches)
+    probs = torch.softmax(torch.from_numpy(np.asarray(logits)).double(), dim=1).numpy()
+    return probs, padding_share(lengths, batches)
 
 
 WAYS: dict[str, Callable] = {
@@ -118,7 +116,7 @@ WAYS: dict[str, Callable] = {
 
 
 def measure(way: str, folder: Path, pairs: pd.DataFrame, config: FinetuneConfig) -> dict:
-    """Time one way; the model has read a few rows before, which is not timed."""
+    """Time one way; the model reads a few rows before the clock starts."""
     with quiet_transformers():
         model, tokenizer = load_classifier(config, folder)
         model.eval()
@@ -137,7 +135,7 @@ def measure(way: str, folder: Path, pairs: pd.DataFrame, config: FinetuneConfig)
 
 
 def compare(ways: dict[str, dict]) -> None:
-    """Add to each way how far its probabilities are from ours, which are taken out, and how much faster ours is."""
+    """Replace the probabilities of each way by their distance to ours; add our speed over its."""
     ours = ways["ours"]["probs"]
     for row in ways.values():
         row["largest_difference"] = float(np.abs(row.pop("probs") - ours).max())
@@ -145,7 +143,7 @@ def compare(ways: dict[str, dict]) -> None:
 
 
 def project(ways: dict[str, dict], on_gpu: bool) -> dict[str, object]:
-    """Hours of the competition's hidden test in both orders; only a GPU says something of a GPU."""
+    """Project the hours of the competition's hidden test in both orders; needs a GPU."""
     if not on_gpu:
         return {"hours_on_two_gpus": None, "why": "no GPU was measured"}
     hours = 2 * N_TEST / ways["ours"]["rows_per_second"] / 3600
@@ -179,17 +177,19 @@ def main() -> None:
     compare(ways)
     for way, row in ways.items():
         print(
-            f"{way:18} {row['rows_per_second']:8.2f} rows/s   padding {row['padding_share']:5.1%}   "
-            f"{row['peak_mib']:6.0f} MiB   ours is {row['speed_of_ours']:.2f} times as fast   "
+            f"{way:18} {row['rows_per_second']:8.2f} rows/s   "
+            f"padding {row['padding_share']:5.1%}   {row['peak_mib']:6.0f} MiB   "
+            f"ours is {row['speed_of_ours']:.2f} times as fast   "
             f"probabilities within {row['largest_difference']:.0e}"
         )
     projection = project(ways, on_gpu)
     print(f"two such GPUs at the competition's size: {projection}")
     if not options.rows:
+        shape = f"{setup.shape.num_hidden_layers} x {setup.shape.hidden_size}"
         result = {
             "command": "python -m benchmarks.inference",
             **describe_device(setup.shape.hidden_size),
-            "model": f"ModernBERT, random weights, {setup.shape.num_hidden_layers} x {setup.shape.hidden_size}",
+            "model": f"ModernBERT, random weights, {shape}",
             "battles": source,
             "tokenizer": origin,
             "n_pairs": n_rows,

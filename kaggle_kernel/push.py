@@ -1,6 +1,6 @@
 """Push the built kernel and wait for its run: `make kernel-push`. It never submits.
 
-The kaggle client prints failures without failing, so its words are read.
+The kaggle client exits with 0 even when a push fails, so its output is read.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from src.utils.runs import read_json
 KAGGLE = str(Path(sys.executable).with_name("kaggle"))
 PLACEHOLDER = "OWNER/"
 PUSHED = re.compile(r"successfully pushed", re.IGNORECASE)
-# "The following are not valid dataset sources: [...]": pushed all the same, and then it runs without them.
+# "The following are not valid dataset sources: [...]": pushed all the same, but runs without them.
 REFUSED = re.compile(
     r"error|not valid|invalid|forbidden|unauthorized|could not find", re.IGNORECASE
 )
@@ -25,11 +25,11 @@ ENDED = re.compile(r"complete|error|cancel", re.IGNORECASE)
 
 
 class PushError(Exception):
-    """Kaggle did not take the kernel, or its run failed; the text says what Kaggle said."""
+    """Kaggle did not accept the kernel, or its run failed; the message quotes Kaggle."""
 
 
 def ask_kaggle(*arguments: str) -> str:
-    """What the kaggle client prints; it is no error when it fails."""
+    """What the kaggle client prints, also when it fails."""
     ran = subprocess.run([KAGGLE, *arguments], capture_output=True, text=True)
     return (ran.stdout + ran.stderr).strip()
 
@@ -45,7 +45,7 @@ def push(folder: Path, ask: Callable[..., str] = ask_kaggle) -> str:
         Id of the kernel.
 
     Raises:
-        PushError: Kaggle said anything but that all was taken.
+        PushError: Kaggle did not report that everything was accepted.
     """
     metadata_path = folder / "kernel-metadata.json"
     if not metadata_path.exists():
@@ -53,9 +53,9 @@ def push(folder: Path, ask: Callable[..., str] = ask_kaggle) -> str:
     metadata = read_json(metadata_path)
     if metadata["id"].startswith(PLACEHOLDER):
         raise PushError("the owner is a placeholder: build with KAGGLE_USERNAME=<you> make kernel")
-    said = ask("kernels", "push", "-p", str(folder))
-    if not PUSHED.search(said) or REFUSED.search(said):
-        raise PushError(f"Kaggle did not take all of it:\n{said}")
+    output = ask("kernels", "push", "-p", str(folder))
+    if not PUSHED.search(output) or REFUSED.search(output):
+        raise PushError(f"Kaggle did not accept all of it:\n{output}")
     return metadata["id"]
 
 
@@ -70,24 +70,24 @@ def wait_for_run(
     """Ask for the status until the run has ended.
 
     Returns:
-        What Kaggle said last.
+        Kaggle's last answer.
 
     Raises:
         PushError: the run failed, was cancelled, or did not end in time.
     """
-    said = ""
+    output = ""
     for _ in range(max(1, int(limit_s / every_s))):
-        said = ask("kernels", "status", kernel_id)
-        status = re.search(r'status "([^"]+)"', said)
+        output = ask("kernels", "status", kernel_id)
+        status = re.search(r'status "([^"]+)"', output)
         if status and ENDED.search(status[1]):
             if "complete" in status[1].lower():
-                return said
+                return output
             raise PushError(
-                f"the run did not succeed: {said}\nIts log: kaggle kernels output {kernel_id}"
+                f"the run did not succeed: {output}\nIts log: kaggle kernels output {kernel_id}"
             )
-        print(said, flush=True)
+        print(output, flush=True)
         sleep(every_s)
-    raise PushError(f"the run has not ended after {limit_s / 3600:.0f} hours: {said}")
+    raise PushError(f"the run has not ended after {limit_s / 3600:.0f} hours: {output}")
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """Run the built kernel as Kaggle would, on this machine: `make rehearse`.
 
-Kaggle's folders are laid out beside each other, inputs read-only, in the old and in the
-new layout; the network is cut; the three visible rows are exchanged for a hidden test
-that is unlike them. What the kernel leaves is checked as the competition would check it.
+Kaggle's folders are made in the old and in the new layout, inputs read-only; there is no
+network; a hidden test that is unlike the three visible rows takes their place. The
+submission is checked as the competition would check it.
 """
 
 import argparse
@@ -54,12 +54,13 @@ UGLY_CELLS = (
 )
 UGLY_SHARE = 0.02
 
-# Without a network namespace: sockets that leave this machine fail.
+# Where there are no network namespaces: connections to other machines fail.
 BLOCK_SOCKETS = """
 import socket
 
 def refuse(self, address, *rest, connect=socket.socket.connect):
-    if self.family != socket.AF_UNIX and not str(address[0]).startswith(("127.", "::1", "localhost")):
+    local = ("127.", "::1", "localhost")
+    if self.family != socket.AF_UNIX and not str(address[0]).startswith(local):
         raise OSError(101, "Network is unreachable: this is a rehearsal")
     return connect(self, address, *rest)
 
@@ -98,13 +99,11 @@ class Case:
 
     n_rows: int
     layout: str  # "old" or "new"
-    deadline_s: float = (
-        0.0  # in place of the notebook's, to see what is given up; 0 leaves it as it is
-    )
+    deadline_s: float = 0.0  # another deadline, to see what is given up; 0 keeps the notebook's
 
 
 def make_hidden_test(n_rows: int, seed: int = 0) -> pd.DataFrame:
-    """Make a test table unlike the visible one: cells as text, ids unseen and unsorted, some rows twice.
+    """Make a test table unlike the visible one: ids unseen and unsorted, cells as text, repeats.
 
     Returns:
         `n_rows` distinct ids, and some of them again: id, prompt, response_a, response_b.
@@ -137,14 +136,14 @@ def _stretch(text: str, n_chars: int) -> str:
 def lay_out(
     root: Path, build: Path, case: Case, bases: Mapping[str, Path] = NO_BASES
 ) -> np.ndarray:
-    """Lay Kaggle's folders out under `root`.
+    """Make Kaggle's folders under `root`.
 
     Args:
         root: gets them.
         build: holds `kernel/` and `dataset/`.
         case: rows of the hidden test, and layout.
-        bases: name of an attached model, the second part of its source -> its folder here. A
-            source that none is given for is left out, as if nobody had attached it.
+        bases: name of an attached model, the second part of its source -> its local folder. A
+            source without one is left out, as if it were not attached.
 
     Returns:
         Ids that the submission must hold, in order.
@@ -173,7 +172,7 @@ def lay_out(
 
 
 def set_deadline(kernel: Path, deadline_s: float, target: Path) -> Path:
-    """Write a copy of a kernel with another deadline, as papermill would: a cell after the parameters."""
+    """Copy a kernel with another deadline, set as papermill does, after the parameters."""
     notebook = nbformat.read(kernel, as_version=4)
     place = next(
         i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
@@ -186,7 +185,7 @@ def set_deadline(kernel: Path, deadline_s: float, target: Path) -> Path:
 def cut_network(
     command: list[str], environment: dict[str, str], scratch: Path
 ) -> tuple[list[str], dict[str, str], str]:
-    """Wrap a command so that it has no network and cannot write its inputs.
+    """Wrap a command so that it has no network and cannot write to its inputs.
 
     Returns:
         The command, its environment, and how it was done.
@@ -213,20 +212,20 @@ def rehearse(
     python: str = sys.executable,
     bases: Mapping[str, Path] = NO_BASES,
 ) -> dict:
-    """Run the built kernel once and check what it leaves.
+    """Run the built kernel once and check its submission.
 
     Args:
         build: holds `kernel/` and `dataset/`.
         case: rows of the hidden test, and layout.
         root: gets Kaggle's folders; must not exist.
-        python: interpreter of the kernel, e.g. of an environment with the versions of Kaggle's image.
+        python: interpreter of the kernel, e.g. with the versions of Kaggle's image.
         bases: folders of the attached models, as for `lay_out`.
 
     Returns:
         Its `timing.json`, with `seconds_of_kernel` and `isolation`.
 
     Raises:
-        RuntimeError: a cell failed; the last words of the kernel are told.
+        RuntimeError: a cell failed; the message holds the end of its output.
         ValueError: the submission is not what the competition expects.
     """
     ids = lay_out(root, build, case, bases)
@@ -266,7 +265,7 @@ def rehearse(
 
 
 def describe(case: Case, timing: dict) -> str:
-    """What happened, in a few lines."""
+    """Summarise a run in a few lines."""
     lines = [
         f"{case.n_rows:,} rows, {case.layout} layout, {timing['isolation']}: "
         f"a valid submission.csv after {timing['seconds_of_kernel']:,} s"
@@ -276,10 +275,12 @@ def describe(case: Case, timing: dict) -> str:
         for members, n_pairs in timing["n_pairs_by_members"].items()
     ]
     for member in timing["members"]:
-        lines.append(
-            f"  {member['member']}: {member['status']}, {member['seconds']:,} s, {member['n_reached']:,} battles, "
-            f"{member['n_twice']:,} in both orders, {member['n_cut']:,} cut {member['note']}".rstrip()
+        line = (
+            f"  {member['member']}: {member['status']}, {member['seconds']:,} s, "
+            f"{member['n_reached']:,} battles, {member['n_twice']:,} in both orders, "
+            f"{member['n_cut']:,} cut {member['note']}"
         )
+        lines.append(line.rstrip())
     lines.append(
         "  " + ", ".join(f"{name} {version}" for name, version in timing["versions"].items())
     )
@@ -301,7 +302,7 @@ def read_base(given: str) -> tuple[str, Path]:
 
 
 def describe_machine() -> str:
-    """Cores and load, without which a time says little."""
+    """Cores and load of this machine, to judge the seconds by."""
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     return f"{os.cpu_count()} cores{load}"
 
@@ -323,7 +324,7 @@ def main() -> int:
         default=[],
         type=read_base,
         metavar="NAME=FOLDER",
-        help="folder here of an attached model; NAME is the second part of its source; may be given again",
+        help="local folder of an attached model; NAME is the second part of its source; repeatable",
     )
     parser.add_argument("--write", type=Path, help="JSON file that gets what was measured")
     options = parser.parse_args()
@@ -333,9 +334,8 @@ def main() -> int:
     bases, results = dict(options.base), []
     for source in read_json(options.build / "kernel" / "kernel-metadata.json")["model_sources"]:
         if source.split("/")[1] not in bases:
-            print(
-                f"{source}: not laid out, as if it were not attached; give --base {source.split('/')[1]}=FOLDER"
-            )
+            name = source.split("/")[1]
+            print(f"{source}: left out, as if it were not attached; give --base {name}=FOLDER")
     for case in (Case(0, "old"), Case(1, "old"), Case(options.rows, "new", options.deadline_s)):
         with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch:
             try:

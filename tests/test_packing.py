@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -256,14 +257,24 @@ def test_other_architectures_and_attentions_stay_padded():
     assert all(can_pack(make()) for make in MODELS.values())
 
 
-def test_packing_is_enabled_once_and_keeps_the_class_and_its_name():
-    model = make_encoder()
-    once = enable_packing(model)
-    kind = type(once)
-    assert once is model and type(enable_packing(once)) is kind and can_pack(once)
-    assert isinstance(model, ModernBertForSequenceClassification)
-    assert kind.__name__ == "ModernBertForSequenceClassification"
-    assert type(enable_packing(make_encoder())) is kind
+def test_packing_is_enabled_once_and_keeps_the_class(tmp_path):
+    model = make_encoder().eval()
+    expected = model(**collate(ROWS, 0)).logits
+    for _ in range(2):
+        assert enable_packing(model) is model and can_pack(model)
+        assert type(model) is ModernBertForSequenceClassification
+        read_again = model(**collate_packed(ROWS)).logits
+        torch.testing.assert_close(read_again, expected, atol=1e-5, rtol=0)
+
+
+def test_a_copy_of_a_packing_model_has_weights_of_its_own():
+    model = enable_packing(make_encoder()).eval()
+    before = model(**collate_packed(ROWS)).logits
+    twin = copy.deepcopy(model)
+    nn.init.zeros_(twin.classifier.weight)
+    nn.init.zeros_(twin.base_model.layers[-1].mlp.Wo.weight)
+    assert (twin(**collate_packed(ROWS)).logits - before).abs().max() > 0.01
+    torch.testing.assert_close(model(**collate_packed(ROWS)).logits, before, atol=0, rtol=0)
 
 
 def test_a_saved_model_is_one_of_its_own_class(tmp_path):

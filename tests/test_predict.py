@@ -11,7 +11,6 @@ from src.utils.models.checkpoints import load_classifier
 from src.utils.models.predict import (
     LocalReader,
     ReaderLost,
-    SteadyReader,
     choose_least_certain,
     measure_entropy,
     predict_pairs,
@@ -81,23 +80,6 @@ def test_a_packed_batch_reads_as_a_padded_one(loaded):
     packed = LocalReader(model, tokenizer.pad_token_id)
     assert packed.is_packed and not padded.is_packed
     np.testing.assert_allclose(packed.read(rows), padded.read(rows), atol=1e-6)
-
-
-def test_a_steady_reader_says_the_same_and_never_reads_twice(loaded, monkeypatch):
-    model, tokenizer = loaded
-    rows = [np.arange(1, 9), np.arange(1, 5)]
-    steady = SteadyReader(model, tokenizer.pad_token_id)
-    np.testing.assert_allclose(
-        steady.read(rows), LocalReader(model, tokenizer.pad_token_id).read(rows), atol=1e-6
-    )
-    passes = []
-    monkeypatch.setattr(
-        steady,
-        "_logits",
-        lambda rows, _: passes.append(rows) or torch.full((len(rows), 3), torch.nan),
-    )
-    assert np.isnan(steady.read(rows)).all()
-    assert len(passes) == 1
 
 
 def test_the_model_keeps_its_mode(loaded, demo_pairs):

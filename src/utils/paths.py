@@ -1,4 +1,4 @@
-"""Where things are, at home and on Kaggle. Only notebooks, the runner and tests ask.
+"""Where things are, at home and on Kaggle: for notebooks, the runner and the submission.
 
 Raw data: what the caller names, else `data/raw`, else Kaggle's input folder, else
 nothing, and then the demo arena is used. Kaggle mounts inputs in an old and a new

@@ -1,17 +1,18 @@
-"""Packing: several documents read as one row, without a token of padding.
+"""Packing: several documents read as one row, without padding tokens.
 
-Restarting `position_ids` alone would let documents read one another, and a mask of
-the whole row would cost its square. Here attention itself knows where documents end.
-A global layer attends document by document. A local layer cuts the row into chunks of
-queries, each of which sees the keys within its window and document alone, so that
-memory grows with the tokens and not with their square, on any hardware.
+Restarting `position_ids` alone would let documents attend to one another, and a mask of
+the whole row would grow with the square of its length. Here attention itself knows where
+documents end. A global layer attends document by document. A local layer cuts the row into
+chunks of queries, each of which sees the keys within its window and document only, so that
+memory grows linearly with the tokens, on any hardware.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,14 +37,11 @@ except ImportError:  # an older torch
     varlen_attn = None
 
 ATTENTION = "sdpa_by_document"
-_DECODERS = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)  # causal, read at the last token, without soft caps or biases
-_LEAST_CHUNK = 64  # queries of one chunk at least: below, overhead outweighs products
-_LONGEST_PLAIN = 2048  # tokens of a document; beyond, what plain products keep of it is too much
+# Causal, read at the last token, without soft caps or biases.
+_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+_HALVES = (torch.float16, torch.bfloat16)
+_MIN_CHUNK = 64  # queries per chunk at least: below, overhead outweighs the products
+_LONGEST_PLAIN = 2048  # tokens; beyond, the scores that plain products keep take too much memory
 
 
 @dataclass
@@ -52,65 +50,47 @@ class Documents:
 
     Args:
         cu_seq_lens: (documents + 1,) int32, tokens before each document, and all of them last.
-        read: (documents,) int64, places of the only tokens whose last states are read, one a
-            document; None where all of them are.
+        read: (documents,) int64, positions of the tokens whose last states are read, where this
+            is one token per document; None where all are read.
     """
 
     cu_seq_lens: torch.Tensor
     read: torch.Tensor | None = None
     lengths: list[int] = field(init=False)
-    _masks: dict[tuple[int, int, int], torch.Tensor] = field(init=False, default_factory=dict)
-    _biases: dict[tuple[int, int, int], torch.Tensor] = field(init=False, default_factory=dict)
+    _biases: dict[tuple, torch.Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Fetch the lengths once: every layer needs them on the host, too."""
         self.lengths = [end - start for start, end in pairwise(self.cu_seq_lens.tolist())]
 
-    def chunk_mask(self, left: int, right: int, size: int) -> torch.Tensor:
-        """What each chunk of `size` queries may see of itself and its neighbours: (chunks, 1, size, keys) bool.
+    def window_bias(self, left: int, right: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """What to add to the scores: 0 where a query sees a key, else minus infinity.
 
-        The chunk after stands among the keys where `right` is above 0.
+        Args:
+            left: tokens before it that a query sees.
+            right: tokens after it that a query sees.
+            size: queries per chunk.
+            dtype: of the scores.
+
+        Returns:
+            (chunks, 1, size, 3 size): keys are those of the chunk before, the chunk, and the next.
         """
-        key = (left, right, size)
-        if key not in self._masks:
-            self._masks[key] = self._make_chunk_mask(left, right, size)
-        return self._masks[key]
-
-    def chunk_bias(self, left: int, right: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """The same as something to add to the scores: 0 where a query may see a key, else minus infinity."""
-        key = (left, right, size)
-        if key not in self._biases:
-            mask = self.chunk_mask(left, right, size)
-            self._biases[key] = torch.zeros(
-                mask.shape, dtype=dtype, device=mask.device
-            ).masked_fill(~mask, -torch.inf)
-        return self._biases[key]
-
-    def _make_chunk_mask(self, left: int, right: int, size: int) -> torch.Tensor:
-        device = self.cu_seq_lens.device
-        n_tok = sum(self.lengths)
-        rest = -n_tok % size
-        owner = torch.repeat_interleave(
-            torch.arange(len(self.lengths), device=device),
-            self.cu_seq_lens.diff(),
-            output_size=n_tok,
-        )
-        queries = F.pad(owner, (0, rest), value=-1).view(-1, size, 1)
-        after = size if right else 0
-        # Outside the row lies a document of its own, the one that the queries past its end are of.
-        keys = (
-            F.pad(owner, (size, rest + after), value=-1)
-            .unfold(0, 2 * size + after, size)
-            .unsqueeze(1)
-        )
-        offset = (
-            torch.arange(-size, size + after, device=device)
-            - torch.arange(size, device=device)[:, None]
-        )
-        return ((queries == keys) & (offset >= -left) & (offset <= right)).unsqueeze(1)
-
-
-# ---- attention ---------------------------------------------------------------
+        kind = (left, right, size, dtype)  # the same for many layers
+        if kind not in self._biases:
+            device = self.cu_seq_lens.device
+            n_tok = sum(self.lengths)
+            document = torch.arange(len(self.lengths), device=device)
+            document = document.repeat_interleave(self.cu_seq_lens.diff(), output_size=n_tok)
+            rest = -n_tok % size
+            # The row is padded with a document of its own (-1). Its queries see each other: a
+            # query that sees no key at all would be NaN.
+            queries = F.pad(document, (0, rest), value=-1).view(-1, size, 1)
+            keys = F.pad(document, (size, rest + size), value=-1).unfold(0, 3 * size, size)
+            query_position = torch.arange(size, device=device)[:, None]
+            offset = torch.arange(-size, 2 * size, device=device) - query_position
+            is_seen = (queries == keys[:, None]) & (offset >= -left) & (offset <= right)
+            self._biases[kind] = torch.where(is_seen, 0.0, -torch.inf).to(dtype)[:, None]
+        return self._biases[kind]
 
 
 def attend_by_document(
@@ -120,190 +100,168 @@ def attend_by_document(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
     documents: Documents | None = None,
-    **kwargs,
+    **options,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within documents; without `documents` as transformers' own "sdpa" does. For `AttentionInterface`.
+    """Attend within documents; without `documents` like the "sdpa" of transformers.
 
     Args:
-        module: an attention layer; `is_causal` is read.
+        module: an attention layer; `is_causal`, `layer_idx` and `config` are read.
         query: (1, heads, T, width).
         key: and `value`: (1, key heads, T, width); heads are a multiple of key heads.
         attention_mask: of a padded batch; a packed row needs none.
-        scaling: of the products.
-        dropout: share of the attention weights.
-        sliding_window: keys at least this far away are not seen; None sees the whole document.
         documents: of a packed row.
+        **options: scaling, dropout and sliding_window (keys at least this far away are not seen).
 
     Returns:
         (1, T, heads, width), and None in place of attention weights.
     """
     if documents is None:
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            **kwargs,
-        )
-    query, key = (
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    attention = _Attention(
+        # Autocast leaves a normed query and key in 32 bit.
         query.to(value.dtype),
         key.to(value.dtype),
-    )  # autocast leaves a normed query in 32 bit
-    options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    if dropout == 0 and _has_kernel(query):
-        return _attend_with_kernel(
-            module.is_causal, query, key, value, sliding_window, documents, options
-        ), None
-    options["dropout_p"] = dropout
-    if documents.read is not None and module.layer_idx == module.config.num_hidden_layers - 1:
-        attended = _attend_where_read(
-            module.is_causal, query, key, value, sliding_window, documents, options
-        )
-    elif sliding_window is None or sliding_window > max(documents.lengths):
-        attended = _attend_whole(module.is_causal, query, key, value, documents, options)
+        value,
+        documents,
+        bool(module.is_causal),
+        options.get("scaling"),
+        options.get("dropout", 0.0),
+        options.get("sliding_window"),
+    )
+    is_last = module.layer_idx == module.config.num_hidden_layers - 1
+    if attention.dropout == 0 and _has_kernel(attention.query):
+        return attention.with_kernel(), None
+    if is_last and documents.read is not None:
+        attended = attention.where_read(documents.read)
+    elif attention.window is None or attention.window > max(documents.lengths):
+        attended = attention.in_documents()
     else:
-        attended = _attend_in_window(
-            module.is_causal, query, key, value, sliding_window - 1, documents, options
-        )
+        attended = attention.in_window(attention.window - 1)
     return attended.transpose(1, 2), None
 
 
+@dataclass
+class _Attention:
+    """One attention layer over a packed row, in four ways."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    documents: Documents
+    is_causal: bool
+    scale: float | None
+    dropout: float
+    window: int | None
+
+    def in_documents(self) -> torch.Tensor:
+        # Slices would each send back a gradient of the whole row; `split` sends one.
+        queries = self.query.split(self.documents.lengths, dim=2)
+        keys = self.key.split(self.documents.lengths, dim=2)
+        values = self.value.split(self.documents.lengths, dim=2)
+        attended = [
+            self._attend(query, key, value, is_causal=self.is_causal)
+            for query, key, value in zip(queries, keys, values, strict=True)
+        ]
+        return torch.cat(attended, dim=2)
+
+    def where_read(self, read: torch.Tensor) -> torch.Tensor:
+        """Attend from the tokens that are read only; zeros elsewhere."""
+        # A causal model is read at the last token of a document, another one at the first.
+        seen = slice(self.window)
+        if self.is_causal and self.window:
+            seen = slice(-self.window, None)
+        queries = self.query[:, :, read].split(1, dim=2)
+        keys = self.key.split(self.documents.lengths, dim=2)
+        values = self.value.split(self.documents.lengths, dim=2)
+        attended = [
+            self._attend(query, key[:, :, seen], value[:, :, seen])
+            for query, key, value in zip(queries, keys, values, strict=True)
+        ]
+        return torch.zeros_like(self.query).index_copy(2, read, torch.cat(attended, dim=2))
+
+    def in_window(self, reach: int) -> torch.Tensor:
+        """Attend chunk by chunk to keys at most `reach` tokens away."""
+        # Larger chunks see more keys in vain, smaller ones copy keys more often.
+        size = max(_MIN_CHUNK, reach)
+        n_tok = self.query.shape[2]
+        padded = F.pad(self.query[0], (0, 0, 0, -n_tok % size))
+        queries = padded.unflatten(1, (-1, size)).transpose(0, 1)
+        keys = _split_with_neighbours(self.key[0], size)
+        values = _split_with_neighbours(self.value[0], size)
+        right = 0 if self.is_causal else reach
+        bias = self.documents.window_bias(reach, right, size, queries.dtype)
+        attended = self._attend(queries, keys, values, bias)
+        return attended.transpose(0, 1).flatten(1, 2)[None, :, :n_tok]
+
+    def with_kernel(self) -> torch.Tensor:
+        reach = -1 if self.window is None else self.window - 1
+        longest = max(self.documents.lengths)
+        attended = varlen_attn(
+            *(x[0].transpose(0, 1).contiguous() for x in (self.query, self.key, self.value)),
+            cu_seq_q=self.documents.cu_seq_lens,
+            cu_seq_k=self.documents.cu_seq_lens,
+            max_q=longest,
+            max_k=longest,
+            window_size=(reach, 0 if self.is_causal else reach),
+            scale=self.scale,
+            enable_gqa=self.query.shape[1] != self.key.shape[1],
+        )
+        return attended.unsqueeze(0)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        is_grouped = query.shape[1] != key.shape[1]
+        needs_fused = is_causal or is_grouped or self.dropout or query.shape[2] > _LONGEST_PLAIN
+        # On CPUs the fused attention of torch takes 2.5 times as long in bf16 as plain products.
+        is_slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
+        if is_slow and not needs_fused and self.scale is not None:
+            scores = (query * self.scale) @ key.transpose(-1, -2)
+            return torch.softmax(scores if bias is None else scores + bias, dim=-1) @ value
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=bias,
+            dropout_p=self.dropout,
+            is_causal=is_causal,
+            scale=self.scale,
+            enable_gqa=is_grouped,
+        )
+
+
+def _split_with_neighbours(states: torch.Tensor, size: int) -> torch.Tensor:
+    """Chunks beside their neighbours, (heads, T, width) -> (chunks, heads, 3 size, width)."""
+    chunks = F.pad(states, (0, 0, size, size + -states.shape[1] % size)).unflatten(1, (-1, size))
+    # `unfold` would join them in one call, but adds its gradients up one by one.
+    return torch.cat([chunks[:, :-2], chunks[:, 1:-1], chunks[:, 2:]], dim=2).transpose(0, 1)
+
+
 def _has_kernel(query: torch.Tensor) -> bool:
-    return (
-        _takes_windows(varlen_attn)
-        and query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+    if varlen_attn is None or not query.is_cuda or query.dtype not in _HALVES:
+        return False
+    # torch 2.10, as on Kaggle, has neither windows nor a scale, torch 2.11 no grouped heads.
+    parameters = inspect.signature(varlen_attn).parameters
+    is_complete = {"window_size", "scale", "enable_gqa"} <= parameters.keys()
+    return is_complete and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-@functools.cache
-def _takes_windows(kernel: Callable | None) -> bool:
-    # That of torch 2.10, of Kaggle's image, knows no window and no scale, that of 2.11 no grouped heads.
-    return (
-        kernel is not None
-        and {"window_size", "scale", "enable_gqa"} <= inspect.signature(kernel).parameters.keys()
-    )
-
-
-def _attend_with_kernel(
-    is_causal, query, key, value, sliding_window, documents, options
-) -> torch.Tensor:
-    reach = -1 if sliding_window is None else sliding_window - 1
-    longest = max(documents.lengths)
-    attended = varlen_attn(
-        *(states[0].transpose(0, 1).contiguous() for states in (query, key, value)),
-        cu_seq_q=documents.cu_seq_lens,
-        cu_seq_k=documents.cu_seq_lens,
-        max_q=longest,
-        max_k=longest,
-        window_size=(reach, 0 if is_causal else reach),
-        **options,
-    )
-    return attended.unsqueeze(0)
-
-
-def _attend_whole(is_causal, query, key, value, documents, options) -> torch.Tensor:
-    # Slices would each send back a gradient of the whole row; `split` sends one.
-    parts = zip(
-        *(states.split(documents.lengths, dim=2) for states in (query, key, value)), strict=True
-    )
-    is_plain = not is_causal and _is_plain_faster(query, options)
-    attended = [
-        _multiply(*part, options["scale"])
-        if is_plain and part[0].shape[2] <= _LONGEST_PLAIN
-        else F.scaled_dot_product_attention(*part, is_causal=is_causal, **options)
-        for part in parts
-    ]
-    return torch.cat(attended, dim=2)
-
-
-def _attend_where_read(
-    is_causal, query, key, value, sliding_window, documents, options
-) -> torch.Tensor:
-    # A causal model is read at the last token of a document, another one at the first.
-    seen = (
-        slice(sliding_window)
-        if not is_causal
-        else slice(-sliding_window if sliding_window else None, None)
-    )
-    queries = query[:, :, documents.read].split(1, dim=2)
-    keys, values = (states.split(documents.lengths, dim=2) for states in (key, value))
-    attended = [
-        F.scaled_dot_product_attention(one, its_keys[:, :, seen], its_values[:, :, seen], **options)
-        for one, its_keys, its_values in zip(queries, keys, values, strict=True)
-    ]
-    return torch.zeros_like(query).index_copy(2, documents.read, torch.cat(attended, dim=2))
-
-
-def _is_plain_faster(query: torch.Tensor, options: dict[str, object]) -> bool:
-    # On CPUs torch's fused attention takes 2.5 times as long in bf16 as plain products do, whose scores are bf16.
-    is_plain = (
-        not options["enable_gqa"] and not options["dropout_p"] and options["scale"] is not None
-    )
-    return is_plain and query.device.type == "cpu" and query.dtype == torch.bfloat16
-
-
-def _multiply(query, key, value, scale: float, bias: torch.Tensor | None = None) -> torch.Tensor:
-    scores = (query * scale) @ key.transpose(-1, -2)
-    return torch.softmax(scores if bias is None else scores + bias, dim=-1) @ value
-
-
-def _attend_in_window(is_causal, query, key, value, reach, documents, options) -> torch.Tensor:
-    left, right = reach, 0 if is_causal else reach
-    size = max(
-        _LEAST_CHUNK, reach
-    )  # larger chunks see more keys in vain, smaller ones copy keys more often
-    n_tok = query.shape[2]
-    rest = -n_tok % size
-    queries = F.pad(query[0], (0, 0, 0, rest)).unflatten(1, (-1, size)).transpose(0, 1)
-    windows = [_beside_neighbours(states[0], size, rest, right > 0) for states in (key, value)]
-    # A query past the end of the row sees the other ones there: a row without any key would be NaN.
-    if _is_plain_faster(query, options):
-        attended = _multiply(
-            queries,
-            *windows,
-            options["scale"],
-            documents.chunk_bias(left, right, size, query.dtype),
-        )
-    else:
-        attended = F.scaled_dot_product_attention(
-            queries, *windows, attn_mask=documents.chunk_mask(left, right, size), **options
-        )
-    return attended.transpose(0, 1).flatten(1, 2)[None, :, :n_tok]
-
-
-def _beside_neighbours(states: torch.Tensor, size: int, rest: int, sees_next: bool) -> torch.Tensor:
-    """Each chunk of (heads, T, width) behind the one before it, and before the next: (chunks, heads, keys, width)."""
-    # `unfold` would do it in one call, and add its gradients up one by one.
-    chunks = F.pad(states, (0, 0, size, rest + (size if sees_next else 0))).unflatten(1, (-1, size))
-    n_beside = 2 if sees_next else 1
-    n_chunks = chunks.shape[1] - n_beside
-    return torch.cat(
-        [chunks[:, place : place + n_chunks] for place in range(n_beside + 1)], dim=2
-    ).transpose(0, 1)
-
-
+# Registered at import, because transformers finds an attention by its name in the model's config.
 AttentionInterface.register(ATTENTION, attend_by_document)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for padded batches
 
 
-# ---- models ------------------------------------------------------------------
-
-
 def collate_packed(rows: Sequence[Sequence[int] | np.ndarray]) -> dict[str, torch.Tensor]:
-    """Set documents one behind the other in one row.
+    """Join documents into one row.
 
     Returns:
-        `input_ids` and `position_ids`, both (1, T) int64, and `cu_seq_lens`, (documents + 1,) int32.
+        input_ids and position_ids, both (1, T) int64, and cu_seq_lens, (documents + 1,) int32.
 
     Example:
         rows of 3 and 2 tokens -> position_ids [[0, 1, 2, 0, 1]], cu_seq_lens [0, 3, 5]
@@ -317,128 +275,108 @@ def collate_packed(rows: Sequence[Sequence[int] | np.ndarray]) -> dict[str, torc
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Tell whether `enable_packing` knows this classifier's architecture, also under peft or DDP."""
+    """Whether `enable_packing` knows this classifier's architecture, also under peft or DDP."""
     classifier = _unwrap(model)
     config = getattr(classifier, "config", None)
-    if getattr(config, "_attn_implementation", None) not in ("sdpa", ATTENTION):
+    if config is None or config._attn_implementation not in ("sdpa", ATTENTION):
         return False
     if isinstance(classifier, ModernBertForSequenceClassification):
-        # An older one has attention of its own, and no such setting.
+        # In older transformers it has its own attention, and no such setting.
         return hasattr(config, "sliding_window") and classifier._supports_attention_backend
-    return (
-        isinstance(classifier, GenericForSequenceClassification) and config.model_type in _DECODERS
-    )
+    is_generic = isinstance(classifier, GenericForSequenceClassification)
+    return is_generic and config.model_type in _DECODERS
 
 
 def enable_packing(model: nn.Module) -> nn.Module:
     """Let a classifier read packed rows as well as padded batches.
 
-    It becomes one of a subclass with the name of its own class, so that saving, peft,
-    DDP and FSDP see what they saw. `model(**collate_packed(rows))` then gives logits of
-    (documents, C).
+    `model(**collate_packed(rows))` then gives logits of (documents, C).
 
     Args:
-        model: changed in place; one that was changed before stays as it is.
+        model: changed in place, once.
 
     Raises:
         TypeError: an architecture that `can_pack` does not know.
     """
+    classifier = _unwrap(model)
     if not can_pack(model):
         raise TypeError(
-            f"expected a classifier that can_pack() knows, got {type(_unwrap(model)).__name__}; pad it"
+            f"expected a classifier that can_pack() knows, got {type(classifier).__name__}; pad it"
         )
-    classifier = _unwrap(model)
-    if not isinstance(classifier, _Packable):
-        classifier.__class__ = _packable(type(classifier))
-        _last_mlp(classifier).register_forward_pre_hook(_pass_read)
-        _last_mlp(classifier).register_forward_hook(_put_back)
+    if classifier.config._attn_implementation != ATTENTION:
         classifier.config._attn_implementation = ATTENTION
+        last_mlp = classifier.base_model.layers[-1].mlp
+        last_mlp.forward = _LastMlp(last_mlp.forward)
+        # Replaced on the object and not by a subclass: saving, peft and DDP look at the class.
+        classifier.forward = MethodType(_forward, classifier)
     return model
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module) -> Any:
     if isinstance(model, DistributedDataParallel):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-class _Packable:
-    """Reads packed rows, where it is given `cu_seq_lens`."""
+class _LastMlp:
+    """The last layer's MLP, which is half of its work: computed for the tokens that are read.
 
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, cu_seq_lens=None, **kwargs
-    ):
-        if cu_seq_lens is None:
-            _last_mlp(self).read = None
-            return super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **kwargs,
-            )
-        places = _find_read(self, cu_seq_lens)
-        documents = Documents(cu_seq_lens, None if isinstance(self, Contrasting) else places)
-        _last_mlp(self).read = documents.read
-        options = (
-            {} if isinstance(self, ModernBertForSequenceClassification) else {"use_cache": False}
-        )
-        hidden = self.base_model(
-            input_ids=input_ids,
-            # Masks of four dimensions are taken as they are; without one, that of the whole row would be built.
-            attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device),
-            position_ids=position_ids,
-            documents=documents,
-            **options,
-        ).last_hidden_state[0]
-        logits = _read_head(self, hidden, documents, places)
-        if isinstance(self, Contrasting):
-            rows = input_ids[0].cpu().split(documents.lengths)
-            logits = logits + self.read_contrast(rows, hidden.split(documents.lengths))
-        return SequenceClassifierOutput(logits=logits)
+    What it makes of other tokens reaches no logit. `read` stays until the next forward pass,
+    because gradient checkpointing runs the layer a second time in the backward pass.
+    """
+
+    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.forward = forward
+        self.read: torch.Tensor | None = None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.read is None:
+            return self.forward(hidden)
+        output = self.forward(hidden[:, self.read])
+        return output.new_zeros(hidden.shape).index_copy(1, self.read, output)
 
 
-@functools.cache
-def _packable(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(
-        cls.__name__, (_Packable, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    )
-
-
-# What the last layer makes of tokens whose states nobody reads reaches no logit. Its MLP alone is half of its work.
-# Hooks that stay, because a gradient checkpoint runs the layer a second time in the backward pass.
-
-
-def _last_mlp(classifier: nn.Module) -> nn.Module:
-    return classifier.base_model.layers[-1].mlp
-
-
-def _find_read(classifier: nn.Module, cu_seq_lens: torch.Tensor) -> torch.Tensor | None:
-    """Places of the one token a document that the classifier's own head reads; None where it reads their mean."""
-    if not isinstance(classifier, ModernBertForSequenceClassification):
-        return cu_seq_lens[1:].long() - 1
-    return cu_seq_lens[:-1].long() if classifier.config.classifier_pooling == "cls" else None
-
-
-def _pass_read(mlp: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-    if mlp.read is None:
-        return None
-    mlp.n_tok = args[0].shape[1]
-    return (args[0][:, mlp.read],)
-
-
-def _put_back(mlp: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-    if mlp.read is None:
-        return output
-    return output.new_zeros(1, mlp.n_tok, output.shape[2]).index_copy(1, mlp.read, output)
-
-
-def _read_head(
-    classifier: nn.Module, hidden: torch.Tensor, documents: Documents, places: torch.Tensor | None
-) -> torch.Tensor:
-    if places is None:
-        pooled = torch.stack([part.mean(dim=0) for part in hidden.split(documents.lengths)])
+def _forward(
+    classifier: Any,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
+    **kwargs,
+):
+    """The forward pass of a classifier that reads packed rows where `cu_seq_lens` is given."""
+    last_mlp = classifier.base_model.layers[-1].mlp.forward
+    if cu_seq_lens is None or input_ids is None:
+        last_mlp.read = None
+        kwargs["position_ids"] = position_ids
+        return type(classifier).forward(classifier, input_ids, attention_mask, **kwargs)
+    is_encoder = isinstance(classifier, ModernBertForSequenceClassification)
+    has_contrast = isinstance(classifier, Contrasting)
+    # Positions of the tokens that the head reads; None where it reads the mean of all.
+    pooled = cu_seq_lens[1:].long() - 1
+    if is_encoder:
+        reads_first = classifier.config.classifier_pooling == "cls"
+        pooled = cu_seq_lens[:-1].long() if reads_first else None
+    documents = Documents(cu_seq_lens, None if has_contrast else pooled)
+    last_mlp.read = documents.read
+    hidden = classifier.base_model(
+        input_ids=input_ids,
+        # A mask of four dimensions is taken as it is; without one, that of the whole row is built.
+        attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device),
+        position_ids=position_ids,
+        documents=documents,
+        **({} if is_encoder else {"use_cache": False}),
+    ).last_hidden_state[0]
+    if pooled is None:
+        means = [part.mean(dim=0) for part in hidden.split(documents.lengths)]
+        states = torch.stack(means)
     else:
-        pooled = hidden[places]
-    if not isinstance(classifier, ModernBertForSequenceClassification):
-        return classifier.score(pooled)
-    return classifier.classifier(classifier.drop(classifier.head(pooled)))
+        states = hidden[pooled]
+    if is_encoder:
+        logits = classifier.classifier(classifier.drop(classifier.head(states)))
+    else:
+        logits = classifier.score(states)
+    if has_contrast:
+        rows = input_ids[0].cpu().split(documents.lengths)
+        logits = logits + classifier.read_contrast(rows, hidden.split(documents.lengths))
+    return SequenceClassifierOutput(logits=logits)

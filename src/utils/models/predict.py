@@ -1,50 +1,53 @@
-"""The only gradient-free walk over batches: battles to probabilities, under a clock.
+"""The single inference loop: battles to probabilities, within a deadline.
 
-Validation, the submission and the audit all pass through here, so that what is
-scored at home is what runs on Kaggle. What reads the batches is a `Reader`: a model
-in this process, or one in other processes.
+Validation, the submission and publishing all use it, so what is scored at home is what
+runs on Kaggle. A `Reader` runs the model, in this process or in others.
 """
 
+import functools
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from src.utils.models.batches import collate, is_canonical, make_batches
 from src.utils.models.checkpoints import hidden_size, in_float32
 from src.utils.models.hardware import choose_dtype
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
 from src.utils.models.template import count_tokens, encode_both_orders
-from src.utils.schema import LABELS, average_over_swap, swap_probs
+from src.utils.schema import LABELS, swap_probs
 from src.utils.stats.scores import bootstrap_interval, row_losses
 
 MIN_TOKENS = 256  # a battle is never cut below this for lack of time
-_N_MEASURED = 3  # batches before the pace is trusted; the first one warms the hardware up
-_WINDOW = 16  # batches that the pace is measured over
-_FILL = 0.97  # share of the time left that a new plan fills
-_KEEP_S = 60.0
+_N_WARMUP = 3  # batches before the pace is trusted; the first one also warms the hardware up
+_WINDOW = 15  # batches that the pace is measured over
+_FILL = 0.97  # share of the remaining time that a new plan fills
+_KEEP_S = 60.0  # between two calls of `keep`
+
+TokenRows = Sequence[np.ndarray]  # token ids of each battle
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of N battles, and how well it read each.
+    """Probabilities of N battles, and how well each battle was read.
 
     Args:
         probs: (N, C) float64, rows sum to 1; NaN where a battle was not reached, or its
             logits were not finite even in 32 bit.
         n_readings: (N,) int, 2 in both orders, 1 in one, 0 not at all.
-        is_cut: (N,) bool, read with fewer tokens than asked, because time was short.
-        note: what went wrong on the way, or "".
+        is_cut: (N,) bool, read with fewer tokens than asked for, because time was short.
+        note: what went wrong, or "".
         swap_gap: (N,) float, mean change of a battle's probabilities when its answers are
-            exchanged, before averaging; NaN where it was read in one order alone.
+            exchanged, before averaging; NaN where it was read in one order only.
     """
 
     probs: np.ndarray
@@ -54,19 +57,16 @@ class Prediction:
     swap_gap: np.ndarray | None = None
 
 
-Rows = Sequence[np.ndarray]  # token ids of each battle
-
-
 class ReaderLost(Exception):
-    """Nobody is left who could read; what was read before is kept."""
+    """No process is left that could read; what was read before is kept."""
 
 
 class Reader(Protocol):
-    """What turns token rows into probabilities, one or several batches at a time."""
+    """Turns token rows into probabilities, one or several batches at a time."""
 
     capacity: int  # batches that may be under way at once
 
-    def send(self, key: int, rows: Rows) -> None:
+    def send(self, key: int, rows: TokenRows) -> None:
         """Start to read a batch."""
 
     def receive(self, deadline: float) -> tuple[int, np.ndarray] | None:
@@ -78,8 +78,8 @@ class LocalReader:
 
     Args:
         model: a sequence classifier.
-        pad_id: token of the padding.
-        packing: reads a batch as one row without padding, where `packing.can_pack` knows the model.
+        pad_id: padding token.
+        packing: read a batch as one row without padding, where `can_pack` knows the model.
     """
 
     capacity = 1
@@ -91,19 +91,22 @@ class LocalReader:
             enable_packing(model)
         self._done: deque[tuple[int, np.ndarray]] = deque()
 
-    def send(self, key: int, rows: Rows) -> None:
+    def send(self, key: int, rows: TokenRows) -> None:
         """Read a batch at once."""
         self._done.append((key, self.read(rows)))
 
     def receive(self, deadline: float) -> tuple[int, np.ndarray]:
-        """Hand back the batch that was read."""
+        """Return the batch that was read."""
         return self._done.popleft()
 
-    def read(self, rows: Rows) -> np.ndarray:
-        """Probabilities of each row, (rows, C) float64.
+    def close(self) -> None:
+        """Nothing to end."""
 
-        A batch that memory does not hold is halved until it does. NaN where one row alone
-        is too long, or where logits are not finite even in 32 bit.
+    def read(self, rows: TokenRows) -> np.ndarray:
+        """Predict each row: (rows, C) float64.
+
+        A batch that does not fit into memory is halved until it does. NaN where a single
+        row does not fit, or where logits are not finite even in 32 bit.
         """
         was_training = self.model.training
         self.model.eval()
@@ -112,11 +115,11 @@ class LocalReader:
         finally:
             self.model.train(was_training)
 
-    def _read(self, rows: Rows) -> np.ndarray:
+    def _read(self, rows: TokenRows) -> np.ndarray:
         try:
             return self._predict(rows)
         except torch.OutOfMemoryError:
-            pass  # tried again below, where the failed pass no longer holds its memory
+            pass  # retried below, where the failed pass no longer holds its memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(rows) == 1:
@@ -125,72 +128,49 @@ class LocalReader:
         return np.concatenate([self._read(rows[:half]), self._read(rows[half:])])
 
     @torch.no_grad()
-    def _predict(self, rows: Rows) -> np.ndarray:
-        logits = self._logits(rows, choose_dtype(_device(self.model), hidden_size(self.model)))
-        lost = ~torch.isfinite(logits).all(dim=1)
-        if lost.any():
+    def _predict(self, rows: TokenRows) -> np.ndarray:
+        logits = self._logits(rows, choose_dtype(self._device, hidden_size(self.model)))
+        overflowed = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
+        if overflowed:
             with in_float32(self.model):
-                again = [
-                    self._logits([row], torch.float32)
-                    for row, is_lost in zip(rows, lost, strict=True)
-                    if is_lost
-                ]
-            logits[lost] = torch.cat(again)
+                for row in overflowed:
+                    logits[row] = self._logits([rows[row]], torch.float32)[0]
         logits[~torch.isfinite(logits).all(dim=1)] = torch.nan
         return torch.softmax(logits, dim=1).numpy()
 
-    def _logits(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
-        device = _device(self.model)
+    def _logits(self, rows: TokenRows, dtype: torch.dtype) -> torch.Tensor:
         batch = collate_packed(rows) if self.is_packed else collate(rows, self.pad_id)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        batch = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        with torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32):
             return self.model(**batch).logits.double().cpu()
 
-
-class SteadyReader(LocalReader):
-    """One pass a batch, whatever comes: where weights are parted, every process must make the same passes."""
-
-    @torch.no_grad()
-    def _read(self, rows: Rows) -> np.ndarray:
-        logits = self._logits(rows, choose_dtype(_device(self.model), hidden_size(self.model)))
-        return torch.softmax(logits, dim=1).numpy()
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 def predict_probs(
-    model: nn.Module,
-    tokenizer,
-    pairs: pd.DataFrame,
-    *,
-    max_tokens: int,
-    tokens_per_batch: int,
-    swap: bool = True,
-    deadline: float | None = None,
-    progress: str = "",
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame, **options: Any
 ) -> np.ndarray:
     """Predict how each battle is voted, with a model in this process.
 
     Args:
         model: a sequence classifier, logits in `LABELS` order; its mode is restored.
-        tokenizer: and the other arguments: as for `predict_pairs`.
+        tokenizer: its tokenizer.
+        pairs: N battles; only the texts are read.
+        **options: as for `predict_pairs`; max_tokens and tokens_per_batch are needed.
 
     Returns:
-        `Prediction.probs`: (N, C) float64, rows sum to 1. They depend on no other row of `pairs`.
+        (N, C) float64, rows sum to 1; each depends on its own battle only. NaN where a battle
+        was not reached, or its logits were not finite even in 32 bit.
     """
-    return predict_pairs(
-        LocalReader(model, tokenizer.pad_token_id),
-        tokenizer,
-        pairs,
-        max_tokens=max_tokens,
-        tokens_per_batch=tokens_per_batch,
-        swap=swap,
-        deadline=deadline,
-        progress=progress,
-    ).probs
+    reader = LocalReader(model, tokenizer.pad_token_id)
+    return predict_pairs(reader, tokenizer, pairs, **options).probs
 
 
 def predict_pairs(
     reader: Reader,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     pairs: pd.DataFrame,
     *,
     max_tokens: int,
@@ -204,197 +184,159 @@ def predict_pairs(
 ) -> Prediction:
     """Predict how each battle is voted, as well as time allows.
 
-    With `swap` every battle is read twice. The first reading puts the answers in
-    canonical order (that of their text), the second exchanges them, and the two are
-    averaged. The pace is measured over the first batches and all along. When the
-    projected finish passes the deadline, this is given up, in this order:
+    With `swap` every battle is read twice: first with the answers in canonical order (that
+    of their text), then exchanged; the two readings are averaged. The pace is measured all
+    along. When the projected finish passes the deadline, quality is given up in this order:
 
-    1. second readings, of the battles that the first left most certain. A battle read once
-       is still symmetric (exchanging A and B gives the model the same input and exchanges
-       the columns) but carries position bias;
+    1. second readings, of the battles that the first reading left most certain. A battle
+       read once is still symmetric (exchanging A and B gives the model the same input and
+       exchanges the columns) but carries position bias;
     2. length: the battles not yet read are cut until all of them fit, to `MIN_TOKENS` at least;
     3. battles, most certain first (by `uncertainty`; else longest first), where even that is
-       too slow. Theirs is the answer of another member.
+       too slow. Another member of the blend answers for them.
 
-    Which battles are read goes by certainty; how they are batched, by length. What was put
-    off is taken up again where time is left after all.
+    What was given up is taken up again where time is left after all.
 
     Args:
-        reader: of the model.
+        reader: runs the model.
         tokenizer: its tokenizer.
         pairs: N battles; only the texts are read.
-        max_tokens: budget of one battle.
-        tokens_per_batch: padded tokens of one forward pass.
+        max_tokens: token budget of one battle.
+        tokens_per_batch: padded tokens of one forward pass, at most.
         swap: average over both orders; False reads each battle once, as given.
         deadline: `time.monotonic()` value, s, that must not be passed; None never stops.
-        progress: title of a progress bar with the time left; "" shows none.
-        keep: gets what is known so far, about once a minute.
-        uncertainty: (N,) float, how little is known of each battle, e.g. `measure_entropy` of
-            what other members say; any order of magnitude.
-        twice_share: share of the battles, 0 to 1, that get a second reading: the least certain ones.
+        progress: title of a progress bar; "" shows none.
+        keep: called with the prediction so far, about once a minute.
+        uncertainty: (N,) float, how uncertain each battle is, e.g. `measure_entropy` of what
+            other members predict; only its order counts.
+        twice_share: share of the battles, 0 to 1, that get a second reading: the least certain.
     """
-    if not len(pairs):
-        return Prediction(
-            np.zeros((0, len(LABELS))), np.zeros(0, dtype=int), np.zeros(0, dtype=bool)
-        )
     readings = _Readings(pairs, tokenizer, max_tokens, swap, uncertainty, twice_share)
-    n_tok = sum(readings.lengths(order).sum() for order in readings.orders)
-    with tqdm(
+    n_tok = sum(int(readings.lengths(order).sum()) for order in readings.orders)
+    bar = tqdm(
         total=n_tok,
         desc=progress,
         unit="tok",
         unit_scale=True,
         disable=not progress,
         file=sys.stdout,
-    ) as bar:
-        walk = _Walk(
-            reader,
-            readings,
-            tokens_per_batch,
-            float("inf") if deadline is None else deadline,
-            bar,
-            keep,
-        )
+    )
+    end = float("inf") if deadline is None else deadline
+    with bar:
+        loop = _Loop(reader, readings, tokens_per_batch, end, bar, keep)
         try:
             for order in readings.orders:
-                walk.read(order)
+                loop.read(order)
         except ReaderLost as error:
             return readings.result(str(error))
     return readings.result()
 
 
 def measure_entropy(probs: np.ndarray) -> np.ndarray:
-    """How uncertain (N, C) probabilities are: (N,) float, nats; -inf where they are not known."""
+    """Measure how uncertain (N, C) probabilities are: (N,) float, nats; -inf where unknown."""
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = -np.where(probs == 0, 0.0, probs * np.log(probs)).sum(axis=1)
     return np.where(np.isfinite(entropy), entropy, -np.inf)
 
 
 def choose_least_certain(uncertainty: np.ndarray, share: float) -> np.ndarray:
-    """The rows of the least certain share, at least one where any is asked for: indices, ascending."""
+    """Choose the least certain share of the rows, rounded up: indices, ascending."""
     n_chosen = int(np.ceil(share * len(uncertainty)))
     return np.sort(np.argsort(-uncertainty, kind="stable")[:n_chosen])
 
 
 class _Readings:
-    """The token rows of N battles in one or both orders, and what was read of them."""
+    """The token rows of N battles in one or both orders, and the probabilities read so far.
+
+    Order 0 is the canonical one with `swap`, else the given one; order 1 exchanges the answers.
+    """
 
     def __init__(
         self,
         pairs: pd.DataFrame,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         max_tokens: int,
         swap: bool,
         uncertainty: np.ndarray | None,
         twice_share: float,
     ) -> None:
+        n_pairs = len(pairs)
+        self._pairs, self._tokenizer, self._max_tokens = pairs, tokenizer, max_tokens
         self._uncertainty, self._twice_share = uncertainty, twice_share
-        self._pairs, self._tokenizer, self._width = pairs, tokenizer, max_tokens
-        self._keeps = is_canonical(pairs) if swap else np.ones(len(pairs), dtype=bool)
+        self._is_as_given = is_canonical(pairs) if swap else np.ones(n_pairs, dtype=bool)
         self.orders = (0, 1) if swap else (0,)
-        self.rows: tuple[list, list] = ([None] * len(pairs), [None] * len(pairs))
-        self.probs = tuple(np.full((len(pairs), len(LABELS)), np.nan) for _ in range(2))
-        self.is_cut = np.zeros(len(pairs), dtype=bool)
-        self._encode(np.arange(len(pairs)), max_tokens)
+        self.rows = [[np.zeros(0, dtype=np.int32)] * n_pairs for _ in range(2)]
+        self.probs = np.full((2, n_pairs, len(LABELS)), np.nan)
+        self.is_cut = np.zeros(n_pairs, dtype=bool)
+        self._encode(np.arange(n_pairs), max_tokens)
         # Two answers that read the same need no second reading to be made symmetric.
-        self._same = (
-            np.array([np.array_equal(a, b) for a, b in zip(*self.rows, strict=True)]) & swap
-        )
+        is_same = [np.array_equal(a, b) for a, b in zip(*self.rows, strict=True)]
+        self._is_same = np.array(is_same, dtype=bool) & swap
 
     def _encode(self, rows: np.ndarray, max_tokens: int) -> None:
         given, swapped = encode_both_orders(self._pairs.iloc[rows], self._tokenizer, max_tokens)
-        for row, a, b in zip(rows, given, swapped, strict=True):
-            both = (
-                np.asarray(a, dtype=np.int32),
-                np.asarray(b, dtype=np.int32),
-            )  # a list takes eight times as much
-            self.rows[0][row], self.rows[1][row] = both if self._keeps[row] else both[::-1]
+        for row, ids, ids_swapped in zip(rows, given, swapped, strict=True):
+            order = 0 if self._is_as_given[row] else 1
+            # A list of Python integers would take eight times the memory.
+            self.rows[order][row] = np.asarray(ids, dtype=np.int32)
+            self.rows[1 - order][row] = np.asarray(ids_swapped, dtype=np.int32)
 
     def lengths(self, order: int) -> np.ndarray:
-        return np.array([len(row) for row in self.rows[order]])
+        """(N,) int, tokens of each battle."""
+        return np.array([len(row) for row in self.rows[order]], dtype=int)
 
     def wanted(self, order: int) -> np.ndarray:
-        """Battles to read in this order."""
-        if not order:
-            return np.arange(len(self._same))
+        """Battles to read in this order, indices."""
+        if order == 0:
+            return np.arange(len(self._pairs))
         chosen = choose_least_certain(self.uncertainty(order), self._twice_share)
-        return chosen[~self._same[chosen]]
+        return chosen[~self._is_same[chosen]]
 
     def uncertainty(self, order: int) -> np.ndarray:
-        """(N,) float; by the first reading once it is there, and by shortness where nothing is known."""
-        if order:
+        """(N,) float, from the first reading once it is there; shortness where nothing is known."""
+        if order == 1:
             return measure_entropy(self.probs[0])
         return -self.lengths(0) if self._uncertainty is None else self._uncertainty
 
-    def cut(self, rows: np.ndarray, n_tok: float, tokens_per_batch: int) -> bool:
-        """Cut these battles so that together they have `n_tok` padded tokens; False when nothing is left to cut."""
+    def cut(self, rows: np.ndarray, limit_tok: float, tokens_per_batch: int) -> None:
+        """Cut these battles until they have `limit_tok` padded tokens or are at `MIN_TOKENS`."""
         lengths = self.lengths(0)[rows]
-        width = min(self._width, int(lengths.max()))
-        if width <= MIN_TOKENS:
-            return False
-        while (
-            width > MIN_TOKENS
-            and _count_padded(np.minimum(lengths, width), tokens_per_batch) > n_tok
-        ):
-            width = max(MIN_TOKENS, int(width * 0.9))
-        if width >= lengths.max():
-            return False
-        long = rows[lengths > width]
-        self._encode(long, width)
-        self.is_cut[long] = True
-        self._width = width
-        return True
+        max_tokens = self._max_tokens
+        while max_tokens > MIN_TOKENS:
+            cut_lengths = np.minimum(lengths, max_tokens)
+            if _count_padded(cut_lengths, tokens_per_batch) <= limit_tok:
+                break
+            max_tokens = max(MIN_TOKENS, int(max_tokens * 0.9))
+        longer = rows[lengths > max_tokens]
+        if len(longer):
+            self._encode(longer, max_tokens)
+            self.is_cut[longer] = True
+        self._max_tokens = max_tokens
 
     def result(self, note: str = "") -> Prediction:
-        first, second = self.probs[0].copy(), self.probs[1].copy()
-        second[self._same] = first[self._same]
-        n_readings = np.isfinite(first).all(axis=1).astype(int) + np.isfinite(second).all(axis=1)
-        probs = _average_where_read(first, second)
+        """What was read so far, with A and B as in the given battles."""
+        first = self.probs[0]
+        second = np.where(self._is_same[:, None], first, self.probs[1])
+        both = np.stack([first, swap_probs(second)])
+        n_readings = np.isfinite(both).all(axis=2).sum(axis=0)
+        with np.errstate(invalid="ignore"):
+            probs = np.nansum(both, axis=0) / n_readings[:, None]
         return Prediction(
-            np.where(self._keeps[:, None], probs, swap_probs(probs)),
+            np.where(self._is_as_given[:, None], probs, swap_probs(probs)),
             n_readings,
             self.is_cut & (n_readings > 0),
             note,
-            np.abs(first - swap_probs(second)).mean(axis=1),
+            np.abs(both[0] - both[1]).mean(axis=1),
         )
 
 
 def _count_padded(lengths: np.ndarray, tokens_per_batch: int) -> int:
-    return sum(
-        len(batch) * int(lengths[batch].max()) for batch in make_batches(lengths, tokens_per_batch)
-    )
+    batches = make_batches(lengths, tokens_per_batch)
+    return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
 
 
-def _average_where_read(probs: np.ndarray, probs_swapped: np.ndarray) -> np.ndarray:
-    averaged = probs.copy()
-    twice = np.isfinite(probs).all(axis=1) & np.isfinite(probs_swapped).all(axis=1)
-    averaged[twice] = average_over_swap(probs[twice], probs_swapped[twice])
-    only_second = ~np.isfinite(probs).all(axis=1) & np.isfinite(probs_swapped).all(axis=1)
-    averaged[only_second] = swap_probs(probs_swapped[only_second])
-    return averaged
-
-
-class _Pace:
-    """Tokens per second over the last batches."""
-
-    def __init__(self) -> None:
-        self._marks: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)], maxlen=_WINDOW)
-        self.n_batches = 0
-
-    def add(self, n_tok: float) -> None:
-        self._marks.append((time.monotonic(), self._marks[-1][1] + n_tok))
-        self.n_batches += 1
-        if self.n_batches == _N_MEASURED:
-            self._marks.popleft()
-
-    @property
-    def seconds_per_tok(self) -> float:
-        (start, n_start), (end, n_end) = self._marks[0], self._marks[-1]
-        return (end - start) / (n_end - n_start) if n_end > n_start else 0.0
-
-
-class _Walk:
-    """A reader over many batches: what it reads next, by the pace that it keeps."""
+class _Loop:
+    """Sends batches to a reader and collects them, replanning by the measured pace."""
 
     def __init__(
         self,
@@ -407,119 +349,110 @@ class _Walk:
     ) -> None:
         self._reader, self._readings, self._tokens_per_batch = reader, readings, tokens_per_batch
         self._deadline, self._bar, self._keep = deadline, bar, keep
-        self._pace, self._kept_at = _Pace(), time.monotonic()
-        self._batches: deque[np.ndarray] = deque()
-        self._put_off = np.zeros(0, dtype=int)  # battles that there is no time for, as it looks
-        self._under_way: dict[int, np.ndarray] = {}
-        self._key = 0
+        self._kept_at = self._received_at = time.monotonic()
+        self._n_sent = self._n_received = 0
+        # (seconds, padded tokens) of the last batches
+        self._measured: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self._under_way: dict[int, np.ndarray] = {}  # key -> battles of the batch
 
     def read(self, order: int) -> None:
-        """Read every battle in this order, as far as time goes."""
-        self._plan(order, self._readings.wanted(order))
+        """Read the wanted battles in this order, as far as time allows."""
+        self._plan(order, self._readings.wanted(order), postponed=np.zeros(0, dtype=int))
         while True:
-            while (
-                len(self._under_way) < self._reader.capacity
-                and (batch := self._choose(order)) is not None
-            ):
-                self._key += 1
-                self._under_way[self._key] = batch
-                self._reader.send(self._key, [self._readings.rows[order][row] for row in batch])
+            while len(self._under_way) < self._reader.capacity:
+                batch = self._next_batch(order)
+                if batch is None:
+                    break
+                self._n_sent += 1
+                self._under_way[self._n_sent] = batch
+                token_rows = [self._readings.rows[order][row] for row in batch]
+                self._reader.send(self._n_sent, token_rows)
             if not self._under_way or not self._receive(order):
                 return
 
-    def _plan(self, order: int, rows: np.ndarray) -> None:
-        """Plan to read these rows, by length; what was put off before is forgotten."""
+    def _plan(self, order: int, rows: np.ndarray, postponed: np.ndarray) -> None:
+        """Plan to read these rows, longest first; for the postponed ones time seems too short."""
         self._lengths = self._readings.lengths(order)
-        self._put_off = np.zeros(0, dtype=int)
         batches = make_batches(self._lengths[rows], self._tokens_per_batch)
-        self._batches = deque(rows[batch] for batch in batches)
-        self._left_tok = float(sum(map(self._padded, self._batches)))
+        self._planned = deque(rows[batch] for batch in batches)
+        self._planned_tok = sum(map(self._padded, self._planned))
+        self._postponed = postponed
 
-    def _choose(self, order: int) -> np.ndarray | None:
-        """The next batch of those that are planned, longest first; None when no other can be read in time."""
-        is_late = self._projected(self._left_tok) > self._deadline
-        if is_late and self._pace.n_batches < _N_MEASURED and self._batches:
-            return self._take(-1)  # the shortest, until the pace is known
-        if is_late and order == 0 and self._cut():
-            return self._choose(order)
-        if is_late or not self._batches:
-            self._put_off_the_most_certain(order)
-        return self._take(0) if self._batches else None
-
-    def _take(self, place: int) -> np.ndarray | None:
-        batch = self._batches[place]
-        if self._projected(self._padded(batch)) > self._deadline:
+    def _next_batch(self, order: int) -> np.ndarray | None:
+        """Take the next batch out of the plan; None when no other can be read in time."""
+        affordable_tok = self._affordable_tok()
+        if affordable_tok <= 0:
             return None
-        del self._batches[place]
-        self._left_tok -= self._padded(batch)
+        if not self._planned or self._planned_tok > affordable_tok:
+            is_pace_unknown = self._planned and self._n_received < _N_WARMUP
+            if is_pace_unknown and self._padded(self._planned[-1]) <= affordable_tok:
+                return self._take(-1)  # the shortest
+            self._replan(order)
+        return self._take(0) if self._planned else None
+
+    def _take(self, place: int) -> np.ndarray:
+        batch = self._planned[place]
+        del self._planned[place]
+        self._planned_tok -= self._padded(batch)
         return batch
 
-    def _put_off_the_most_certain(self, order: int) -> None:
-        """Plan the least certain of the battles not yet read, as many as there is time for."""
-        rows = self._unread()
-        rows = rows[np.argsort(-self._readings.uncertainty(order)[rows], kind="stable")]
-        chosen = self._fit(rows)
-        self._plan(order, rows[chosen])
-        self._put_off = rows[~chosen]
+    def _affordable_tok(self) -> float:
+        """Padded tokens that can still be read in time, beside those under way."""
+        left_s = self._deadline - time.monotonic()
+        if left_s < 0:
+            return 0.0
+        if not self._measured:
+            return float("inf")
+        seconds, n_tok = np.sum(self._measured, axis=0)
+        under_way_tok = sum(map(self._padded, self._under_way.values()))
+        return left_s * n_tok / max(seconds, 1e-9) - under_way_tok
 
-    def _fit(self, rows: np.ndarray) -> np.ndarray:
-        """(rows,) bool, the first that can be read in time; a row that alone takes too long is passed over."""
+    def _replan(self, order: int) -> None:
+        """Fit the unread battles into the time left: cut all, then postpone the most certain."""
+        unread = np.concatenate([*self._planned, self._postponed])
+        if not len(unread):
+            return
         affordable_tok = self._affordable_tok()
-        chosen = self._lengths[rows] <= affordable_tok
-        # A little is left free, so that not every batch that is a little slow changes the plan.
+        # A little time stays free, so that a batch that is a little slow does not change the plan.
         limit_tok = _FILL * affordable_tok
-        while chosen.any():
-            limit_tok = max(limit_tok, self._lengths[rows[np.argmax(chosen)]])
-            chosen &= np.cumsum(self._lengths[rows] * chosen) <= limit_tok
-            if _count_padded(self._lengths[rows[chosen]], self._tokens_per_batch) <= affordable_tok:
+        if order == 0:
+            self._readings.cut(unread, limit_tok, self._tokens_per_batch)
+        lengths = self._readings.lengths(order)
+        by_certainty = np.argsort(-self._readings.uncertainty(order)[unread], kind="stable")
+        rows = unread[by_certainty]
+        rows = rows[lengths[rows] <= affordable_tok]  # a longer one would block all others
+        while True:
+            n_rows = np.searchsorted(np.cumsum(lengths[rows]), limit_tok, side="right")
+            chosen = rows[: max(1, n_rows)]
+            padded_tok = _count_padded(lengths[chosen], self._tokens_per_batch)
+            if len(chosen) <= 1 or padded_tok <= affordable_tok:
                 break
             limit_tok *= _FILL
-        return chosen
-
-    def _unread(self) -> np.ndarray:
-        return np.concatenate([*self._batches, self._put_off])
-
-    def _affordable_tok(self) -> float:
-        pace = self._pace.seconds_per_tok
-        left_s = self._deadline - time.monotonic()
-        return (
-            left_s / pace - sum(map(self._padded, self._under_way.values()))
-            if pace
-            else float("inf")
-        )
-
-    def _cut(self) -> bool:
-        rows = self._unread()
-        is_cut = self._readings.cut(rows, self._affordable_tok(), self._tokens_per_batch)
-        if is_cut:
-            self._plan(0, rows)
-        return is_cut
+        self._plan(order, chosen, postponed=np.setdiff1d(unread, chosen))
 
     def _receive(self, order: int) -> bool:
+        """Wait for a batch; False when the deadline passes first."""
         received = self._reader.receive(self._deadline)
         if received is None:
             self._under_way.clear()
             return False
         key, probs = received
         batch = self._under_way.pop(key)
-        self._pace.add(self._padded(batch))
-        self._readings.probs[order][batch] = probs
+        self._readings.probs[order, batch] = probs
         self._bar.update(int(self._lengths[batch].sum()))
-        if self._keep and time.monotonic() - self._kept_at > _KEEP_S:
+        now = time.monotonic()
+        self._measured.append((now - self._received_at, self._padded(batch)))
+        self._received_at = now
+        self._n_received += 1
+        if self._n_received == _N_WARMUP:
+            self._measured.popleft()
+        if self._keep and now - self._kept_at > _KEEP_S:
             self._keep(self._readings.result())
-            self._kept_at = time.monotonic()
+            self._kept_at = now
         return True
-
-    def _projected(self, n_tok: float) -> float:
-        under_way_tok = sum(map(self._padded, self._under_way.values()))
-        return time.monotonic() + (under_way_tok + n_tok) * self._pace.seconds_per_tok
 
     def _padded(self, batch: np.ndarray) -> int:
         return len(batch) * int(self._lengths[batch].max())
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 BUDGETS = (128, 256, 512, 1024, 2048, 3072, 4096)
@@ -528,7 +461,7 @@ BUDGET_COLUMNS = ("budget", "cut_share", "log_loss", "cost", "low", "high")
 
 def measure_budgets(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     pairs: pd.DataFrame,
     *,
     max_tokens: int,
@@ -537,43 +470,36 @@ def measure_budgets(
     n_pairs: int = 500,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Let a trained model read held-out battles at smaller budgets, and score it at each.
-
-    A battle is read again only at the budgets that cut it further.
+    """Score a trained model on held-out battles at smaller token budgets.
 
     Args:
         model: and `tokenizer`: from `load_finetuned`.
         pairs: battles that it has not seen, with label and group.
-        max_tokens: budget that the model predicts with, against which the cost is counted.
+        max_tokens: budget that the model predicts with; costs are relative to it.
         tokens_per_batch: padded tokens of one forward pass at most.
-        budgets: tokens of one battle; above `max_tokens` only the share that is cut is told.
+        budgets: tokens of one battle; above `max_tokens` only `cut_share` is measured.
         n_pairs: battles at most, drawn at random.
         seed: of the draw.
 
     Returns:
-        One row a budget, `max_tokens` among them: cut_share, log_loss in nats per battle, cost (log loss
-        above that at `max_tokens`) with its 95 % interval low to high. NaN above `max_tokens`.
+        One row per budget, `max_tokens` included: cut_share (of the battles), log_loss in nats
+        per battle, cost (log loss minus that at `max_tokens`), low and high (its 95 % interval).
     """
     pairs = pairs.sample(min(n_pairs, len(pairs)), random_state=seed).reset_index(drop=True)
     n_tok, labels = count_tokens(pairs, tokenizer), pairs["label"].to_numpy()
-    budgets = sorted({*budgets, max_tokens})
-    table = pd.DataFrame(
-        {"budget": budgets, "cut_share": [float((n_tok > budget).mean()) for budget in budgets]}
-    )
-    options = {"tokens_per_batch": tokens_per_batch, "swap": True}
-    whole = row_losses(
-        predict_probs(model, tokenizer, pairs, max_tokens=max_tokens, **options), labels
-    )
-    for row, budget in enumerate(budgets[: budgets.index(max_tokens) + 1]):
-        losses, is_cut = whole.copy(), n_tok > budget
-        if budget < max_tokens and is_cut.any():
-            probs = predict_probs(model, tokenizer, pairs[is_cut], max_tokens=budget, **options)
-            losses[is_cut] = row_losses(probs, labels[is_cut])
-        low, high = bootstrap_interval(losses - whole, pairs["group"].to_numpy(), seed=seed)
-        table.loc[row, ["log_loss", "cost", "low", "high"]] = (
-            losses.mean(),
-            (losses - whole).mean(),
-            low,
-            high,
-        )
-    return table[list(BUDGET_COLUMNS)].astype({"budget": np.int64})
+    predict = functools.partial(predict_probs, model, tokenizer, tokens_per_batch=tokens_per_batch)
+    uncut = row_losses(predict(pairs, max_tokens=max_tokens), labels)
+    table = []
+    for budget in sorted({*budgets, max_tokens}):
+        losses, is_cut = uncut.copy(), n_tok > budget
+        row = {"budget": budget, "cut_share": float(is_cut.mean())}
+        if budget <= max_tokens:
+            # Only the battles that this budget cuts further are read again.
+            if budget < max_tokens and is_cut.any():
+                probs = predict(pairs[is_cut], max_tokens=budget)
+                losses[is_cut] = row_losses(probs, labels[is_cut])
+            low, high = bootstrap_interval(losses - uncut, pairs["group"].to_numpy(), seed=seed)
+            row |= {"log_loss": losses.mean(), "cost": (losses - uncut).mean()}
+            row |= {"low": low, "high": high}
+        table.append(row)
+    return pd.DataFrame(table, columns=list(BUDGET_COLUMNS))

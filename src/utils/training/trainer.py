@@ -21,7 +21,7 @@ from src.utils.models.batches import collate
 from src.utils.models.checkpoints import hidden_size, write_model
 from src.utils.models.hardware import choose_device, choose_precision
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
-from src.utils.models.predict import LocalReader, Prediction, SteadyReader, predict_pairs
+from src.utils.models.predict import LocalReader, Prediction, predict_pairs
 from src.utils.runs import atomic_folder, measure_peak_mib, write_manifest, write_table
 from src.utils.schema import probs_table
 from src.utils.stats.scores import class_prior, log_loss
@@ -273,7 +273,7 @@ class FoldTrainer(SplittingTrainer):
         return prediction
 
     def _make_reader(self) -> LocalReader | TeamReader:
-        reader = (SteadyReader if is_sharded(self.model) else LocalReader)(
+        reader = LocalReader(
             self.model, self.processing_class.pad_token_id, packing=self.config.packing
         )
         return TeamReader(reader.read) if world_size() > 1 else reader
