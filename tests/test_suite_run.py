@@ -39,7 +39,8 @@ WRITE_COUNT = """words = (root / '01_words/words.txt').read_text()
 (root / '02_count/model/words.safetensors').write_text(words)
 (root / '02_count/count.txt').write_text(str(len(words)))
 (root / '02_count/history.csv').write_text('step,log_loss\\n1,1.0\\n')
-(root / '02_count/metrics.json').write_text(json.dumps({'log_loss': 1.0, 'seconds': time.time()}))"""
+scores = {'log_loss': 1.0, 'seconds': time.time()}
+(root / '02_count/metrics.json').write_text(json.dumps(scores))"""
 WRITE_REPORT = (
     "(root / '03_report/report.txt').write_text((root / '02_count/count.txt').read_text())"
 )
@@ -194,7 +195,10 @@ def test_a_failing_cell_stops_the_suite_and_is_shown(folder):
         ((WRITE_COUNT, "sys.exit(0)"), "SystemExit"),
         (("time.sleep(1)\nos.kill(os.getpid(), 9)", WRITE_COUNT), r"[1-9]\d+ MiB.*os.kill"),
         ((WRITE_COUNT, "(root / '02_count/count.txt').unlink()"), "did not write .*count.txt"),
-        ((WRITE_COUNT.replace("1.0}", "float('nan')}").replace("': 1.0,", "': float('nan'),"),), "nan"),
+        (
+            (WRITE_COUNT.replace("1.0}", "float('nan')}").replace("': 1.0,", "': float('nan'),"),),
+            "nan",
+        ),
         ((WRITE_COUNT.replace("count.txt", "counts.txt"),), "did not write .*count.txt"),
     ],
 )

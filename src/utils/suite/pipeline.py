@@ -20,7 +20,7 @@ from src.utils.config import SuiteError, find_name, read_parameters
 from src.utils.runs import hash_file, hash_json, read_json
 
 NOTEBOOKS = paths.ROOT / "notebooks"
-RECORD, CHECKPOINTS = "run.json", "checkpoints"
+RECORD, CHECKPOINTS, CODE = "run.json", "checkpoints", "the notebook's code"
 MODELS = ("02_baseline", "03_modernbert", "04_qwen")
 _PLACES = ("DATA", "TEST")  # what raw data hold matters, not where they lie
 # Fields of metrics.json that differ between equal runs: seconds, tokens_per_second, peak_mib.
@@ -175,7 +175,7 @@ class Pipeline:
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
         """Find every file that a notebook's result depends on, apart from the library."""
-        found = {"the notebook's code": self.source(stage.name)}
+        found = {CODE: self.source(stage.name)}
         for name, patterns in (self.needs(stage) | dict(stage.may_read)).items():
             for pattern in patterns:
                 files = files_under(self.artifacts / name, pattern)

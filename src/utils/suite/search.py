@@ -37,14 +37,15 @@ import yaml
 from matplotlib import pyplot as plt
 from optuna.storages import JournalStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import Trial, TrialState
+from optuna.trial import BaseTrial, FixedTrial, Trial, TrialState
 from optuna.visualization import matplotlib as pictures
 
 from src.utils import runs
 from src.utils.config import SuiteError, find_name, make_parameters
-from src.utils.suite.pipeline import CHECKPOINTS, Pipeline
+from src.utils.suite.pipeline import CHECKPOINTS, CODE, Pipeline, measure_states
 from src.utils.suite.run import make_pipeline, parse_arguments, run_suite
 
+SUITE = [sys.executable, "-m", "src.utils.suite.run"]
 POLL_S = 1.0  # between two looks at history.csv
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -76,11 +77,10 @@ def read_space(path: Path, pipeline: Pipeline, notebook: str = "") -> Space:
         content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
         space = Space(**{"name": path.stem, "notebook": notebook} | content)
         space.notebook = find_name(notebook or space.notebook, list(pipeline.by_name))
-        trial = optuna.create_study().ask()
         for name, domain in space.parameters.items():
-            suggest(trial, name, domain)
             values = domain if isinstance(domain, list) else [domain["low"], domain["high"]]
             for value in values:
+                suggest(FixedTrial({name: value}), name, domain)
                 settings = space.settings({name: value})
                 make_parameters(pipeline.defaults, profile={}, settings=settings)
     except (TypeError, KeyError, ValueError, AttributeError, OSError) as error:
@@ -90,7 +90,7 @@ def read_space(path: Path, pipeline: Pipeline, notebook: str = "") -> Space:
     return space
 
 
-def suggest(trial: Trial, name: str, domain: Any) -> Any:
+def suggest(trial: BaseTrial, name: str, domain: Any) -> Any:
     """Ask a trial for a value from a list of choices or from a range."""
     if isinstance(domain, list):
         return trial.suggest_categorical(name, domain)
@@ -161,10 +161,10 @@ def run_trial(
     artifacts.mkdir(parents=True, exist_ok=True)
     for upstream in pipeline.needs(pipeline.by_name[space.notebook]):
         if not (artifacts / upstream).exists():
-            (artifacts / upstream).symlink_to(pipeline.artifacts / upstream)
+            (artifacts / upstream).symlink_to(Path("../../..", upstream))
     run_dir, log = artifacts / space.notebook, artifacts / "suite.log"
-    command = [sys.executable, "-m", "src.utils.suite.run", *options, "--only", space.notebook]
-    command += ["--artifacts", str(artifacts), "--set", *space.settings(values)]
+    command = [*SUITE, *options, "--only", space.notebook, "--artifacts", str(artifacts)]
+    command += ["--set", *space.settings(values)]
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
     n_reported, is_pruned = 0, False
@@ -208,10 +208,12 @@ def search(
     """
     folder = pipeline.artifacts / "searches" / space.name
     folder.mkdir(parents=True, exist_ok=True)
-    run_suite(pipeline, list(pipeline.needs(pipeline.by_name[space.notebook])), sys.stdout)
-    pairs = runs.read_pairs(pipeline.artifacts / "01_eda" / "pairs.parquet")
-    made_with = pipeline.all_parameters(space.notebook) | space.fixed
-    made_with["battles"] = runs.hash_pairs(pairs)
+    stage = pipeline.by_name[space.notebook]
+    run_suite(pipeline, list(pipeline.needs(stage)), sys.stdout)
+    inputs = pipeline.inputs(stage)
+    del inputs[CODE]
+    made_with = pipeline.all_parameters(stage.name) | space.fixed
+    made_with |= {name: state[2] for name, state in measure_states(inputs).items()}
     study = open_study(space, storage or str(folder / "journal.log"), made_with)
     domains = space.parameters.values()
     is_grid = all(isinstance(domain, list) for domain in domains)
@@ -239,10 +241,19 @@ def search(
 def write_results(study: optuna.Study, folder: Path) -> None:
     """Write `trials.csv`, and pictures of the search where it has enough trials for them."""
     runs.write_table(folder / "trials.csv", study.trials_dataframe())
-    for name in ("optimization_history", "slice", "param_importances"):
+    if len(study.get_trials(states=[TrialState.COMPLETE])) < 2:
+        return
+    # Optuna's default evaluator looks only at the best trials, where the best choice is constant.
+    fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    plots: dict[str, dict[str, Any]] = {
+        "optimization_history": {},
+        "slice": {},
+        "param_importances": {"evaluator": fanova},
+    }
+    for name, more in plots.items():
         try:
-            axes = getattr(pictures, f"plot_{name}")(study)
-        except (ValueError, RuntimeError) as error:  # too few trials, or all of them alike
+            axes = getattr(pictures, f"plot_{name}")(study, target_name="log loss", **more)
+        except (ValueError, RuntimeError) as error:  # all trials are alike
             print(f"No picture of {name}: {error}")
         else:
             runs.write_figure(folder / f"{name}.png", np.ravel(axes)[0].figure)
