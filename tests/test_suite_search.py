@@ -1,6 +1,7 @@
 """Searches on the toy pipeline of test_suite_run; a script stands in for the suite where it can."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from test_suite_run import HEAD, STAGES, WRITE_WORDS, write_count, write_noteboo
 from src.utils.config import SuiteError
 from src.utils.suite import search as module
 from src.utils.suite.pipeline import Pipeline
-from src.utils.suite.search import FINISHED, read_space, search, write_results
+from src.utils.suite.search import COMPLETE, PRUNED, read_space, search
 
 # Scores (RATE - 2)**2; a run with a bad score takes a minute after its validation.
 FAKE_SUITE = """import json, sys, time
@@ -138,13 +139,13 @@ def test_a_failed_trial_is_named_and_run_again_in_its_folder(folder):
     assert "it broke" in next(folder.rglob("suite.log")).read_text()
     (folder / "artifacts/searches/toy/break").unlink()
     study = run(folder, GRID)
-    assert len(study.get_trials(states=FINISHED)) == 3
+    assert len(study.get_trials(states=(COMPLETE, PRUNED))) == 3
     assert sorted(calls(folder)).count(calls(folder)[0]) == 2
     assert len(set(calls(folder))) == 3
 
 
 def test_an_interrupted_trial_is_run_again_in_its_folder(folder):
-    space_text = "prune: false\nparameters: {RATE: ['20']}"  # its run takes a minute
+    space_text = "parameters: {RATE: ['20']}"  # its run takes a minute
     script = f"""import pathlib, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 import test_suite_search as toy
@@ -163,7 +164,7 @@ toy.run(pathlib.Path({str(folder)!r}), {space_text!r})"""
     fake = FAKE_SUITE.replace("mkdir()", "mkdir(exist_ok=True)").replace("> 50", "> 999")
     (folder / "fake.py").write_text(fake)
     study = run(folder, space_text)
-    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, COMPLETE]
     first, second = calls(folder)
     assert first == second
 
@@ -175,12 +176,13 @@ def test_a_trial_worse_than_the_median_is_pruned_and_its_kernel_stopped(folder, 
     suite = f"""import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 import test_suite_search as toy
+from src.utils.suite import run
 def make_pipeline(options):
     pipeline = toy.make_pipeline(toy.Path({str(folder)!r}))
     pipeline.artifacts = toy.Path(options.artifacts)
     return pipeline
-toy.runner.make_pipeline = make_pipeline
-sys.exit(toy.runner.main())"""
+run.make_pipeline = make_pipeline
+sys.exit(run.main())"""
     monkeypatch.setattr(module, "SUITE", [sys.executable, "-c", suite])
     validate = """folder = root / "02_count"
 (folder / "checkpoints").mkdir()
@@ -189,7 +191,7 @@ sys.exit(toy.runner.main())"""
 time.sleep(300)"""
     write_count(folder, validate)
     trial = run(folder, RANGE, n_trials=6).trials[-1]
-    assert (trial.state, trial.value) == (TrialState.PRUNED, 324)
+    assert (trial.state, trial.value) == (PRUNED, 324)
     run_folder = folder / "artifacts/searches/toy" / trial.user_attrs["folder"] / "02_count"
     assert [path.name for path in run_folder.iterdir()] == ["history.csv"]
     alive = [child.cmdline() for child in psutil.Process().children(recursive=True)]
@@ -210,19 +212,32 @@ def test_searches_share_a_storage(folder, storage):
     storage = storage.format(folder)
     run(folder, GRID, n_trials=1, storage=storage)
     others = run(folder, GRID, storage=storage)
-    assert sorted(trial.number for trial in others.get_trials(states=FINISHED)) == [0, 1, 2]
+    assert sorted(trial.number for trial in others.get_trials(states=(COMPLETE, PRUNED))) == [
+        0,
+        1,
+        2,
+    ]
     assert len(calls(folder)) == 3
 
 
-def test_results_are_a_table_and_pictures(folder):
-    study = run(folder, "parameters: {RATE: {low: 1.0, high: 3.0}}", n_trials=6)
-    write_results(study, folder)
-    assert len(pd.read_csv(folder / "trials.csv")) == 6
+def test_results_are_a_table_pictures_and_the_leaderboard(folder):
+    run(folder, RANGE, n_trials=1)
+    results = folder / "artifacts/searches/toy"
+    assert len(pd.read_csv(results / "trials.csv")) == 1
+    assert not list(results.glob("*.png"))  # of one trial there is nothing to see
+    run(folder, RANGE, n_trials=6)
+    assert len(pd.read_csv(results / "trials.csv")) == 6
     for name in ("optimization_history", "slice", "param_importances"):
-        assert (folder / f"{name}.png").stat().st_size > 5000
+        assert (results / f"{name}.png").stat().st_size > 5000
+    board = pd.read_csv(folder / "artifacts/leaderboard.csv")
+    assert board["run"].str.match(r"searches/toy/\d+,RATE=[\d.]+/02_count").sum() == 6
 
 
-def test_one_trial_gives_no_picture(folder):
-    write_results(run(folder, RANGE, n_trials=1), folder)
-    assert (folder / "trials.csv").exists()
-    assert not list(folder.glob("*.png"))
+def test_the_command_runs_a_search_and_names_what_is_wrong(folder, monkeypatch, capsys):
+    monkeypatch.setattr(module, "make_pipeline", lambda _: make_pipeline(folder))
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    (folder / "toy.yaml").write_text(GRID)
+    assert module.main([str(folder / "toy.yaml"), "--notebook", "02", "--n-trials", "2"]) == 0
+    assert len(re.findall(r"[01]\.0000  00\d,RATE=[123]\n", capsys.readouterr().out)) == 2
+    assert module.main([str(folder / "none.yaml")]) == 1
+    assert "none.yaml" in capsys.readouterr().err

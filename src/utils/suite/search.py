@@ -9,12 +9,13 @@
       LEARNING_RATE: {low: 1e-5, high: 1e-3, log: true}
 
 Values are written as after SET=; a range from a whole number gives whole numbers. If every
-parameter is a list, each combination is tried once. Further keys: `name` (else that of the
-file), `seed`, `prune: false`. The same command resumes the search. It can run several times at
-once, also on several machines, if they share the storage.
+parameter is a list, each combination is tried once, else a trial whose validations are worse
+than the median is stopped. Further keys: `name` (else that of the file) and `seed`. The same
+command resumes; it can run several times at once, on several machines, with one storage.
 """
 
 import argparse
+import math
 import platform
 import re
 import shutil
@@ -25,7 +26,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from src.utils.suite.run import make_pipeline, parse_arguments, run_suite
 
 SUITE = [sys.executable, "-m", "src.utils.suite.run"]
 POLL_S = 1.0  # between two looks at history.csv
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
 
 
 @dataclass
@@ -59,11 +59,14 @@ class Space:
     parameters: dict[str, Any]  # a list of choices, or a mapping of low, high and step or log
     fixed: dict[str, str] = field(default_factory=dict)
     seed: str = "20240501"
-    prune: str = "true"
 
     def settings(self, values: dict[str, Any]) -> list[str]:
         """Format the fixed and the given values as settings of the suite."""
         return [f"{self.notebook}.{name}={value}" for name, value in (self.fixed | values).items()]
+
+    def is_grid(self) -> bool:
+        """Return whether every parameter is a list of choices."""
+        return all(isinstance(domain, list) for domain in self.parameters.values())
 
 
 def read_space(path: Path, pipeline: Pipeline, notebook: str = "") -> Space:
@@ -78,11 +81,11 @@ def read_space(path: Path, pipeline: Pipeline, notebook: str = "") -> Space:
         space = Space(**{"name": path.stem, "notebook": notebook} | content)
         space.notebook = find_name(notebook or space.notebook, list(pipeline.by_name))
         for name, domain in space.parameters.items():
-            values = domain if isinstance(domain, list) else [domain["low"], domain["high"]]
-            for value in values:
+            for value in domain if isinstance(domain, list) else (domain["low"], domain["high"]):
                 suggest(FixedTrial({name: value}), name, domain)
-                settings = space.settings({name: value})
-                make_parameters(pipeline.defaults, profile={}, settings=settings)
+                make_parameters(
+                    pipeline.defaults, profile={}, settings=space.settings({name: value})
+                )
     except (TypeError, KeyError, ValueError, AttributeError, OSError) as error:
         raise SuiteError(f"{path}: expected a space file, got {error!r}") from error
     if "metrics.json" not in pipeline.by_name[space.notebook].outputs:
@@ -114,23 +117,23 @@ def open_study(space: Space, storage: str, made_with: dict[str, Any]) -> optuna.
     """
     study = optuna.create_study(
         storage=storage if "://" in storage else JournalStorage(JournalFileBackend(storage)),
-        pruner=optuna.pruners.MedianPruner(),
+        pruner=optuna.pruners.NopPruner() if space.is_grid() else optuna.pruners.MedianPruner(),
         study_name=space.name,
         load_if_exists=True,
     )
     before = study.user_attrs.get("made_with", made_with)
-    if before != made_with:
-        changed = {key: (before.get(key), made_with[key]) for key in made_with}
-        changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
-        raise SuiteError(f"search {space.name!r} began otherwise (before, now): {changed}")
+    for key, value in made_with.items():
+        if before.get(key) != value:
+            change = f"{key}={before.get(key)}, now {value}"
+            raise SuiteError(f"search {space.name!r} began with {change}; give it another name")
     study.set_user_attr("made_with", made_with)
     alive = [_identify(process) for process in psutil.process_iter()]
     retried: set[int] = set()
     for trial in reversed(study.trials):  # a retry comes after the trial that it repeats
         retried |= set(trial.system_attrs.get("retry_history", []))
         process = trial.user_attrs.get("process", "")
-        was_here = process.startswith(f"{platform.node()} ")
-        if trial.state == TrialState.RUNNING and was_here and process not in alive:
+        is_dead = process.startswith(f"{platform.node()} ") and process not in alive
+        if trial.state == TrialState.RUNNING and is_dead:
             study.tell(trial.number, state=TrialState.FAIL)
         elif trial.state != TrialState.FAIL:
             continue
@@ -167,13 +170,17 @@ def run_trial(
     command += ["--set", *space.settings(values)]
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-    n_reported, is_pruned = 0, False
+    history, n_reported, is_running, is_pruned = run_dir / "history.csv", 0, True, False
     try:
-        while process.poll() is None and not is_pruned:
+        while is_running and not is_pruned:
             time.sleep(POLL_S)
-            n_reported = _report(trial, run_dir / "history.csv", n_reported)
-            is_worse = space.prune == "true" and trial.should_prune()
-            is_pruned = is_worse and process.poll() is None
+            is_running = process.poll() is None
+            losses = pd.read_csv(history)["log_loss"].dropna() if history.exists() else []
+            for step, loss in enumerate(losses):
+                if step >= n_reported:
+                    trial.report(loss, step)
+            n_reported = len(losses)
+            is_pruned = is_running and trial.should_prune()
     finally:
         process.terminate()  # its kernel ends with it
         process.wait()
@@ -182,22 +189,13 @@ def run_trial(
         raise optuna.TrialPruned
     if process.returncode:
         raise SuiteError(f"{log}: {log.read_text()[-2000:]}")
-    _report(trial, run_dir / "history.csv", n_reported)
     return runs.read_json(run_dir / "metrics.json")["log_loss"]
-
-
-def _report(trial: Trial, history: Path, n_reported: int) -> int:
-    """Report the validations that are new; return how many there are."""
-    losses = pd.read_csv(history)["log_loss"].tolist() if history.exists() else []
-    for step in range(n_reported, len(losses)):
-        trial.report(losses[step], step)
-    return max(n_reported, len(losses))
 
 
 def search(
     space: Space, pipeline: Pipeline, storage: str, n_trials: int, options: Sequence[str]
 ) -> optuna.Study:
-    """Run trials until a study has enough finished ones.
+    """Run trials until a study has enough finished ones, then write its results.
 
     Args:
         space: from `read_space`.
@@ -210,21 +208,18 @@ def search(
     folder.mkdir(parents=True, exist_ok=True)
     stage = pipeline.by_name[space.notebook]
     run_suite(pipeline, list(pipeline.needs(stage)), sys.stdout)
-    inputs = pipeline.inputs(stage)
-    del inputs[CODE]
-    made_with = pipeline.all_parameters(stage.name) | space.fixed
-    made_with |= {name: state[2] for name, state in measure_states(inputs).items()}
+    inputs = {name: path for name, path in pipeline.inputs(stage).items() if name != CODE}
+    hashes = {name: state[2] for name, state in measure_states(inputs).items()}
+    made_with = pipeline.all_parameters(stage.name) | space.fixed | hashes
     study = open_study(space, storage or str(folder / "journal.log"), made_with)
-    domains = space.parameters.values()
-    is_grid = all(isinstance(domain, list) for domain in domains)
     n_wanted = n_trials or 20
-    if is_grid:
-        n_grid = prod(len(choices) for choices in domains)
+    if space.is_grid():
+        n_grid = math.prod(len(choices) for choices in space.parameters.values())
         n_wanted = min(n_trials or n_grid, n_grid)
-    for _ in range(n_wanted - len(study.get_trials(states=FINISHED))):
-        if len(study.get_trials(states=FINISHED)) >= n_wanted:
+    for _ in range(n_wanted - len(study.get_trials(states=(COMPLETE, PRUNED)))):
+        if len(study.get_trials(states=(COMPLETE, PRUNED))) >= n_wanted:
             break  # another process ran the rest
-        if is_grid:
+        if space.is_grid():
             study.sampler = optuna.samplers.GridSampler(space.parameters, int(space.seed))
         else:
             # Processes that share a storage must not draw the same values.
@@ -235,28 +230,26 @@ def search(
             n_trials=1,
             catch=(SuiteError,),
         )
+    write_results(study, folder)
+    runs.write_leaderboard(pipeline.artifacts)
     return study
 
 
 def write_results(study: optuna.Study, folder: Path) -> None:
-    """Write `trials.csv`, and pictures of the search where it has enough trials for them."""
+    """Write `trials.csv`, and pictures of the search as soon as two trials are complete."""
     runs.write_table(folder / "trials.csv", study.trials_dataframe())
-    if len(study.get_trials(states=[TrialState.COMPLETE])) < 2:
+    if len(study.get_trials(states=(COMPLETE,))) < 2:
         return
     # Optuna's default evaluator looks only at the best trials, where the best choice is constant.
     fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    plots: dict[str, dict[str, Any]] = {
-        "optimization_history": {},
-        "slice": {},
-        "param_importances": {"evaluator": fanova},
-    }
-    for name, more in plots.items():
+    for name in ("optimization_history", "slice", "param_importances"):
+        more = {"evaluator": fanova} if name == "param_importances" else {}
         try:
             axes = getattr(pictures, f"plot_{name}")(study, target_name="log loss", **more)
         except (ValueError, RuntimeError) as error:  # all trials are alike
             print(f"No picture of {name}: {error}")
-        else:
-            runs.write_figure(folder / f"{name}.png", np.ravel(axes)[0].figure)
+            continue
+        runs.write_figure(folder / f"{name}.png", np.ravel(axes)[0].figure)
     plt.close("all")
 
 
@@ -283,17 +276,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nStopped. The same command resumes from here.", file=sys.stderr)
         return 130
-    folder = pipeline.artifacts / "searches" / space.name
-    write_results(study, folder)
-    runs.write_leaderboard(pipeline.artifacts)
-    scores = [
-        (trial.values[0], trial.user_attrs["folder"])
-        for trial in study.get_trials(states=[TrialState.COMPLETE])
-    ]
-    for loss, name in sorted(scores):
+    trials = study.get_trials(states=(COMPLETE,))
+    for loss, name in sorted((trial.value or 0.0, trial.user_attrs["folder"]) for trial in trials):
         print(f"{loss:.4f}  {name}")
-    print(f"\nTrials and pictures: {folder}\nLeaderboard: {pipeline.artifacts / 'leaderboard.csv'}")
-    return 0 if scores else 1
+    print(f"\nTrials and pictures: {pipeline.artifacts / 'searches' / space.name}")
+    return 0 if trials else 1
 
 
 if __name__ == "__main__":
