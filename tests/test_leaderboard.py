@@ -18,11 +18,11 @@ def make_run(folder, loss, data="d", **more):
 
 def test_every_finished_run_is_a_row_the_best_of_its_data_first(tmp_path):
     make_run(tmp_path / "02_baseline", 1.05, log_loss_low=1.0, log_loss_high=1.1)
-    make_run(tmp_path / "sweeps" / "ridge" / "0" / "02_baseline", 1.02, peak_mib=100.0)
+    make_run(tmp_path / "searches" / "ridge" / "0" / "02_baseline", 1.02, peak_mib=100.0)
     make_run(tmp_path / "03_modernbert", 0.9, data="e")
     (tmp_path / "04_qwen").mkdir()
     table = write_leaderboard(tmp_path)
-    assert table["run"].tolist() == ["sweeps/ridge/0/02_baseline", "02_baseline", "03_modernbert"]
+    assert table["run"].tolist() == ["searches/ridge/0/02_baseline", "02_baseline", "03_modernbert"]
     assert tuple(table.columns) == LEADERBOARD_COLUMNS and table["seed"].tolist() == [7] * 3
     written = pd.read_csv(tmp_path / "leaderboard.csv")
     assert written["log_loss"].tolist() == [1.02, 1.05, 0.9]

@@ -175,11 +175,11 @@ def run_trial(
         while is_running and not is_pruned:
             time.sleep(POLL_S)
             is_running = process.poll() is None
-            losses = pd.read_csv(history)["log_loss"].dropna() if history.exists() else []
-            for step, loss in enumerate(losses):
-                if step >= n_reported:
-                    trial.report(loss, step)
-            n_reported = len(losses)
+            if history.exists():
+                losses = pd.read_csv(history)["log_loss"].dropna().tolist()
+                for step in range(n_reported, len(losses)):
+                    trial.report(losses[step], step)
+                n_reported = len(losses)
             is_pruned = is_running and trial.should_prune()
     finally:
         process.terminate()  # its kernel ends with it
@@ -245,8 +245,10 @@ def write_results(study: optuna.Study, folder: Path) -> None:
     for name in ("optimization_history", "slice", "param_importances"):
         more = {"evaluator": fanova} if name == "param_importances" else {}
         try:
-            axes = getattr(pictures, f"plot_{name}")(study, target_name="log loss", **more)
-        except (ValueError, RuntimeError) as error:  # all trials are alike
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of values that are all alike
+                axes = getattr(pictures, f"plot_{name}")(study, target_name="log loss", **more)
+        except (ValueError, RuntimeError) as error:  # too few different values
             print(f"No picture of {name}: {error}")
             continue
         runs.write_figure(folder / f"{name}.png", np.ravel(axes)[0].figure)
