@@ -140,6 +140,12 @@ def test_changed_code_reruns_but_changed_prose_does_not(folder):
     assert reasons(folder) == {"03_report": "the notebook's code is changed"}
 
 
+@pytest.mark.parametrize("text", ['{"log_loss": 0.1}', '{"log_l'])
+def test_metrics_edited_by_hand_are_detected(folder, text):
+    (folder / "artifacts/02_count/metrics.json").write_text(text)
+    assert reasons(folder) == {"02_count": "output metrics.json is changed"}
+
+
 def test_a_folder_with_a_damaged_file_is_removed_as_one(folder):
     model = folder / "artifacts/02_count/model"
     (model / "words.safetensors").write_text("damaged")
@@ -303,7 +309,7 @@ def test_progress_shows_the_last_printed_line_without_its_blocks(stream, monkeyp
         time.sleep(0.35)
     printed = stream.getvalue()
     assert re.search(LINE, printed)
-    assert stream.isatty() == ("\r" in printed)
+    assert stream.isatty() == ("\r" in printed) == printed.endswith("\x1b[K")
     if not stream.isatty():
         assert 2 <= printed.count("\n") <= 3
 

@@ -237,7 +237,12 @@ def test_the_command_runs_a_search_and_names_what_is_wrong(folder, monkeypatch, 
     monkeypatch.setattr(module, "make_pipeline", lambda _: make_pipeline(folder))
     monkeypatch.setattr(module.signal, "signal", lambda *_: None)
     (folder / "toy.yaml").write_text(GRID)
-    assert module.main([str(folder / "toy.yaml"), "--notebook", "02", "--n-trials", "2", "--profile", "demo"]) == 0
+    assert (
+        module.main(
+            [str(folder / "toy.yaml"), "--notebook", "02", "--n-trials", "2", "--profile", "demo"]
+        )
+        == 0
+    )
     assert len(re.findall(r"[01]\.0000  00\d,RATE=[123]\n", capsys.readouterr().out)) == 2
     assert module.main([str(folder / "none.yaml")]) == 1
     assert "none.yaml" in capsys.readouterr().err

@@ -6,6 +6,7 @@ unchanged, the notebook is up to date; so a deleted output makes its own noteboo
 and a later one only if the content that it reads has changed.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,8 +105,9 @@ def hash_content(path: Path) -> str:
         cells = nbformat.read(path, as_version=4).cells
         return hash_json([cell.source for cell in cells if cell.cell_type == "code"])
     if path.name == "metrics.json":
-        metrics = read_json(path)
-        return hash_json({name: metrics[name] for name in metrics if not _TIMINGS.search(name)})
+        with contextlib.suppress(ValueError):  # damaged
+            metrics = read_json(path)
+            return hash_json({name: metrics[name] for name in metrics if not _TIMINGS.search(name)})
     return hash_file(path)
 
 
@@ -144,11 +146,8 @@ class Pipeline:
     def __post_init__(self) -> None:
         """Read the notebooks' default parameters."""
         self.by_name = {stage.name: stage for stage in self.stages}
-        self.defaults = {name: read_parameters(self.source(name)) for name in self.by_name}
-
-    def source(self, name: str) -> Path:
-        """Return the file of a notebook."""
-        return self.notebooks / f"{name}.ipynb"
+        self.sources = {name: self.notebooks / f"{name}.ipynb" for name in self.by_name}
+        self.defaults = {name: read_parameters(path) for name, path in self.sources.items()}
 
     def all_parameters(self, name: str) -> dict[str, Any]:
         """Return a notebook's parameters, defaults included, without the places of its data."""
@@ -175,7 +174,7 @@ class Pipeline:
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
         """Find every file that a notebook's result depends on, apart from the library."""
-        found = {CODE: self.source(stage.name)}
+        found = {CODE: self.sources[stage.name]}
         for name, patterns in (self.needs(stage) | dict(stage.may_read)).items():
             for pattern in patterns:
                 files = files_under(self.artifacts / name, pattern)

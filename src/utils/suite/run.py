@@ -1,6 +1,8 @@
 """Run the notebooks in order with papermill, report progress and check the outputs.
 
-python -m src.utils.suite.run --only 02-05 --profile small --data ../arena/train.csv
+Notebooks that are up to date are skipped; `pipeline` says when.
+
+    python -m src.utils.suite.run --only 02-05 --profile small --data ../arena/train.csv
 """
 
 import argparse
@@ -81,24 +83,21 @@ class Progress:
     def _report(self) -> None:
         watch, next_line = Stopwatch(), LINE_S
         while not self._ended.wait(SAMPLE_S):
-            memory = _measure_children_mib()
+            memory = 0.0
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
+                    memory += process.memory_info().rss / 2**20
             self.peak_mib = max(self.peak_mib, memory)
             place = f"{self.name}: cell {self.cell} of {self.n_cells}"
             line = f"{place}, {watch.seconds:.0f} s, {memory:.0f} MiB  {self.printed}"
             if self.stream.isatty():
-                width = shutil.get_terminal_size().columns - 1
-                print(f"\r{line[:width]:<{width}}", end="\r", file=self.stream, flush=True)
+                line = line[: shutil.get_terminal_size().columns - 1]
+                print(f"{line}\x1b[K", end="\r", file=self.stream, flush=True)
             elif watch.seconds >= next_line:
                 next_line += LINE_S
                 print(line, file=self.stream, flush=True)
-
-
-def _measure_children_mib() -> float:
-    total = 0
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it may end between the two calls
-            total += process.memory_info().rss
-    return total / 2**20
+        if self.stream.isatty():
+            print("\x1b[K", end="", file=self.stream)
 
 
 def _kernel_manager(log: IO[str], artifacts: Path) -> type[AsyncKernelManager]:
@@ -119,7 +118,7 @@ def _kernel_manager(log: IO[str], artifacts: Path) -> type[AsyncKernelManager]:
 
 def _execute(pipeline: Pipeline, stage: Stage, progress: Progress, copy: Path) -> None:
     # papermill reads braces in a path as places for parameters.
-    both = (pipeline.source(stage.name), copy)
+    both = (pipeline.sources[stage.name], copy)
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in both)
 
     def failure(what: str, code: str, lines: Sequence[str] = ()) -> SuiteError:
@@ -183,8 +182,7 @@ def clear_outputs(pipeline: Pipeline, stage: Stage) -> None:
     """Remove what a new run must not pick up: everything if forced, else damaged outputs.
 
     A folder with a damaged file goes as one: a model that lacks a file would pass for finished.
-    Without `run.json` and the last output, a run that fails or is killed is never mistaken
-    for a complete one. Checkpoints stay, so that training resumes.
+    `run.json` and the last output go, so that a run that is killed does not count as complete.
     """
     folder = pipeline.artifacts / stage.name
     damaged = {folder / Path(name).parts[0] for name in pipeline.damage(stage)}
@@ -215,7 +213,7 @@ def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
         "library": _hash_library(),
     }
     watch = Stopwatch()
-    n_cells = len(nbformat.read(pipeline.source(stage.name), as_version=4).cells)
+    n_cells = len(nbformat.read(pipeline.sources[stage.name], as_version=4).cells)
     with Progress(stage.name, n_cells, stream) as progress:
         _execute(pipeline, stage, progress, copy)
     _check_outputs(stage, folder, before)
@@ -231,11 +229,6 @@ def run_suite(
     """Run notebooks in order, skip those that are up to date, stop at the first failure.
 
     A notebook that predicts test battles is left out if there are none.
-
-    Args:
-        pipeline: the notebooks and their parameters.
-        names: notebooks to run, in the pipeline's order.
-        stream: gets the progress.
 
     Returns:
         The rows of the closing table.
@@ -266,7 +259,7 @@ def run_suite(
             state += " (the library changed since; FORCE=1 runs it again)"
         print(f"{title}: {state}", file=stream, flush=True)
         known = (read_json(path) if path.exists() else {}) | record
-        row = {"notebook": stage.name, "status": "ran" if reason else "skipped"}
+        row: dict[str, Any] = {"notebook": stage.name, "status": "ran" if reason else "skipped"}
         row |= {name: known.get(name) for name in _DIGITS}
         rows.append(row | {"oracle": known.get("oracle_log_loss"), "output": str(path.parent)})
     return rows
@@ -277,6 +270,7 @@ def format_results(rows: Sequence[Mapping[str, Any]]) -> str:
     table = pd.DataFrame(rows, columns=["notebook", "status", *_DIGITS, "output"])
     formats = {name: f"{{:.{digits}f}}".format for name, digits in _DIGITS.items()}
     table = table.astype(dict.fromkeys(_DIGITS, float))
+    table["output"] = [os.path.relpath(path) for path in table["output"]]
     texts = [table.to_string(index=False, na_rep="–", formatters=formats)]
     for row in rows:
         path = Path(row["output"]) / "metrics.json"
@@ -342,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = format_results(rows)
         write_json(pipeline.artifacts / "summary.json", rows)
         write_text(pipeline.artifacts / "summary.md", f"```\n{text}\n```\n")
-        print(f"\n{text}\n\nExecuted notebooks and HTML: {pipeline.artifacts / 'notebooks'}")
+        print(f"\n{text}\n\nExecuted notebooks and HTML: {pipeline.artifacts}/notebooks")
     return 0
 
 
