@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Values from the command line reach the shell through the environment, so spaces in them survive.
-export DATA TEST SET SWEEP
-SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(if $(PROFILE),--profile "$(PROFILE)") \
-	$(if $(DATA),--data "$$DATA") $(if $(TEST),--test "$$TEST") $(if $(SET),--set "$$SET") \
-	$(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") $(if $(filter-out 0,$(FORCE)),--force) \
-	$(if $(filter-out 0,$(LIST)),--list)
+export DATA TEST SET SPACE STORAGE
+SUITE_OPTIONS = $(if $(PROFILE),--profile "$(PROFILE)") $(if $(DATA),--data "$$DATA") $(if $(TEST),--test "$$TEST") \
+	$(if $(SET),--set "$$SET") $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)")
+SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(SUITE_OPTIONS) \
+	$(if $(filter-out 0,$(FORCE)),--force) $(if $(filter-out 0,$(LIST)),--list)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check data train sweep kernel kernel-push rehearse bench notebook clean
+.PHONY: help run test lint check data train search kernel kernel-push rehearse bench notebook clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -36,7 +36,7 @@ $(READY): requirements.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $(READY)
 
-run: $(READY)  ## raw battles to submission.csv: the notebooks in order, those that are whole are skipped
+run: $(READY)  ## raw battles to submission.csv: the notebooks in order, without those that are up to date
 	@$(SUITE)
 
 test: $(READY)  ## every test, also those that train and run notebooks, two files at a time (JOBS=1 one)
@@ -59,9 +59,9 @@ train: NB := 01-05
 train: PROFILE := full
 train: run  ## the real thing on a GPU, without inference: NB=01-05 PROFILE=full
 
-sweep: $(READY)  ## a notebook over a grid of parameters: SWEEP=file.yaml, JOBS=2 at a time; takes DATA, PROFILE, ARTIFACTS too
-	@$(BIN)/python -m src.utils.suite.search "$$SWEEP" --jobs $(or $(JOBS),1) $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
-		$(if $(DATA),--data "$$DATA") $(if $(PROFILE),--profile "$(PROFILE)")
+search: $(READY)  ## a search over a notebook's parameters: SPACE=file.yaml NB=03 N=20 STORAGE=file or URL; takes DATA, TEST, PROFILE, SET, ARTIFACTS too
+	@$(BIN)/python -m src.utils.suite.search "$$SPACE" $(if $(NB),--notebook "$(NB)") $(if $(N),--n-trials "$(N)") \
+		$(if $(STORAGE),--storage "$$STORAGE") $(SUITE_OPTIONS)
 
 kernel: $(READY)  ## build/kaggle: what is uploaded to Kaggle (BASELINE=1 the CPU baseline alone, EQUAL="02_baseline 04_qwen" these at equal weight, WHEELS=1 adds what its image lacks)
 	@$(BIN)/python kaggle_kernel/build.py $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \

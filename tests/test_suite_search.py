@@ -1,77 +1,248 @@
-import subprocess
+"""Searches on the toy pipeline of test_suite_run; a script stands in for the suite where it can."""
 
+import os
+import re
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import psutil
 import pytest
+from optuna.trial import TrialState
+from test_suite_run import HEAD, STAGES, WRITE_WORDS, write_count, write_notebook
 
 from src.utils.config import SuiteError
-from src.utils.runs import write_json
 from src.utils.suite import search as module
-from src.utils.suite.search import Sweep, format_scores, main, name_point, read_sweep, run_sweep
+from src.utils.suite.pipeline import Pipeline
+from src.utils.suite.search import COMPLETE, PRUNED, read_space, search
+
+# Scores (RATE - 2)**2; a run with a bad score takes a minute after its validation.
+FAKE_SUITE = """import json, sys, time
+from pathlib import Path
+artifacts = Path(sys.argv[sys.argv.index("--artifacts") + 1])
+values = dict(text.split(".", 1)[1].split("=") for text in sys.argv[sys.argv.index("--set") + 1:])
+with (artifacts.parent / "calls.txt").open("a") as file:
+    file.write(artifacts.name + "\\n")
+if (artifacts.parent / "break").exists():
+    sys.exit("it broke")
+folder = artifacts / "02_count"
+folder.mkdir(exist_ok=True)
+loss = (float(values["RATE"]) - 2) ** 2
+(folder / "new.csv").write_text(f"log_loss\\n{loss}\\n")
+(folder / "new.csv").rename(folder / "history.csv")
+if loss > 50:
+    (folder / "checkpoints").mkdir()
+    time.sleep(60)
+(folder / "metrics.json").write_text(json.dumps({"log_loss": loss, "data_hash": "d"}))
+"""
 
 
-def write_sweep(folder, text):
-    path = folder / "trial.yaml"
-    path.write_text(text)
-    return path
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "artifacts/01_words").mkdir(parents=True)
+    for name in STAGES[0].outputs:
+        (tmp_path / "artifacts/01_words" / name).touch()
+    write_notebook(tmp_path / "notebooks/01_words.ipynb", "SEED: int = 1", HEAD, WRITE_WORDS)
+    write_notebook(tmp_path / "notebooks/03_report.ipynb", "SEED: int = 1")
+    write_count(tmp_path, "")
+    (tmp_path / "fake.py").write_text(FAKE_SUITE)
+    monkeypatch.setattr(module, "SUITE", [sys.executable, str(tmp_path / "fake.py")])
+    monkeypatch.setattr(module, "POLL_S", 0.05)
+    monkeypatch.setattr(module, "run_suite", lambda *_: None)  # 01 is not needed here
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield tmp_path
 
 
-def test_a_grid_is_every_combination(tmp_path):
-    path = write_sweep(tmp_path, "notebook: '02'\ngrid: {RIDGE: [0.5, 1], N_TREES: [10, 20]}")
-    sweep = read_sweep(path)
-    assert (sweep.name, sweep.notebook, len(sweep.points)) == ("trial", "02_baseline", 4)
-    assert sweep.points[1] == {"RIDGE": 0.5, "N_TREES": 20}
+def make_pipeline(folder):
+    return Pipeline(folder / "artifacts", {}, folder / "notebooks", STAGES)
+
+
+def run(folder, text, n_trials=0, storage=""):
+    (folder / "toy.yaml").write_text(f"notebook: '02'\n{text}")
+    pipeline = make_pipeline(folder)
+    space = read_space(folder / "toy.yaml", pipeline)
+    return search(space, pipeline, storage, n_trials, [])
+
+
+def calls(folder):
+    return (folder / "artifacts/searches/toy/calls.txt").read_text().split()
+
+
+GRID = "parameters: {RATE: ['1', '2', '3']}"
+RANGE = "parameters: {RATE: {low: 1.0, high: 3.0}}"
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "said"),
+    ("text", "named"),
     [
-        ("grid: {RIDGE: [1.0]}", ValueError, "notebook"),
-        ("notebook: '01'\ngrid: {N_FOLDS: [3]}", ValueError, "02_baseline"),
-        ("notebook: '02'\ngrid: {RIDGE: 1.0}", ValueError, "lists"),
-        ("notebook: '02'\ngrid: {RIGDE: [1.0]}", SuiteError, "RIDGE"),
-        ("notebook: '02'\ngrid: {N_TREES: [many]}", SuiteError, "int"),
+        ("parameters: {RTAE: ['1.0']}", "RATE"),
+        ("parameters: {RATE: [many]}", "many"),
+        ("parameters: {RATE: {low: 1.0, high: much}}", "much"),
+        ("parameters: {RATE: {low: 2.0, high: 1.0}}", "1.0"),
+        ("parameters: {RATE: {low: 1e-3}}", "high"),
+        ("parameters: {RATE: 1.0}", "toy.yaml"),
+        ("grid: {RATE: [1.0]}", "grid"),
+        ("fixed: {RAET: 1}\nparameters: {RATE: ['1.0']}", "RATE"),
     ],
 )
-def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, capsys, text, error, said):
-    path = write_sweep(tmp_path, text)
-    with pytest.raises(error, match=said):
-        read_sweep(path)
-    assert main([str(path), "--artifacts", str(tmp_path)]) == 1 and said in capsys.readouterr().err
+def test_a_wrong_space_is_refused_before_anything_runs(folder, text, named):
+    with pytest.raises(SuiteError, match=named):
+        run(folder, text)
 
 
-def test_folder_names_tell_the_parameters_and_never_meet():
-    assert name_point({"RIDGE": 0.5, "SEED": 1}) == "RIDGE=0.5,SEED=1"
-    names = {
-        name_point({"CHECKPOINT": value}) for value in ("a/b", "a_b", "a b", "x" * 300, "x" * 301)
-    }
-    assert len(names) == 5 and all("/" not in name and len(name) < 100 for name in names)
+def test_a_notebook_without_a_log_loss_cannot_be_searched(folder):
+    (folder / "toy.yaml").write_text("notebook: '03'\nparameters: {SEED: ['1']}")
+    with pytest.raises(SuiteError, match="03_report"):
+        read_space(folder / "toy.yaml", make_pipeline(folder))
 
 
-def test_every_point_is_a_run_of_the_suite_in_its_own_folder(tmp_path, monkeypatch):
-    (tmp_path / "01_eda").mkdir()
-    write_json(tmp_path / "01_eda" / "run.json", {})
-    commands = []
+@pytest.mark.parametrize("name", ["heads_03", "heads_04"])
+def test_the_committed_spaces_are_valid_grids(name):
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.yaml"
+    space = read_space(path, Pipeline(Path(), {}))
+    assert set(map(type, space.parameters.values())) == {list}
 
-    def run(command, **options):
-        commands.append(command)
-        folder = (
-            tmp_path
-            / "sweeps"
-            / "t"
-            / name_point({"RIDGE": 2.0 if "02.RIDGE=2.0" in command else 1.0})
+
+def test_a_grid_tries_each_combination_once_and_a_finished_one_never_again(folder):
+    for _ in range(2):
+        study = run(folder, GRID)
+        assert sorted(trial.value for trial in study.trials) == [0, 1, 1]
+    assert sorted(call.split("RATE=")[1] for call in calls(folder)) == ["1", "2", "3"]
+
+
+def test_a_search_resumes_up_to_its_number_of_trials_and_is_the_same_with_the_same_seed(folder):
+    run(folder, RANGE, n_trials=2)
+    rates = [trial.params["RATE"] for trial in run(folder, RANGE, n_trials=4).trials]
+    assert len(rates) == len(calls(folder)) == len(set(rates)) == 4
+    assert all(1 <= rate <= 3 for rate in rates)
+    again = run(folder, f"name: again\n{RANGE}", n_trials=4)
+    assert [trial.params["RATE"] for trial in again.trials] == rates
+    other = run(folder, f"name: other\nseed: 1\n{RANGE}", n_trials=1)
+    assert other.trials[0].params["RATE"] != rates[0]
+
+
+def test_a_range_of_whole_numbers_gives_whole_numbers(folder):
+    study = run(folder, "parameters: {RATE: {low: 2, high: 4, step: 2}}", n_trials=3)
+    assert {str(trial.params["RATE"]) for trial in study.trials} <= {"2", "4"}
+
+
+def test_a_failed_trial_is_named_and_run_again_in_its_folder(folder):
+    (folder / "artifacts/searches/toy").mkdir(parents=True)
+    (folder / "artifacts/searches/toy/break").touch()
+    assert [trial.state for trial in run(folder, GRID, n_trials=1).trials] == [TrialState.FAIL]
+    assert "it broke" in next(folder.rglob("suite.log")).read_text()
+    (folder / "artifacts/searches/toy/break").unlink()
+    study = run(folder, GRID)
+    assert len(study.get_trials(states=(COMPLETE, PRUNED))) == 3
+    assert sorted(calls(folder)).count(calls(folder)[0]) == 2
+    assert len(set(calls(folder))) == 3
+
+
+def test_an_interrupted_trial_is_run_again_in_its_folder(folder):
+    space_text = "parameters: {RATE: ['20']}"  # its run takes a minute
+    script = f"""import pathlib, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_suite_search as toy
+toy.module.SUITE = [sys.executable, {str(folder / "fake.py")!r}]
+toy.module.run_suite = lambda *_: None
+toy.run(pathlib.Path({str(folder)!r}), {space_text!r})"""
+    killed = subprocess.Popen([sys.executable, "-c", script])
+    while not list(folder.rglob("checkpoints")):
+        assert killed.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(killed.pid).children()
+    killed.kill()
+    killed.wait()
+    for child in children:
+        child.kill()
+    fake = FAKE_SUITE.replace("mkdir()", "mkdir(exist_ok=True)").replace("> 50", "> 999")
+    (folder / "fake.py").write_text(fake)
+    study = run(folder, space_text)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, COMPLETE]
+    first, second = calls(folder)
+    assert first == second
+
+
+@pytest.mark.slow
+def test_a_trial_worse_than_the_median_is_pruned_and_its_kernel_stopped(folder, monkeypatch):
+    study = run(folder, RANGE, n_trials=5)  # the pruner wants five complete trials first
+    study.enqueue_trial({"RATE": 2.5})
+    suite = f"""import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_suite_search as toy
+from src.utils.suite import run
+def make_pipeline(options):
+    pipeline = toy.make_pipeline(toy.Path({str(folder)!r}))
+    pipeline.artifacts = toy.Path(options.artifacts)
+    return pipeline
+run.make_pipeline = make_pipeline
+sys.exit(run.main())"""
+    monkeypatch.setattr(module, "SUITE", [sys.executable, "-c", suite])
+    validate = """folder = root / "02_count"
+(folder / "checkpoints").mkdir()
+(folder / "new.csv").write_text("log_loss\\n324.0\\n")
+(folder / "new.csv").rename(folder / "history.csv")
+time.sleep(300)"""
+    write_count(folder, validate)
+    trial = run(folder, RANGE, n_trials=6).trials[-1]
+    assert (trial.state, trial.value) == (PRUNED, 324)
+    run_folder = folder / "artifacts/searches/toy" / trial.user_attrs["folder"] / "02_count"
+    assert [path.name for path in run_folder.iterdir()] == ["history.csv"]
+    alive = [child.cmdline() for child in psutil.Process().children(recursive=True)]
+    assert not [command for command in alive if "ipykernel_launcher" in command]
+
+
+def test_a_study_is_not_resumed_with_other_settings_or_other_data(folder):
+    run(folder, f"fixed: {{RATE: 7}}\n{GRID}", n_trials=1)
+    with pytest.raises(SuiteError, match=r"RATE.*7.*8"):
+        run(folder, f"fixed: {{RATE: 8}}\n{GRID}")
+    (folder / "artifacts/01_words/words.txt").write_text("others")
+    with pytest.raises(SuiteError, match=r"words\.txt"):
+        run(folder, f"fixed: {{RATE: 7}}\n{GRID}")
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///{}/shared.db", "{}/shared.log"])
+def test_searches_share_a_storage(folder, storage):
+    storage = storage.format(folder)
+    run(folder, GRID, n_trials=1, storage=storage)
+    others = run(folder, GRID, storage=storage)
+    assert sorted(trial.number for trial in others.get_trials(states=(COMPLETE, PRUNED))) == [
+        0,
+        1,
+        2,
+    ]
+    assert len(calls(folder)) == 3
+
+
+def test_results_are_a_table_pictures_and_the_leaderboard(folder):
+    run(folder, RANGE, n_trials=1)
+    results = folder / "artifacts/searches/toy"
+    assert len(pd.read_csv(results / "trials.csv")) == 1
+    assert not list(results.glob("*.png"))  # of one trial there is nothing to see
+    run(folder, RANGE, n_trials=6)
+    assert len(pd.read_csv(results / "trials.csv")) == 6
+    for name in ("optimization_history", "slice", "param_importances"):
+        assert (results / f"{name}.png").stat().st_size > 5000
+    board = pd.read_csv(folder / "artifacts/leaderboard.csv")
+    assert board["run"].str.match(r"searches/toy/\d+,RATE=[\d.]+/02_count").sum() == 6
+
+
+def test_the_command_runs_a_search_and_names_what_is_wrong(folder, monkeypatch, capsys):
+    monkeypatch.setattr(module, "make_pipeline", lambda _: make_pipeline(folder))
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    (folder / "toy.yaml").write_text(GRID)
+    assert (
+        module.main(
+            [str(folder / "toy.yaml"), "--notebook", "02", "--n-trials", "2", "--profile", "demo"]
         )
-        assert (folder / "01_eda" / "run.json").exists() and command[
-            command.index("--artifacts") + 1
-        ] == str(folder)
-        if "02.RIDGE=1.0" in command:
-            return subprocess.CompletedProcess(command, 1, "", "it broke")
-        scores = {"log_loss": 1.03, "accuracy": 0.5, "data_hash": "d"}
-        write_json(folder / "02_baseline" / "metrics.json", scores)
-        return subprocess.CompletedProcess(command, 0, "done", "")
-
-    monkeypatch.setattr(module.subprocess, "run", run)
-    sweep = Sweep("t", "02_baseline", [{"RIDGE": 1.0}, {"RIDGE": 2.0}])
-    (failed,) = run_sweep(sweep, tmp_path, ["--profile", "demo"], n_jobs=2)
-    assert "RIDGE=1.0" in failed and "it broke" in failed
-    assert len(commands) == 2 and all(command[-2:] == ["--profile", "demo"] for command in commands)
-    assert format_scores(sweep, tmp_path) == "1.0300  RIDGE=2.0"
-    assert "sweeps/t/RIDGE=2.0/02_baseline" in (tmp_path / "leaderboard.csv").read_text()
+        == 0
+    )
+    assert len(re.findall(r"[01]\.0000  00\d,RATE=[123]\n", capsys.readouterr().out)) == 2
+    assert module.main([str(folder / "none.yaml")]) == 1
+    assert "none.yaml" in capsys.readouterr().err

@@ -1,179 +1,161 @@
-"""Record a finished run of the suite: scores to `benchmarks/results/`, the table to README.
+"""Record a finished run: its scores in `benchmarks/results/`, its table in README.
 
     python benchmarks/results/record.py demo artifacts
     python benchmarks/results/record.py real artifacts/real
     python benchmarks/results/record.py heads artifacts
     python benchmarks/results/record.py eda artifacts/eda
 
-Every number of README's result tables comes from the files that this writes; a test
-compares the two. `heads` are the sweeps of `benchmarks/heads_*.yaml`. The last line takes
-figures alone, of a run with few battles a chatbot and the real vocabularies:
+`heads` reads the searches of `benchmarks/heads_*.yaml`. `eda` copies figures only, from a run
+with few battles per chatbot and the real vocabularies:
 
-    make run NB=01 DATA="…" ARTIFACTS=artifacts/eda SET="01.MIN_BATTLES=15 01.TOKENIZERS=[/…/qwen2_5,/…/olmo_bpe]"
+    make run NB=01 DATA=… ARTIFACTS=artifacts/eda SET="01.MIN_BATTLES=15 01.TOKENIZERS=[/…,/…]"
+
+A test compares README's tables with these files.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from src.utils.runs import read_json, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-SCORED = ("02_baseline", "03_modernbert", "04_qwen", "05_ensemble")
-EDA_FIGURES = (
-    "winners models_usage models_win_rate winner_length_diff_count winner_length_prompt_and_diff_length "
-    "more_punctuation_winner tokens_length_distribution style_effects models_strength length_curves position_by"
-).split()
-SWEEPS = {"heads_03": "03_modernbert", "heads_04": "04_qwen"}
-FIGURES = {
-    "demo": {"05_ensemble/figures/ladder.png": "ladder.png"},
-    "real": {},
-    "heads": {},
-    "eda": {f"01_eda/figures/{name}.png": f"{name}.png" for name in EDA_FIGURES},
-}
-START, END = "<!-- results: made by benchmarks/results/record.py -->", "<!-- end of results -->"
-BASES = {"none": "32-bit", "4bit": "NF4, LoRA", "8bit": "8-bit, LoRA"}
-CAPTIONS = {
-    "02_baseline": "02 floor, CPU",
+START = "<!-- results: made by benchmarks/results/record.py -->"
+END = "<!-- end of results -->"
+MODELS = {
+    "02_baseline": "02 CPU baseline",
     "03_modernbert": "03 ModernBERT",
     "04_qwen": "04 Qwen3",
     "05_ensemble": "05 blend",
 }
+SEARCHES = {"heads_03": "03_modernbert", "heads_04": "04_qwen"}
+WEIGHTS = {"none": "32-bit", "4bit": "NF4, LoRA", "8bit": "8-bit, LoRA"}
+TITLES = {
+    "demo": "**Demo arena** (`make run`: {n_pairs:,} battles, tiny models), {machine}:",
+    "heads": "**Both heads on the demo arena** (log loss, and its distance from the oracle):",
+    "real": "**Real battles** ({n_pairs:,} rows of the competition, the same tiny models, which "
+    "learn little from so few), {machine}:",
+}
 FIELDS = (
-    "log_loss log_loss_low log_loss_high accuracy n_pairs prior_log_loss oracle_log_loss excess_log_loss "
-    "seconds peak_mib machine data_hash config_hash versions"
+    "log_loss log_loss_low log_loss_high accuracy n_pairs prior_log_loss oracle_log_loss "
+    "excess_log_loss seconds peak_mib machine data_hash config_hash versions"
+).split()
+EDA_FIGURES = (
+    "winners models_usage models_win_rate winner_length_diff_count "
+    "winner_length_prompt_and_diff_length more_punctuation_winner tokens_length_distribution "
+    "style_effects models_strength length_curves position_by"
 ).split()
 
 
-def collect_results(name: str, artifacts: Path) -> dict:
-    """Take what README tells of a run out of its `metrics.json` files and stamps."""
-    runs = {notebook: _read_run(artifacts / notebook) for notebook in SCORED}
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read the scores and the parameters of one run folder."""
+    metrics = read_json(folder / "metrics.json")
+    run = {name: metrics.get(name) for name in FIELDS}
+    return run | {"parameters": read_json(folder / "run.json")["parameters"]}
+
+
+def collect_suite(name: str, artifacts: Path) -> dict[str, Any]:
+    """Collect the runs of all models."""
     summary = read_json(artifacts / "summary.json")
-    data = read_json(artifacts / "01_eda" / "bias.json")
     return {
         "name": name,
-        "n_pairs": data["n_pairs"],
+        "n_pairs": read_json(artifacts / "01_eda" / "bias.json")["n_pairs"],
         "seconds_of_all_notebooks": round(sum(row["seconds"] for row in summary), 1),
-        "runs": runs,
+        "runs": {notebook: read_run(artifacts / notebook) for notebook in MODELS},
     }
 
 
-def _read_run(folder: Path) -> dict:
-    metrics = read_json(folder / "metrics.json")
-    parameters = read_json(folder / "run.json")["parameters"]
-    return {field: metrics.get(field) for field in FIELDS} | {"parameters": parameters}
-
-
-def collect_sweeps(artifacts: Path) -> dict:
-    """Take the runs of both sweeps over heads out of their folders, the encoder's first."""
+def collect_heads(artifacts: Path) -> dict[str, Any]:
+    """Collect the runs of both searches over heads, the encoder's first."""
     runs = {}
-    for sweep, notebook in SWEEPS.items():
-        for path in sorted((artifacts / "sweeps" / sweep).glob(f"*/{notebook}/metrics.json")):
-            runs[f"{notebook}, {path.parents[1].name}"] = _read_run(path.parent)
-    commands = [f"make sweep SWEEP=benchmarks/{sweep}.yaml" for sweep in SWEEPS]
+    for search, notebook in SEARCHES.items():
+        for path in sorted((artifacts / "searches" / search).glob(f"*/{notebook}/metrics.json")):
+            values = path.parents[1].name.partition(",")[2]  # after the trial's number
+            runs[f"{notebook}, {values}"] = read_run(path.parent)
+    commands = [f"make search SPACE=benchmarks/{search}.yaml" for search in SEARCHES]
     return {"name": "heads", "commands": commands, "runs": runs}
 
 
-def format_heads(results: dict) -> str:
-    """One line a model and base, one column a head, as Markdown."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for name, run in results["runs"].items():
-        model, chosen = CAPTIONS[name.split(", ")[0]], run["parameters"]
-        loss = f"{run['log_loss']:.3f} (+{run['excess_log_loss']:.3f})"
-        rows.setdefault((model, BASES[chosen.get("QUANTIZATION", "none")]), {})[chosen["HEAD"]] = (
-            loss
-        )
-    head = ["model", "weights", "joint head", "with contrast"]
-    return _join(
-        [
-            head,
-            *([*row, losses["joint"], f"**{losses['contrast']}**"] for row, losses in rows.items()),
-        ]
-    )
-
-
-def _join(lines: list[list[str]]) -> str:
-    """A table as Markdown; the first line is its head."""
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+def format_markdown(rows: list[dict[str, str]]) -> str:
+    """Format a Markdown table; the keys of the rows are its header."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *[list(row.values()) for row in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def format_table(results: dict) -> str:
-    """One line a model, as Markdown."""
-    known = results["runs"]["05_ensemble"].get("oracle_log_loss") is not None
-    head = [
-        "model",
-        "log loss",
-        "class prior",
-        *(["best reachable"] if known else []),
-        "accuracy",
-        "held-out battles",
-    ]
-    lines = [head]
+def format_suite(results: dict[str, Any]) -> str:
+    """Format one row per model; the oracle is known for the demo arena only."""
+    rows = []
     for notebook, run in results["runs"].items():
-        best = [f"{run['oracle_log_loss']:.3f}"] if known else []
         score = f"**{run['log_loss']:.3f}**"
-        if run.get("log_loss_low") is not None:
+        if run["log_loss_low"] is not None:
             score += f" ({run['log_loss_low']:.3f} to {run['log_loss_high']:.3f})"
-        lines.append(
-            [
-                CAPTIONS[notebook],
-                score,
-                f"{run['prior_log_loss']:.3f}",
-                *best,
-                f"{run['accuracy']:.1%}",
-                f"{run['n_pairs']:,}",
-            ]
-        )
-    return _join(lines)
+        row = {"model": MODELS[notebook], "log loss": score}
+        row["class prior"] = f"{run['prior_log_loss']:.3f}"
+        if run["oracle_log_loss"] is not None:
+            row["oracle"] = f"{run['oracle_log_loss']:.3f}"
+        row["accuracy"] = f"{run['accuracy']:.1%}"
+        row["held-out battles"] = f"{run['n_pairs']:,}"
+        rows.append(row)
+    return format_markdown(rows)
+
+
+def format_heads(results: dict[str, Any]) -> str:
+    """Format one row per model and kind of weights, one column per head."""
+    scores: dict[tuple[str, str], dict[str, str]] = {}
+    for name, run in results["runs"].items():
+        parameters = run["parameters"]
+        weights = WEIGHTS[parameters.get("QUANTIZATION", "none")]
+        by_head = scores.setdefault((MODELS[name.split(", ")[0]], weights), {})
+        by_head[parameters["HEAD"]] = f"{run['log_loss']:.3f} (+{run['excess_log_loss']:.3f})"
+    rows = []
+    for (model, weights), by_head in scores.items():
+        row = {"model": model, "weights": weights, "joint head": by_head["joint"]}
+        rows.append(row | {"with contrast": f"**{by_head['contrast']}**"})
+    return format_markdown(rows)
 
 
 def format_results() -> str:
-    """The result section of README, from the committed results."""
+    """Format the results section of README from the recorded files."""
     parts = []
-    for name, title in {
-        "demo": "**Demo arena** (`make run`: {n:,} battles, tiny models, best log loss known), {machine}:",
-        "heads": "**Both heads on the demo arena** (log loss, and how far it is from the best):",
-        "real": "**Real battles** ({n} rows of the competition, the same tiny models, which learn little from so few), "
-        "{machine}:",
-    }.items():
+    for name, title in TITLES.items():
         path = RESULTS / f"{name}.json"
-        if not path.exists():
-            continue
-        results = json.loads(path.read_text())
-        if name == "heads":
-            parts += [title, format_heads(results)]
-        else:
-            machine = results["runs"]["02_baseline"]["machine"]
-            parts += [title.format(n=results["n_pairs"], machine=machine), format_table(results)]
+        if path.exists():
+            results = read_json(path)
+            machine = next(iter(results["runs"].values()))["machine"]
+            parts.append(title.format(n_pairs=results.get("n_pairs", 0), machine=machine))
+            parts.append(format_heads(results) if name == "heads" else format_suite(results))
     return "\n\n".join(parts)
 
 
 def write_readme() -> None:
-    """Put the result section between its marks in README."""
-    readme = (ROOT / "README.md").read_text()
-    before, rest = readme.split(START)
-    _, after = rest.split(END)
-    write_text(ROOT / "README.md", f"{before}{START}\n{format_results()}\n{END}{after}")
+    """Replace the results section of README."""
+    path = ROOT / "README.md"
+    before, rest = path.read_text().split(START)
+    after = rest.split(END)[1]
+    write_text(path, f"{before}{START}\n{format_results()}\n{END}{after}")
 
 
 def main() -> None:
     """Record one run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=list(FIGURES))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=["demo", "real", "heads", "eda"])
     parser.add_argument("artifacts", type=Path)
     options = parser.parse_args()
-    if options.name == "heads":
-        write_json(RESULTS / "heads.json", collect_sweeps(options.artifacts))
-    elif options.name != "eda":
-        write_json(
-            RESULTS / f"{options.name}.json", collect_results(options.name, options.artifacts)
-        )
-    for source, target in FIGURES[options.name].items():
-        (ROOT / "assets").mkdir(exist_ok=True)
-        shutil.copyfile(options.artifacts / source, ROOT / "assets" / target)
+    name, artifacts = options.name, options.artifacts
+    (ROOT / "assets").mkdir(exist_ok=True)
+    if name == "heads":
+        write_json(RESULTS / "heads.json", collect_heads(artifacts))
+    elif name == "eda":
+        for figure in EDA_FIGURES:
+            source = artifacts / "01_eda" / "figures" / f"{figure}.png"
+            shutil.copyfile(source, ROOT / "assets" / source.name)
+    else:
+        write_json(RESULTS / f"{name}.json", collect_suite(name, artifacts))
+    if name == "demo":
+        source = artifacts / "05_ensemble" / "figures" / "ladder.png"
+        shutil.copyfile(source, ROOT / "assets" / source.name)
     write_readme()
 
 

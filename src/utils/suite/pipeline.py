@@ -1,54 +1,43 @@
-"""What each notebook reads and must leave, with which parameters, and whether it is whole.
+"""The notebooks as a pipeline: what each reads and writes, and whether it is up to date.
 
-`STAGES` is the river as a table. After a success a run folder gets `run.json`: hashes
-of the notebook's code, its parameters, everything it read and everything it left.
-While all of these are unchanged on disk the notebook is whole and need not run, so
-that deleting one artifact remakes that notebook, and a later one only where the
-content that it reads has changed.
+A complete run leaves `run.json`: the parameters, and the state (size, time of change, hash) of
+the notebook's code, of each file that it read and of each that it wrote. While these are
+unchanged, the notebook is up to date; so a deleted output makes its own notebook run again,
+and a later one only if the content that it reads has changed.
 """
 
-import os
+import contextlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import nbformat
+
 from src.utils import paths
-from src.utils.config import SuiteError, _read_cells, find_name, read_parameters
-from src.utils.runs import hash_file, hash_json, read_json, write_json
+from src.utils.config import SuiteError, find_name, read_parameters
+from src.utils.runs import hash_file, hash_json, read_json
 
 NOTEBOOKS = paths.ROOT / "notebooks"
-STAMP = "run.json"
-CHECKPOINTS = "checkpoints"
+RECORD, CHECKPOINTS, CODE = "run.json", "checkpoints", "the notebook's code"
 MODELS = ("02_baseline", "03_modernbert", "04_qwen")
-
-# Fields of metrics.json that differ between two equal runs: seconds, tokens_per_second, peak_mib.
+_PLACES = ("DATA", "TEST")  # what raw data hold matters, not where they lie
+# Fields of metrics.json that differ between equal runs: seconds, tokens_per_second, peak_mib.
 _TIMINGS = re.compile(r"second|_mib$")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One notebook of the river.
+    """One notebook of the pipeline; a file name that ends in `/` is a folder with some file."""
 
-    Args:
-        name: the notebook's file name without its ending, and that of its run folder.
-        leaves: files that it must leave; a name that ends in `/` is a folder that holds at least one.
-        mark: the file it writes last, whose existence means that the run completed.
-        reads: earlier notebook -> files that it reads; one that the earlier notebook does
-            not promise is read where it is there.
-        may_read: the same for notebooks that it can do without.
-        raw: which raw tables it reads: train, test, sample_submission.
-        chosen_by: a parameter that holds which of `MODELS` it reads; empty reads all.
-    """
-
-    name: str
-    leaves: tuple[str, ...]
-    mark: str
-    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    may_read: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    raw: tuple[str, ...] = ()
-    chosen_by: str = ""
+    name: str  # of the notebook's file (without its ending) and of its run folder
+    outputs: tuple[str, ...]  # if the last one exists, the run completed
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # notebook -> files, if any
+    may_read: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # not needed
+    raw: tuple[str, ...] = ()  # raw tables that it reads: train, test, sample_submission
+    chosen_by: str = ""  # parameter that says which of MODELS it reads; if empty, all
 
 
 _PAIRS = {"01_eda": ("pairs.parquet", "truth.parquet")}
@@ -57,21 +46,19 @@ _LOADED = ("config.json", "model/", "base/")
 _MODEL = ("config.json", "model/", "oof.parquet", "figures/", "metrics.json")
 
 STAGES = (
-    Stage("01_eda", ("pairs.parquet", "figures/", "bias.json"), "bias.json", raw=("train",)),
-    Stage("02_baseline", _MODEL, "metrics.json", reads=_PAIRS),
-    Stage("03_modernbert", (*_MODEL, "history.csv"), "metrics.json", reads=_PAIRS),
-    Stage("04_qwen", (*_MODEL, "history.csv"), "metrics.json", reads=_PAIRS),
+    Stage("01_eda", ("pairs.parquet", "figures/", "bias.json"), raw=("train",)),
+    Stage("02_baseline", _MODEL, reads=_PAIRS),
+    Stage("03_modernbert", ("history.csv", *_MODEL), reads=_PAIRS),
+    Stage("04_qwen", ("history.csv", *_MODEL), reads=_PAIRS),
     Stage(
         "05_ensemble",
         ("blend.json", "slices.csv", "figures/", "metrics.json"),
-        "metrics.json",
         reads=_PAIRS | dict.fromkeys(MODELS, _SCORED),
         chosen_by="MEMBERS",
     ),
     Stage(
         "06_kaggle_inference",
         ("submission.csv", "figures/", "timing.json"),
-        "timing.json",
         reads={"05_ensemble": ("blend.json",)},
         may_read=dict.fromkeys(MODELS, _LOADED),
         raw=("test", "sample_submission"),
@@ -79,283 +66,164 @@ STAGES = (
     Stage(
         "07_publish",
         ("model/", "README.md", "parity.json"),
-        "parity.json",
         reads=_PAIRS | dict.fromkeys(MODELS[1:], (*_LOADED, "oof.parquet", "metrics.json")),
         chosen_by="SOURCE",
     ),
 )
 
 
-# ── what was asked for ────────────────────────────────────────────────────────────────
-
-
 def choose_notebooks(only: str, names: Sequence[str]) -> list[str]:
-    """Turn what was asked for into notebook names, in the river's order.
-
-    Args:
-        only: names or numbers separated by commas or spaces, ranges with a dash; empty takes all.
-        names: every notebook, in order.
+    """Turn a selection into notebook names, in the pipeline's order; an empty one takes all.
 
     Raises:
-        SuiteError: there is no such notebook; the nearest name is suggested.
+        SuiteError: there is no such notebook (the nearest name is suggested), or a range falls.
 
     Example:
         "02,04-05" -> ["02_baseline", "04_qwen", "05_ensemble"]
     """
-    chosen = set() if only.strip() else set(names)
-    for part in re.split(r"[,\s]+", only.strip()) if only.strip() else []:
+    chosen: set[str] = set()
+    for part in only.replace(",", " ").split():
         first, _, last = part.partition("-")
-        start, end = (
-            names.index(find_name(first, names)),
-            names.index(find_name(last or first, names)),
-        )
+        start = names.index(find_name(first, names))
+        end = names.index(find_name(last or first, names))
         if end < start:
-            raise SuiteError(f"notebooks {part!r}: expected a range that goes up, such as 02-05")
+            raise SuiteError(f"notebooks {part!r}: expected a rising range, such as 02-05")
         chosen.update(names[start : end + 1])
-    return [name for name in names if name in chosen]
-
-
-def absolute_data(given: Sequence[str]) -> str:
-    """Make data paths absolute, because a kernel runs in another folder.
-
-    Args:
-        given: paths; one text may hold several, as in `paths.find_raw_data`.
-
-    Returns:
-        The paths, joined by " | "; empty when none is given.
-    """
-    words: list[str] = []
-    for text in given:
-        if Path(text).expanduser().exists():
-            words.append(text)
-        else:
-            words += text.split("|") if "|" in text else text.split()
-    return " | ".join(
-        str(Path(word.strip()).expanduser().resolve()) for word in words if word.strip()
-    )
-
-
-# ── whether a notebook is whole ───────────────────────────────────────────────────────
-
-
-class HashCache:
-    """Hashes of files, remembered as long as size and time of change stay the same."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[str, list[Any]] = read_json(path) if path.exists() else {}
-
-    def of(self, path: Path) -> str:
-        """The hash of a file; of `metrics.json` without its timings, which two equal runs do not share."""
-        stat = path.stat()
-        state = [stat.st_size, stat.st_mtime_ns]
-        known = self._known.get(str(path))
-        if known is None or known[:2] != state:
-            known = self._known[str(path)] = [*state, _hash_content(path)]
-        return known[2]
-
-    def save(self) -> None:
-        """Keep what was learned for the next call."""
-        write_json(
-            self._path, {path: known for path, known in self._known.items() if os.path.exists(path)}
-        )
-
-
-def _hash_content(path: Path) -> str:
-    if path.name != "metrics.json":
-        return hash_file(path)
-    try:
-        return hash_json(
-            {key: value for key, value in read_json(path).items() if not _TIMINGS.search(key)}
-        )
-    except (ValueError, AttributeError):
-        return hash_file(path)
+    return [name for name in names if name in chosen or not only.strip()]
 
 
 def files_under(folder: Path, pattern: str) -> list[Path]:
-    """The files that a promise names: one file, or every file of a folder written with a closing `/`."""
+    """List one file, or all files of a folder if its name ends in `/`."""
     path = folder / pattern
     found = path.rglob("*") if pattern.endswith("/") else [path]
     return sorted(file for file in found if file.is_file())
 
 
-def hash_leavings(folder: Path, hashes: HashCache) -> dict[str, str]:
-    """Hash what a run folder holds, checkpoints and the stamp aside: file name -> hash."""
-    left = {}
-    for file in sorted(folder.rglob("*")) if folder.is_dir() else []:
-        name = file.relative_to(folder)
-        if file.is_file() and str(name) != STAMP and CHECKPOINTS not in name.parts:
-            left[str(name)] = hashes.of(file)
-    return left
+def hash_content(path: Path) -> str:
+    """Hash a file: of a notebook the code cells, of metrics.json all but the timings."""
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, as_version=4).cells
+        return hash_json([cell.source for cell in cells if cell.cell_type == "code"])
+    if path.name == "metrics.json":
+        with contextlib.suppress(ValueError):  # damaged
+            metrics = read_json(path)
+            return hash_json({name: metrics[name] for name in metrics if not _TIMINGS.search(name)})
+    return hash_file(path)
 
 
-def hash_library() -> str:
-    """The hash of the package's source, to say on a skip that it changed since."""
-    library = Path(__file__).resolve().parents[1]
-    return hash_json(
-        {str(file.relative_to(library)): hash_file(file) for file in sorted(library.rglob("*.py"))}
-    )
+def measure_states(files: Mapping[str, Path]) -> dict[str, list[Any]]:
+    """Measure size (bytes), time of change (ns) and hash of each file."""
+    states = {}
+    for name, path in files.items():
+        stat = path.stat()
+        states[name] = [stat.st_size, stat.st_mtime_ns, hash_content(path)]
+    return states
 
 
-def _hash_code(notebook: Path) -> str:
-    return hash_json([cell.source for cell in _read_cells(notebook) if cell.cell_type == "code"])
-
-
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> str:
+def _changes(before: Mapping[str, list[Any]], now: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     for name in sorted({*before, *now}):
-        if name not in now:
-            return f"{what}{name} is missing"
-        if name not in before:
-            return f"{what}{name} is new"
-        if before[name] != now[name]:
-            return f"{what}{name} changed"
-    return ""
+        if name not in now or not now[name].is_file():
+            yield name, "missing"
+        elif name not in before:
+            yield name, "new"
+        else:
+            stat = now[name].stat()
+            is_same = before[name][:2] == [stat.st_size, stat.st_mtime_ns]  # spares the hashing
+            if not is_same and before[name][2] != hash_content(now[name]):
+                yield name, "changed"
 
 
 @dataclass
-class River:
-    """Where the notebooks lie, where their runs go, and with which parameters.
+class Pipeline:
+    """Notebooks, their parameters (from `config.make_parameters`) and their run folders."""
 
-    Args:
-        artifacts: folder of the run folders.
-        parameters: notebook -> parameter -> value, from `make_parameters`.
-        notebooks: folder of the notebooks.
-        stages: the notebooks, in order.
-        force: run what would be skipped.
-    """
-
-    artifacts: Path
+    artifacts: Path  # folder of the run folders
     parameters: Mapping[str, Mapping[str, Any]]
     notebooks: Path = NOTEBOOKS
     stages: Sequence[Stage] = STAGES
-    force: bool = False
+    force: bool = False  # run what is up to date, too
 
     def __post_init__(self) -> None:
-        """Open the cache of hashes."""
-        self.hashes = HashCache(self.artifacts / "hashes.json")
+        """Read the notebooks' default parameters."""
         self.by_name = {stage.name: stage for stage in self.stages}
-        self.defaults = {
-            name: read_parameters(self.notebooks / f"{name}.ipynb") for name in self.by_name
-        }
+        self.sources = {name: self.notebooks / f"{name}.ipynb" for name in self.by_name}
+        self.defaults = {name: read_parameters(path) for name, path in self.sources.items()}
 
-    def folder(self, name: str) -> Path:
-        """The run folder of a notebook."""
-        return self.artifacts / name
-
-    def source(self, stage: Stage) -> Path:
-        """The notebook's file."""
-        return self.notebooks / f"{stage.name}.ipynb"
+    def all_parameters(self, name: str) -> dict[str, Any]:
+        """Return a notebook's parameters, defaults included, without the places of its data."""
+        known = {**self.defaults[name], **self.parameters.get(name, {})}
+        # JSON turns tuples into lists, as in run.json.
+        return json.loads(json.dumps({key: known[key] for key in known if key not in _PLACES}))
 
     def needs(self, stage: Stage) -> dict[str, tuple[str, ...]]:
-        """Earlier notebook -> files that a notebook cannot do without, with the models it was told to use."""
-        known = self.defaults[stage.name] | dict(self.parameters.get(stage.name, {}))
-        chosen = known.get(stage.chosen_by) or MODELS
-        return {
-            name: files
-            for name, files in stage.reads.items()
-            if name not in MODELS or name in chosen
-        }
+        """Return earlier notebook -> files, with only the models that were chosen."""
+        chosen = self.all_parameters(stage.name).get(stage.chosen_by) or MODELS
+        unused = [name for name in MODELS if name not in chosen]
+        return {name: files for name, files in stage.reads.items() if name not in unused}
 
-    def missing_upstream(self, stage: Stage, selected: Sequence[str] = ()) -> str:
-        """What an earlier notebook should have left and did not, as a sentence; empty when all is there."""
+    def missing_input(self, stage: Stage, selected: Sequence[str] = ()) -> str:
+        """Name a notebook that must run first and is not selected; empty if there is none."""
         for name, files in self.needs(stage).items():
-            promised = [file for file in files if file in self.by_name[name].leaves] + [
-                self.by_name[name].mark
-            ]
-            absent = [file for file in promised if not files_under(self.folder(name), file)]
-            if absent and name not in selected:
-                other = (
-                    f", or choose other models with {stage.name}.{stage.chosen_by}"
-                    if stage.chosen_by
-                    else ""
-                )
-                return (
-                    f"{stage.name} reads {name}/{absent[0]}, which is missing in {self.artifacts}. "
-                    f"Run {name} first: make run NB={name[:2]}{other}"
-                )
+            outputs = self.by_name[name].outputs
+            for file in (outputs[-1], *[file for file in files if file in outputs]):
+                if name not in selected and not files_under(self.artifacts / name, file):
+                    choice = f", or set {stage.chosen_by}" if stage.chosen_by else ""
+                    path = self.artifacts / name / file
+                    return f"{stage.name} reads {path}, missing: make run NB={name[:2]}{choice}"
         return ""
 
-    def make_key(self, stage: Stage) -> dict[str, Any]:
-        """Everything that a notebook's result depends on, library code aside."""
-        passed = dict(self.parameters.get(stage.name, {}))
-        read = {}
-        for name, files in (*self.needs(stage).items(), *stage.may_read.items()):
-            for file in (
-                found for pattern in files for found in files_under(self.folder(name), pattern)
-            ):
-                read[str(file.relative_to(self.artifacts))] = self.hashes.of(file)
-        return {
-            "code": _hash_code(self.source(stage)),
-            # Where raw data lie is no matter, only what they hold.
-            "parameters": {
-                key: value for key, value in passed.items() if key not in ("DATA", "TEST")
-            },
-            "raw": self._hash_raw(stage, passed),
-            "read": read,
-        }
+    def inputs(self, stage: Stage) -> dict[str, Path]:
+        """Find every file that a notebook's result depends on, apart from the library."""
+        found = {CODE: self.sources[stage.name]}
+        for name, patterns in (self.needs(stage) | dict(stage.may_read)).items():
+            for pattern in patterns:
+                files = files_under(self.artifacts / name, pattern)
+                found |= {str(file.relative_to(self.artifacts)): file for file in files}
+        raw = self._find_raw(stage)
+        if "train" in stage.raw and raw.kind != "demo":  # 01 makes the demo's tables itself
+            found |= {f"training file {i}": path for i, path in enumerate(raw.train, 1)}
+        for table, path in (("test", raw.test), ("sample_submission", raw.sample_submission)):
+            if table in stage.raw and path:
+                found[f"raw {table}"] = path
+        return found
+
+    def outputs(self, stage: Stage) -> dict[str, Path]:
+        """Find every file in a run folder, apart from checkpoints and `run.json`."""
+        folder = self.artifacts / stage.name
+        files = {file.relative_to(folder): file for file in files_under(folder, "./")}
+        own = (RECORD, CHECKPOINTS)
+        return {str(name): file for name, file in files.items() if name.parts[0] not in own}
 
     def lacks_test(self, stage: Stage) -> bool:
-        """Whether a notebook predicts test battles and there are none (the demo arena's are made by 01)."""
-        if "test" not in stage.raw:
-            return False
-        source = self._find_raw(self.parameters.get(stage.name, {}))
-        return source.test is None and source.kind != "demo"
+        """Return whether a notebook predicts test battles and there are none."""
+        raw = self._find_raw(stage)
+        return "test" in stage.raw and raw.test is None and raw.kind != "demo"
 
-    @staticmethod
-    def _find_raw(passed: Mapping[str, Any]) -> paths.RawData:
-        return paths.find_raw_data(str(passed.get("DATA", "")), str(passed.get("TEST", "")))
+    def _find_raw(self, stage: Stage) -> paths.RawData:
+        passed = self.parameters.get(stage.name, {})
+        return paths.find_raw_data(*(str(passed.get(name, "")) for name in _PLACES))
 
-    def _hash_raw(self, stage: Stage, passed: Mapping[str, Any]) -> dict[str, str]:
-        if not stage.raw:
-            return {}
-        source = self._find_raw(passed)
-        if source.kind == "demo" and "train" in stage.raw:
-            return {"kind": "demo"}
-        tables = {f"train file {i}": path for i, path in enumerate(source.train, 1)}
-        tables |= {"test": source.test, "sample_submission": source.sample_submission}
-        found = {
-            name: path for name, path in tables.items() if path and name.split()[0] in stage.raw
-        }
-        return {"kind": source.kind} | {name: self.hashes.of(path) for name, path in found.items()}
+    def read_record(self, stage: Stage) -> dict[str, Any]:
+        """Read `run.json` of the last complete run; empty if there is none."""
+        path = self.artifacts / stage.name / RECORD
+        return read_json(path) if path.exists() else {}
 
-    def damage(self, stage: Stage) -> dict[str, bool]:
-        """Files that are not as the last finished run left them: name -> whether there still is one."""
-        folder = self.folder(stage.name)
-        if not (folder / STAMP).exists():
-            return {}
-        left, now = read_json(folder / STAMP)["left"], hash_leavings(folder, self.hashes)
-        # A file that somebody added, such as a file manager, is no damage.
-        return {name: name in now for name in left if now.get(name) != left[name]}
+    def damage(self, stage: Stage) -> dict[str, str]:
+        """Compare outputs with those of the last complete run: name -> missing or changed."""
+        before = self.read_record(stage).get("outputs", {})
+        # A file that was added, for example by a file manager, does no harm.
+        return dict(_changes(before, {name: self.artifacts / stage.name / name for name in before}))
 
     def why_run(self, stage: Stage) -> str:
-        """Why a notebook must run, as a short phrase; empty when it is whole and can be skipped."""
-        folder = self.folder(stage.name)
-        if self.force:
-            return "FORCE=1"
-        if not (folder / STAMP).exists():
-            return (
-                f"{STAMP} is missing"
-                if (folder / stage.mark).exists()
-                else "there is no finished run"
-            )
-        stamp, key = read_json(folder / STAMP), self.make_key(stage)
-        if stamp["code"] != key["code"]:
-            return "its code changed"
-        for name in sorted({*stamp["parameters"], *key["parameters"]}):
-            before, now = (
-                stamp["parameters"].get(name, "its default"),
-                key["parameters"].get(name, "its default"),
-            )
-            if before != now:
-                return f"{name} was {before}, is {now}"
-        return (
-            _difference(stamp["raw"], key["raw"], "raw data: ")
-            or next(
-                (
-                    f"{name} is {'changed' if now else 'missing'}"
-                    for name, now in self.damage(stage).items()
-                ),
-                "",
-            )
-            or _difference(stamp["read"], key["read"], "")
-        )
+        """Explain why a notebook must run, as a short phrase; empty if it is up to date."""
+        record = self.read_record(stage)
+        if self.force or not record:
+            return "FORCE=1" if self.force else "no complete run"
+        for name, value in self.all_parameters(stage.name).items():
+            if record["parameters"].get(name) != value:
+                return f"{name} was {record['parameters'].get(name)}, is {value}"
+        for name, change in self.damage(stage).items():
+            return f"output {name} is {change}"
+        for name, change in _changes(record["inputs"], self.inputs(stage)):
+            return f"{name} is {change}"
+        return ""

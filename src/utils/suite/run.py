@@ -1,12 +1,12 @@
-"""Run the notebooks in order with papermill, show how far they are, check what they left behind.
+"""Run the notebooks in order with papermill, report progress and check the outputs.
 
-A notebook that is whole is skipped (`river` says when). papermill ends well on a
-misspelt parameter and on `sys.exit()`; both are caught here.
+Notebooks that are up to date are skipped; `pipeline` says when.
 
     python -m src.utils.suite.run --only 02-05 --profile small --data ../arena/train.csv
 """
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -16,539 +16,327 @@ import signal
 import sys
 import tempfile
 import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
 import nbformat
+import pandas as pd
 import papermill
 import psutil
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
-from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from tqdm import tqdm
 
-from src.utils import paths
-from src.utils.config import (
-    SuiteError,
-    make_parameters,
-    read_parameters,
-    read_profile,
-    split_settings,
-)
-from src.utils.runs import Stopwatch, read_json, write_json, write_text
+from src.utils import config, paths
+from src.utils.config import SuiteError
+from src.utils.runs import Stopwatch, hash_file, hash_json, read_json, write_json, write_text
 from src.utils.suite.pipeline import (
-    NOTEBOOKS,
-    STAGES,
-    STAMP,
-    River,
+    RECORD,
+    Pipeline,
     Stage,
-    absolute_data,
     choose_notebooks,
     files_under,
-    hash_leavings,
-    hash_library,
+    measure_states,
 )
 
-SAMPLE_S = 0.5  # between two looks at memory, and between two refreshes of the bars
-
-# The kernels complain of these although nothing is wrong.
+SAMPLE_S = 0.5  # between two measurements of memory
+LINE_S = 30.0  # between two lines of progress where there is no terminal
+# The kernels print warnings about these although nothing is wrong.
 _QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "TOKENIZERS_PARALLELISM": "false"}
+_DIGITS = {"seconds": 1, "peak_mib": 0, "log_loss": 4, "accuracy": 3, "oracle": 4}
+_NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\|[█▏▎▍▌▋▊▉ ]*\|")  # colours and bars
 
 
-# ── running one notebook ──────────────────────────────────────────────────────────────
+class Progress:
+    """Report a running notebook: cell, seconds, memory, and the last line that it printed.
 
-
-@dataclass
-class Result:
-    """One row of the closing table."""
-
-    notebook: str
-    status: str  # ran or skipped
-    seconds: float
-    peak_mib: float
-    log_loss: float | None
-    accuracy: float | None
-    oracle_log_loss: float | None
-    output: str
-
-
-class Monitor:
-    """Watch one running notebook: cells done, its last printed line, memory of its processes."""
+    A terminal shows one line that changes, anything else gets a line every `LINE_S` seconds.
+    """
 
     def __init__(self, name: str, n_cells: int, stream: IO[str]) -> None:
-        self.peak_mib = 0.0
-        self.cell_source = ""
-        self._done = threading.Event()
-        self._bar = tqdm(
-            total=n_cells,
-            desc=f"{name:<20}",
-            bar_format="{desc}{bar:16} {n_fmt}/{total_fmt} cells  {elapsed}{postfix}",
-            file=stream,
-            disable=not stream.isatty(),
-            dynamic_ncols=True,
-            leave=False,
-        )
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.name, self.n_cells, self.stream = name, n_cells, stream
+        self.peak_mib, self.cell, self.source, self.printed = 0.0, 1, "", ""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._report, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
+        self._ended.set()
         self._thread.join()
-        self._bar.close()
 
     def cell_starts(self, cell: Any, cell_index: int) -> None:
-        """Hear from nbclient that a cell starts."""
-        self.cell_source = cell.source
-        self.peak_mib = max(self.peak_mib, _measure_children_mib())
-        self._bar.n = cell_index
+        """Note that a cell starts; nbclient calls this."""
+        self.cell, self.source = cell_index + 1, cell.source
 
     def write(self, text: str) -> None:
-        """Hear what the kernel prints; a progress bar of its own arrives here too."""
-        plain = re.sub(
-            r"\x1b\[[0-9;]*[A-Za-z]|\|[█▏▎▍▌▋▊▉ ]*\|", "", text
-        )  # colours, and bars inside this bar
-        lines = [line.strip() for line in re.split(r"[\r\n]", plain)]
-        last = next((line for line in reversed(lines) if line), None)
-        if last:
-            self._bar.set_postfix_str(last, refresh=False)
+        """Note the last line that the kernel printed; papermill calls this."""
+        lines = [line.strip() for line in re.split(r"[\r\n]", _NOISE.sub("", text))]
+        self.printed = next((line for line in reversed(lines) if line), self.printed)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing; papermill calls this."""
 
-    def _sample(self) -> None:
-        ended = False
-        while not ended:
-            ended = self._done.wait(SAMPLE_S)
-            self.peak_mib = max(self.peak_mib, _measure_children_mib())
-            self._bar.refresh()
+    def _report(self) -> None:
+        watch, next_line = Stopwatch(), LINE_S
+        while not self._ended.wait(SAMPLE_S):
+            memory = 0.0
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
+                    memory += process.memory_info().rss / 2**20
+            self.peak_mib = max(self.peak_mib, memory)
+            place = f"{self.name}: cell {self.cell} of {self.n_cells}"
+            line = f"{place}, {watch.seconds:.0f} s, {memory:.0f} MiB  {self.printed}"
+            if self.stream.isatty():
+                line = line[: shutil.get_terminal_size().columns - 1]
+                print(f"{line}\x1b[K", end="\r", file=self.stream, flush=True)
+            elif watch.seconds >= next_line:
+                next_line += LINE_S
+                print(line, file=self.stream, flush=True)
+        if self.stream.isatty():
+            print("\x1b[K", end="", file=self.stream)
 
 
-def _measure_children_mib() -> float:
-    total = 0
-    for process in psutil.Process().children(recursive=True):
-        try:
-            total += process.memory_info().rss
-        except psutil.Error:  # it ended between the two calls
-            continue
-    return total / 2**20
-
-
-def _kernel_manager(log: IO[str]) -> type[AsyncKernelManager]:
-    """A kernel manager that starts this very Python, whatever kernel named python3 a user has registered."""
-
+def _kernel_manager(log: IO[str], artifacts: Path) -> type[AsyncKernelManager]:
     class OwnPythonKernelManager(AsyncKernelManager):
+        """Starts this very Python, whatever kernel named python3 a user has registered."""
+
         def __init__(self, **options: Any) -> None:
-            # Without folders to search, the name python3 means `sys.executable -m ipykernel_launcher`.
+            # Without folders to search, python3 means `sys.executable -m ipykernel_launcher`.
             super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
 
-        async def start_kernel(self, **options: Any) -> None:
+        # jupyter_client types the method of its asynchronous manager as synchronous.
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+            options["env"] = {**_QUIET, **os.environ, "ARENA_ARTIFACTS": str(artifacts)}
             await super().start_kernel(stdout=log, stderr=log, **options)
 
     return OwnPythonKernelManager
 
 
-def _check_executed(name: str, executed: nbformat.NotebookNode, copy: Path) -> None:
-    for cell in executed.cells:
-        if cell.cell_type != "code":
-            continue
-        left = any(output.get("ename") == "SystemExit" for output in cell.outputs)
-        if left or (cell.execution_count is None and cell.source.strip()):
-            what = "leaves the notebook by SystemExit" if left else "was never executed"
-            raise SuiteError(
-                f"{name} did not run to its end: this cell {what}\n\n{_indent(cell.source)}\n\n{copy}"
-            )
-
-
-def _check_promises(stage: Stage, folder: Path, before: Mapping[Path, int]) -> None:
-    for promise in stage.leaves:
-        files = files_under(folder, promise)
-        if not files:
-            raise SuiteError(f"{stage.name} ran to its end but did not leave {folder / promise}")
-        # Training that goes on from its checkpoints may find a finished model; single files are written again.
-        old = all(file in before and file.stat().st_mtime_ns == before[file] for file in files)
-        if old and not promise.endswith("/"):
-            raise SuiteError(
-                f"{stage.name} ran to its end but did not write {folder / promise} again: it is of an old run"
-            )
-    if "metrics.json" in stage.leaves:
-        value = read_json(folder / "metrics.json").get("log_loss")
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise SuiteError(
-                f"{folder / 'metrics.json'}: expected a finite log_loss, got {value!r}"
-            )
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def _describe_failure(name: str, error: Exception, monitor: Monitor, words: str) -> str:
-    where, source, lines = "", monitor.cell_source, f"{type(error).__name__}: {error}"
-    if isinstance(error, PapermillExecutionError):
-        where, source = f" in cell [{error.exec_count}]", error.source
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).splitlines()
-        lines = "\n".join(plain[-12:]) or f"{error.ename}: {error.evalue}"
-    elif isinstance(error, DeadKernelError):
-        lines = f"Its process ended by itself or was killed, perhaps for memory; it held {monitor.peak_mib:.0f} MiB.{words}"
-    return f"{name} failed{where}\n\n{_indent(source)}\n\n{lines}"
-
-
-def _read_last_words(log: IO[str]) -> str:
-    log.seek(0)
-    # ipykernel warns of plain TCP on every start, here between two processes of one machine.
-    lines = [line for line in log.read().splitlines() if "IPKernelApp" not in line]
-    return "\n" + "\n".join(lines[-12:]) if lines else ""
-
-
-def _write_html(copy: Path) -> None:
-    from nbconvert import HTMLExporter  # slow to import
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        html, _ = HTMLExporter().from_filename(str(copy))
-    write_text(copy.with_suffix(".html"), html)
-
-
-def _scores(folder: Path) -> dict[str, float | None]:
-    path = folder / "metrics.json"
-    metrics = read_json(path) if path.exists() else {}
-    return {name: metrics.get(name) for name in ("log_loss", "accuracy", "oracle_log_loss")}
-
-
-def _execute(river: River, stage: Stage, monitor: Monitor, copy: Path) -> nbformat.NotebookNode:
+def _execute(pipeline: Pipeline, stage: Stage, progress: Progress, copy: Path) -> None:
     # papermill reads braces in a path as places for parameters.
-    source, target = (
-        str(path).replace("{", "{{").replace("}", "}}") for path in (river.source(stage), copy)
-    )
+    both = (pipeline.sources[stage.name], copy)
+    source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in both)
+
+    def failure(what: str, code: str, lines: Sequence[str] = ()) -> SuiteError:
+        code = "\n".join(f"    {line}" for line in code.splitlines())
+        rest = "\n".join(lines[-12:])
+        return SuiteError(f"{stage.name} {what}\n\n{code}\n\n{rest}\n\nThe notebook so far: {copy}")
+
     with tempfile.TemporaryFile("w+") as log:
         try:
-            return papermill.execute_notebook(
+            executed = papermill.execute_notebook(
                 source,
                 target,
-                parameters=dict(river.parameters.get(stage.name, {})),
+                parameters=dict(pipeline.parameters.get(stage.name, {})),
                 kernel_name="python3",
                 progress_bar=False,
-                cwd=str(river.notebooks),
-                stdout_file=monitor,
-                stderr_file=monitor,
+                stdout_file=progress,
+                stderr_file=progress,
                 start_timeout=300,
-                kernel_manager_class=_kernel_manager(log),
-                on_cell_start=monitor.cell_starts,
+                kernel_manager_class=_kernel_manager(log, pipeline.artifacts),
+                on_cell_start=progress.cell_starts,
                 coalesce_streams=True,
             )
-        except (
-            PapermillExecutionError,
-            RuntimeError,
-        ) as error:  # RuntimeError: the kernel died or did not start
-            failure = _describe_failure(stage.name, error, monitor, _read_last_words(log))
-            raise SuiteError(f"{failure}\n\nThe half-executed notebook: {copy}") from error
+        except PapermillExecutionError as error:
+            what = f"failed in cell [{error.exec_count}]"
+            raise failure(what, error.source, str(error).rstrip().splitlines()) from error
+        except RuntimeError as error:  # the kernel died or did not start
+            log.seek(0)
+            # ipykernel warns about plain TCP on every start, here between two local processes.
+            lines = [line for line in log.read().splitlines() if "IPKernelApp" not in line]
+            what = f"failed, perhaps for lack of memory ({progress.peak_mib:.0f} MiB): {error}"
+            raise failure(what, progress.source, lines) from error
+    # papermill succeeds when a notebook leaves by `sys.exit()`.
+    for cell in executed.cells:
+        if any(output.get("ename") == "SystemExit" for output in cell.get("outputs", [])):
+            raise failure("left by SystemExit", cell.source)
+        if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
+            raise failure("never executed a cell", cell.source)
 
 
-def _clear(river: River, stage: Stage) -> None:
-    """Remove what must not be taken up again.
+def _check_outputs(stage: Stage, folder: Path, before: Mapping[Path, int]) -> None:
+    for promise in stage.outputs:
+        files = files_under(folder, promise)
+        if not files:
+            raise SuiteError(f"{stage.name} ran to its end but did not write {folder / promise}")
+        # Training that resumes may find a finished model; single files are always written again.
+        is_old = before.get(files[0]) == files[0].stat().st_mtime_ns
+        if is_old and not promise.endswith("/"):
+            raise SuiteError(f"{stage.name} did not write {folder / promise}: it is from before")
+    if "metrics.json" in stage.outputs:
+        value = read_json(folder / "metrics.json").get("log_loss")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise SuiteError(f"{folder}/metrics.json: expected a finite log_loss, got {value!r}")
 
-    That is everything when forced, else each folder that is not as the last run left it: a
-    model of which one file is gone would pass for finished. Without its mark a run that
-    fails or is killed is never taken for whole.
+
+def _hash_library() -> str:
+    library = Path(__file__).resolve().parents[1]
+    return hash_json([hash_file(file) for file in sorted(library.rglob("*.py"))])
+
+
+def clear_outputs(pipeline: Pipeline, stage: Stage) -> None:
+    """Remove what a new run must not pick up: everything if forced, else damaged outputs.
+
+    A folder with a damaged file goes as one: a model that lacks a file would pass for finished.
+    `run.json` and the last output go, so that a run that is killed does not count as complete.
     """
-    folder = river.folder(stage.name)
-    if river.force:
-        shutil.rmtree(folder, ignore_errors=True)
-    for name in {Path(file).parts[0] for file in river.damage(stage)}:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-    for name in (STAMP, stage.mark):
+    folder = pipeline.artifacts / stage.name
+    damaged = {folder / Path(name).parts[0] for name in pipeline.damage(stage)}
+    for path in [folder] if pipeline.force else damaged:
+        if path.is_dir():
+            shutil.rmtree(path)
+    for name in (RECORD, stage.outputs[-1]):
         (folder / name).unlink(missing_ok=True)
 
 
-def run_notebook(river: River, stage: Stage, stream: IO[str]) -> Result:
-    """Execute one notebook, check what it left, and stamp its run folder.
+def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
+    """Execute one notebook, check its outputs, write `run.json`, and HTML beside the copy.
 
     Raises:
-        SuiteError: a cell failed, the notebook ended early, or a promised file is missing or of an old run.
+        SuiteError: a cell failed, the notebook ended early, or an output is missing or old.
     """
-    folder, copy = river.folder(stage.name), river.artifacts / "notebooks" / f"{stage.name}.ipynb"
-    _clear(river, stage)
-    folder.mkdir(parents=True, exist_ok=True)
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
-    key, watch = river.make_key(stage), Stopwatch()
-    n_cells = len(nbformat.read(river.source(stage), as_version=4).cells)
-    with Monitor(stage.name, n_cells, stream) as monitor:
-        executed = _execute(river, stage, monitor, copy)
-    _check_executed(stage.name, executed, copy)
-    _check_promises(stage, folder, before)
-    _write_html(copy)
-    cost = {"seconds": round(watch.seconds, 1), "peak_mib": round(monitor.peak_mib, 1)}
-    left = hash_leavings(folder, river.hashes)
-    write_json(folder / STAMP, {**key, "left": left, "library": hash_library(), **cost})
-    river.hashes.save()
-    return Result(stage.name, "ran", **cost, **_scores(folder), output=str(folder))
+    from nbconvert import HTMLExporter  # slow to import
+
+    folder = pipeline.artifacts / stage.name
+    copy = pipeline.artifacts / "notebooks" / f"{stage.name}.ipynb"
+    clear_outputs(pipeline, stage)
+    for path in (folder, copy.parent):
+        path.mkdir(parents=True, exist_ok=True)
+    before = {file: file.stat().st_mtime_ns for file in files_under(folder, "./")}
+    record: dict[str, Any] = {
+        "parameters": pipeline.all_parameters(stage.name),
+        "inputs": measure_states(pipeline.inputs(stage)),
+        "library": _hash_library(),
+    }
+    watch = Stopwatch()
+    n_cells = len(nbformat.read(pipeline.sources[stage.name], as_version=4).cells)
+    with Progress(stage.name, n_cells, stream) as progress:
+        _execute(pipeline, stage, progress, copy)
+    _check_outputs(stage, folder, before)
+    write_text(copy.with_suffix(".html"), HTMLExporter().from_filename(str(copy))[0])
+    record["outputs"] = measure_states(pipeline.outputs(stage))
+    record |= {"seconds": round(watch.seconds, 1), "peak_mib": round(progress.peak_mib, 1)}
+    write_json(folder / RECORD, record)
 
 
-# ── running them all ──────────────────────────────────────────────────────────────────
+def run_suite(
+    pipeline: Pipeline, names: Sequence[str], stream: IO[str], list_only: bool = False
+) -> list[dict[str, Any]]:
+    """Run notebooks in order, skip those that are up to date, stop at the first failure.
 
-
-def _skip(river: River, stage: Stage) -> Result:
-    folder = river.folder(stage.name)
-    stamp = read_json(folder / STAMP)
-    return Result(
-        stage.name,
-        "skipped",
-        stamp["seconds"],
-        stamp["peak_mib"],
-        **_scores(folder),
-        output=str(folder),
-    )
-
-
-def _skip_note(river: River, stage: Stage) -> str:
-    changed = read_json(river.folder(stage.name) / STAMP)["library"] != hash_library()
-    return " (library changed since; FORCE=1 remakes)" if changed else ""
-
-
-def run_suite(river: River, names: Sequence[str], stream: IO[str]) -> list[Result]:
-    """Run notebooks in order, skipping those that are whole, and stop at the first failure.
-
-    A notebook that predicts test battles is left out where there are none.
-
-    Args:
-        river: where and with what.
-        names: notebooks to run, in the river's order.
-        stream: where progress is told; a terminal gets live bars.
+    A notebook that predicts test battles is left out if there are none.
 
     Returns:
-        One result a notebook.
+        The rows of the closing table.
 
     Raises:
-        SuiteError: an earlier notebook that was not asked for is incomplete, or a run failed.
+        SuiteError: an earlier notebook that was not selected is incomplete, or a run failed.
     """
-    stages = [river.by_name[name] for name in names]
+    stages = [pipeline.by_name[name] for name in names]
     for i, stage in enumerate(stages):
-        if missing := river.missing_upstream(stage, names[:i]):
+        if missing := pipeline.missing_input(stage, names[:i]):
             raise SuiteError(missing)
-    results: list[Result] = []
-    with _overall_bar(len(stages), stream) as say, _kernel_environment(river.artifacts):
-        for stage in stages:
-            reason = river.why_run(stage)
-            if river.lacks_test(stage):
-                say(f"{stage.name}: left out, there is no test file; give one with TEST=<file>", 1)
-            elif reason:
-                say(f"{stage.name}: runs, {reason}", 0)
-                results.append(run_notebook(river, stage, stream))
-                say(
-                    f"{stage.name}: done in {results[-1].seconds:.0f} s{_format_score(results[-1])}",
-                    1,
-                )
-            else:
-                results.append(_skip(river, stage))
-                say(f"{stage.name}: skipped, nothing changed{_skip_note(river, stage)}", 1)
-    river.hashes.save()
-    return results
+    rows = []
+    for i, stage in enumerate(stages, 1):
+        title = f"[{i}/{len(stages)}] {stage.name}"
+        if pipeline.lacks_test(stage):
+            print(f"{title}: left out, no test file; give one with TEST=<file>", file=stream)
+            continue
+        reason = pipeline.why_run(stage)
+        if reason and list_only:
+            print(f"{title}: would run, {reason}", file=stream)
+            continue
+        if reason:
+            print(f"{title}: runs, {reason}", file=stream, flush=True)
+            run_notebook(pipeline, stage, stream)
+        record, path = pipeline.read_record(stage), pipeline.artifacts / stage.name / "metrics.json"
+        state = f"done in {record['seconds']:.0f} s" if reason else "up to date"
+        if record["library"] != _hash_library():
+            state += " (the library changed since; FORCE=1 runs it again)"
+        print(f"{title}: {state}", file=stream, flush=True)
+        known = (read_json(path) if path.exists() else {}) | record
+        row: dict[str, Any] = {"notebook": stage.name, "status": "ran" if reason else "skipped"}
+        row |= {name: known.get(name) for name in _DIGITS}
+        rows.append(row | {"oracle": known.get("oracle_log_loss"), "output": str(path.parent)})
+    return rows
 
 
-def _format_score(result: Result) -> str:
-    return "" if result.log_loss is None else f", log loss {result.log_loss:.4f}"
+def format_results(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format the closing table, and below it each notebook's ladder with 95 % intervals."""
+    table = pd.DataFrame(rows, columns=["notebook", "status", *_DIGITS, "output"])
+    formats = {name: f"{{:.{digits}f}}".format for name, digits in _DIGITS.items()}
+    table = table.astype(dict.fromkeys(_DIGITS, float))
+    table["output"] = [os.path.relpath(path) for path in table["output"]]
+    texts = [table.to_string(index=False, na_rep="–", formatters=formats)]
+    for row in rows:
+        path = Path(row["output"]) / "metrics.json"
+        metrics = read_json(path) if path.exists() else {}
+        if "ladder" in metrics:
+            ladder = pd.DataFrame(metrics["ladder"])[["model", "log_loss", "low", "high"]]
+            title = f"{row['notebook']}: log loss on {metrics['n_pairs']:,} held-out battles"
+            texts.append(f"{title}\n{ladder.to_string(index=False, float_format='%.4f')}")
+    return "\n\n".join(texts)
 
 
-@contextmanager
-def _overall_bar(n_notebooks: int, stream: IO[str]) -> Iterator[Any]:
-    """Give a function that prints a line above the bar and moves it on by so many notebooks."""
-    bar = tqdm(
-        total=n_notebooks,
-        bar_format="all                 {bar:16} {n_fmt}/{total_fmt} notebooks",
-        file=stream,
-        disable=not stream.isatty(),
-        position=1,
-        leave=False,
-    )
-
-    def say(line: str, n_done: int) -> None:
-        tqdm.write(line, file=stream)
-        stream.flush()
-        bar.update(n_done)
-
-    try:
-        yield say
-    finally:
-        bar.close()
-
-
-@contextmanager
-def _kernel_environment(artifacts: Path) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update({**_QUIET, **before, "ARENA_ARTIFACTS": str(artifacts)})
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-COLUMNS = (
-    "notebook",
-    "status",
-    "seconds",
-    "peak MiB",
-    "log loss",
-    "accuracy",
-    "best reachable",
-    "output",
-)
-
-
-def format_results(results: Sequence[Result], base: Path) -> str:
-    """The closing table in Markdown, which is also readable as it stands.
-
-    Args:
-        results: one a notebook.
-        base: folder that output paths are told from.
-    """
-
-    def number(value: float | None, digits: int) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
-    rows = [
-        (
-            result.notebook,
-            result.status,
-            number(result.seconds, 1),
-            number(result.peak_mib, 0),
-            number(result.log_loss, 4),
-            number(result.accuracy, 3),
-            number(result.oracle_log_loss, 4),
-            os.path.relpath(result.output, base),
-        )
-        for result in results
-    ]
-    widths = [max(len(row[i]) for row in (COLUMNS, *rows)) for i in range(len(COLUMNS))]
-    lines = [COLUMNS, tuple("-" * width for width in widths), *rows]
-    numeric = range(2, 7)
-
-    def cell(text: str, i: int) -> str:
-        return text.rjust(widths[i]) if i in numeric else text.ljust(widths[i])
-
-    return "\n".join(
-        "| " + " | ".join(cell(text, i) for i, text in enumerate(line)) + " |" for line in lines
-    )
-
-
-def format_ladder(result: Result) -> str:
-    """The ladder that a notebook left in `metrics.json`, each rung with its 95 % interval; "" without one."""
-    path = Path(result.output) / "metrics.json"
-    metrics = read_json(path) if path.exists() else {}
-    rungs = metrics.get("ladder", [])
-    if not rungs:
-        return ""
-    width = max(len(rung["model"]) for rung in rungs)
-    lines = [
-        f"  {r['model']:<{width}}  {r['log_loss']:.4f} ({r['low']:.4f} to {r['high']:.4f})"
-        for r in rungs
-    ]
-    return "\n".join(
-        [f"{result.notebook}: log loss on {metrics['n_pairs']:,} held-out battles", *lines]
-    )
-
-
-def write_summary(results: Sequence[Result], artifacts: Path) -> None:
-    """Write `summary.json` and `summary.md` beside the run folders."""
-    write_json(artifacts / "summary.json", [asdict(result) for result in results])
-    write_text(artifacts / "summary.md", format_results(results, artifacts) + "\n")
-
-
-# ── the command ───────────────────────────────────────────────────────────────────────
-
-
-def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m src.utils.suite.run", description="Run the notebooks in order."
-    )
-    parser.add_argument(
-        "--only", default="", metavar="NB", help="notebooks: 02 or 02,05 or 03-05 or full names"
-    )
-    parser.add_argument(
-        "--profile",
-        default="",
-        help="name in notebooks/profiles or a YAML file (demo; small with data)",
-    )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="folder or files with training battles",
-    )
-    parser.add_argument(
-        "--test",
-        default="",
-        metavar="PATH",
-        help="test file, where it is not beside the training data",
-    )
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="NB.NAME=VALUE", help="parameters"
-    )
-    parser.add_argument("--artifacts", default="", metavar="DIR", help="where the run folders go")
-    parser.add_argument("--force", action="store_true", help="run also what is already whole")
-    parser.add_argument("--list", action="store_true", help="say what would run and why, and stop")
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line of the suite."""
+    parser = argparse.ArgumentParser(prog="python -m src.utils.suite.run", description=__doc__)
+    add = parser.add_argument
+    add("--only", default="", metavar="NB", help="02, or 02,05, or 03-05, or full names")
+    add("--profile", default="", help="of notebooks/profiles, or a file (demo; small with data)")
+    add("--data", nargs="+", default=[], metavar="PATH", help="folder or files of training battles")
+    add("--test", default="", metavar="PATH", help="test file, if not beside the training data")
+    add("--set", nargs="+", action="extend", default=[], metavar="NB.NAME=VALUE", help="parameters")
+    add("--artifacts", default="", metavar="DIR", help="where the run folders go")
+    add("--force", action="store_true", help="run what is up to date, too")
+    add("--list", action="store_true", help="list what would run and why, and stop")
     return parser.parse_args(arguments)
 
 
-def _make_river(options: argparse.Namespace) -> River:
-    artifacts = (
-        Path(options.artifacts).expanduser().resolve()
-        if options.artifacts
-        else paths.artifacts_dir()
-    )
-    os.environ["ARENA_ARTIFACTS"] = str(artifacts)  # `paths` answers for this folder from here on
-    data, test = absolute_data(options.data), absolute_data([options.test])
+def make_pipeline(options: argparse.Namespace) -> Pipeline:
+    """Make the pipeline that the command line asks for.
+
+    Raises:
+        SuiteError: an unknown notebook or parameter, or a value of the wrong type.
+        FileNotFoundError: there is no such profile or data.
+    """
+    if options.artifacts:
+        os.environ["ARENA_ARTIFACTS"] = str(Path(options.artifacts).expanduser().resolve())
+    data, test = " | ".join(options.data), options.test
     kind = paths.find_raw_data(data, test).kind
-    profile = read_profile(options.profile or ("demo" if kind == "demo" else "small"))
-    defaults = {stage.name: read_parameters(NOTEBOOKS / f"{stage.name}.ipynb") for stage in STAGES}
-    settings = [setting for text in options.set for setting in split_settings(text)]
-    parameters = make_parameters(defaults, profile=profile, data=data, test=test, settings=settings)
-    return River(artifacts, parameters, force=options.force)
-
-
-def _print_list(river: River, names: Sequence[str]) -> None:
-    for i, name in enumerate(names):
-        stage = river.by_name[name]
-        reason = river.missing_upstream(stage, names[:i]) or river.why_run(stage)
-        print(
-            f"{name:<20} {'would run: ' + reason if reason else 'is whole' + _skip_note(river, stage)}"
-        )
+    profile = config.read_profile(options.profile or ("demo" if kind == "demo" else "small"))
+    settings = [setting for text in options.set for setting in config.split_settings(text)]
+    pipeline = Pipeline(paths.artifacts_dir(), {}, force=options.force)
+    pipeline.parameters = config.make_parameters(
+        pipeline.defaults, profile=profile, data=data, test=test, settings=settings
+    )
+    return pipeline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite from the command line; returns the exit code."""
-    options = _parse_arguments(arguments)
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # failures are told below
+    """Run the suite from the command line; return the exit code."""
+    options = parse_arguments(arguments)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # failures are reported below
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that kernels end with the suite
     try:
-        river = _make_river(options)
-        names = choose_notebooks(options.only, list(river.by_name))
-        if options.list:
-            _print_list(river, names)
-            return 0
-        results = run_suite(river, names, sys.stdout)
+        pipeline = make_pipeline(options)
+        names = choose_notebooks(options.only, list(pipeline.by_name))
+        rows = run_suite(pipeline, names, sys.stdout, list_only=options.list)
     except (SuiteError, FileNotFoundError, ValueError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. Running the same command again goes on from here.", file=sys.stderr)
+        print("\nStopped. The same command resumes from here.", file=sys.stderr)
         return 130
-    write_summary(results, river.artifacts)
-    print(f"\n{format_results(results, Path.cwd())}")
-    for ladder in filter(None, map(format_ladder, results)):
-        print(f"\n{ladder}")
-    print(f"\nExecuted notebooks and HTML: {os.path.relpath(river.artifacts / 'notebooks')}")
+    if not options.list:
+        text = format_results(rows)
+        write_json(pipeline.artifacts / "summary.json", rows)
+        write_text(pipeline.artifacts / "summary.md", f"```\n{text}\n```\n")
+        print(f"\n{text}\n\nExecuted notebooks and HTML: {pipeline.artifacts}/notebooks")
     return 0
 
 

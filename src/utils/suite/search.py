@@ -1,206 +1,288 @@
-"""Run one notebook over a grid of parameters, several at a time, and put every run on the leaderboard.
+"""Search over the parameters of one notebook with Optuna; each trial is a run of the suite.
 
-    python -m src.utils.suite.search ridge.yaml --jobs 2
+    python -m src.utils.suite.search space.yaml --n-trials 20
 
-The file names a notebook and the values of each parameter; every combination is run:
+    notebook: "03"
+    fixed: {N_EPOCHS: 1}
+    parameters:
+      HEAD: [joint, contrast]
+      LEARNING_RATE: {low: 1e-5, high: 1e-3, log: true}
 
-    notebook: "02"
-    grid:
-      RIDGE: [0.5, 1.0, 2.0]
-      N_TREES: [50, 200]
-
-Each combination is a run of the suite in a folder of its own, `artifacts/sweeps/<file>/<combination>`,
-so that a sweep that was stopped goes on where it was.
+Values are written as after SET=; a range from a whole number gives whole numbers. If every
+parameter is a list, each combination is tried once, else a trial whose validations are worse
+than the median is stopped. Further keys: `name` (else that of the file) and `seed`. The same
+command resumes; it can run several times at once, on several machines, with one storage.
 """
 
 import argparse
-import itertools
-import json
-import os
+import math
+import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+import optuna
+import pandas as pd
+import psutil
 import yaml
-from tqdm import tqdm
+from matplotlib import pyplot as plt
+from optuna.storages import JournalStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import BaseTrial, FixedTrial, Trial, TrialState
+from optuna.visualization import matplotlib as pictures
 
-from src.utils import paths
-from src.utils.config import SuiteError, check_parameter, read_parameters
-from src.utils.runs import hash_json, read_json, write_leaderboard, write_text
-from src.utils.suite.pipeline import NOTEBOOKS, STAGES
+from src.utils import runs
+from src.utils.config import SuiteError, find_name, make_parameters
+from src.utils.suite.pipeline import CHECKPOINTS, CODE, Pipeline, measure_states
+from src.utils.suite.run import make_pipeline, parse_arguments, run_suite
 
-_FIRST = STAGES[0].name
-_UNSAFE = re.compile(r"[^\w.+-]+")
-_MAX_NAME = 80  # characters of a folder's name
+SUITE = [sys.executable, "-m", "src.utils.suite.run"]
+POLL_S = 1.0  # between two looks at history.csv
+COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
 
 
-class Sweep(NamedTuple):
-    """What a sweep file asks for."""
+@dataclass
+class Space:
+    """What a space file asks for; all values are text."""
 
     name: str
-    notebook: str  # its full name
-    points: list[dict[str, Any]]  # parameters of each run
+    notebook: str
+    parameters: dict[str, Any]  # a list of choices, or a mapping of low, high and step or log
+    fixed: dict[str, str] = field(default_factory=dict)
+    seed: str = "20240501"
+
+    def settings(self, values: dict[str, Any]) -> list[str]:
+        """Format the fixed and the given values as settings of the suite."""
+        return [f"{self.notebook}.{name}={value}" for name, value in (self.fixed | values).items()]
+
+    def is_grid(self) -> bool:
+        """Return whether every parameter is a list of choices."""
+        return all(isinstance(domain, list) for domain in self.parameters.values())
 
 
-def read_sweep(path: Path) -> Sweep:
-    """Read and check a sweep file.
+def read_space(path: Path, pipeline: Pipeline, notebook: str = "") -> Space:
+    """Read and check a space file; `notebook` replaces the file's.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no sweep, or names a notebook that does not exist.
-        SuiteError: a parameter does not exist or has another type.
+        SuiteError: the file, a notebook, a parameter or a value is not what is expected.
     """
-    path = Path(path)
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    grid = content.get("grid") if isinstance(content, dict) else None
-    if not isinstance(grid, dict) or not all(
-        isinstance(values, list) and values for values in grid.values()
-    ):
-        raise ValueError(
-            f"{path}: expected `notebook:` and a `grid:` of lists, got {content!r:.100}"
-        )
-    wanted = str(content.get("notebook", ""))
-    notebook = next(
-        (stage.name for stage in STAGES if wanted and stage.name.startswith(wanted.zfill(2))), None
-    )
-    if notebook is None or notebook == _FIRST:
-        raise ValueError(
-            f"{path}: notebook: expected one of {[stage.name for stage in STAGES[1:]]}, got {wanted!r}"
-        )
-    defaults = read_parameters(NOTEBOOKS / f"{notebook}.ipynb")
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    for name, values in grid.items():
-        for value in values:
-            check_parameter(notebook, name, value, defaults)
-    return Sweep(path.stem, notebook, points)
+    try:
+        # This loader leaves every value as text, for the reader of settings.
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+        space = Space(**{"name": path.stem, "notebook": notebook} | content)
+        space.notebook = find_name(notebook or space.notebook, list(pipeline.by_name))
+        for name, domain in space.parameters.items():
+            for value in domain if isinstance(domain, list) else (domain["low"], domain["high"]):
+                suggest(FixedTrial({name: value}), name, domain)
+                make_parameters(
+                    pipeline.defaults, profile={}, settings=space.settings({name: value})
+                )
+    except (TypeError, KeyError, ValueError, AttributeError, OSError) as error:
+        raise SuiteError(f"{path}: expected a space file, got {error!r}") from error
+    if "metrics.json" not in pipeline.by_name[space.notebook].outputs:
+        raise SuiteError(f"{path}: notebook: {space.notebook} has no log loss in metrics.json")
+    return space
 
 
-def name_point(point: dict[str, Any]) -> str:
-    """A folder name that tells the parameters, with a hash where it had to be shortened or cleaned.
-
-    Example:
-        {"RIDGE": 0.5, "SEED": 1} -> "RIDGE=0.5,SEED=1"
-    """
-    told = ",".join(f"{name}={value}" for name, value in point.items())
-    plain = ",".join(f"{name}={_UNSAFE.sub('_', str(value))}" for name, value in point.items())
-    return (
-        told
-        if plain == told and len(told) <= _MAX_NAME
-        else f"{plain[:_MAX_NAME]}-{hash_json(point)[:6]}"
-    )
+def suggest(trial: BaseTrial, name: str, domain: Any) -> Any:
+    """Ask a trial for a value from a list of choices or from a range."""
+    if isinstance(domain, list):
+        return trial.suggest_categorical(name, domain)
+    is_whole = re.fullmatch(r"[+-]?\d+", domain["low"])
+    number: type = int if is_whole else float
+    limits = {key: number(domain[key]) for key in ("low", "high", "step") if key in domain}
+    method: Any = trial.suggest_int if is_whole else trial.suggest_float
+    return method(name, **limits, log=domain.get("log") == "true")
 
 
-def run_sweep(
-    sweep: Sweep, artifacts: Path, options: Sequence[str] = (), n_jobs: int = 1
-) -> list[str]:
-    """Run every combination and rebuild the leaderboard.
+def open_study(space: Space, storage: str, made_with: dict[str, Any]) -> optuna.Study:
+    """Create a study, or load it and queue its failed and interrupted trials again.
 
     Args:
-        sweep: from `read_sweep`.
-        artifacts: the folder of all run folders; a finished notebook 01 in it is used by every run.
-        options: passed on to the suite, e.g. ["--data", "train.csv"].
-        n_jobs: runs at a time; they share the cores evenly.
+        space: names the study.
+        storage: a journal file or a database URL.
+        made_with: JSON that must be the same whenever the search resumes.
 
-    Returns:
-        What failed, one message a run; empty where all went well.
+    Raises:
+        SuiteError: the study began with something else.
     """
-    folder = Path(artifacts) / "sweeps" / sweep.name
-    n_threads = max((os.cpu_count() or 1) // n_jobs, 1)
-
-    def run(point: dict[str, Any]) -> str:
-        return _run_point(
-            sweep.notebook, point, folder / name_point(point), Path(artifacts), options, n_threads
-        )
-
-    with ThreadPoolExecutor(n_jobs) as pool:
-        told = list(
-            tqdm(pool.map(run, sweep.points), total=len(sweep.points), desc=sweep.name, unit="run")
-        )
-    write_leaderboard(artifacts)
-    return [message for message in told if message]
-
-
-def _run_point(
-    notebook: str,
-    point: dict[str, Any],
-    folder: Path,
-    artifacts: Path,
-    options: Sequence[str],
-    n_threads: int,
-) -> str:
-    """Run the suite in a folder of its own; returns what went wrong, or nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (artifacts / _FIRST / "run.json").exists() and not (folder / _FIRST).exists():
-        shutil.copytree(artifacts / _FIRST, folder / _FIRST)
-    settings = [
-        f"{notebook[:2]}.{name}={json.dumps(value)}" for name, value in point.items()
-    ]  # JSON is YAML
-    only = [
-        "--only",
-        f"{_FIRST[:2]},{notebook[:2]}",
-        "--artifacts",
-        str(folder),
-        "--set",
-        *settings,
-    ]
-    command = [sys.executable, "-m", "src.utils.suite.run", *only, *options]
-    threads = {
-        name: str(n_threads)
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    }
-    done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True)
-    write_text(folder / "sweep.log", done.stdout + done.stderr)
-    return (
-        ""
-        if done.returncode == 0
-        else f"{folder.name}: {done.stderr.strip()[-500:]}\n{folder / 'sweep.log'}"
+    study = optuna.create_study(
+        storage=storage if "://" in storage else JournalStorage(JournalFileBackend(storage)),
+        pruner=optuna.pruners.NopPruner() if space.is_grid() else optuna.pruners.MedianPruner(),
+        study_name=space.name,
+        load_if_exists=True,
     )
+    before = study.user_attrs.get("made_with", made_with)
+    for key, value in made_with.items():
+        if before.get(key) != value:
+            change = f"{key}={before.get(key)}, now {value}"
+            raise SuiteError(f"search {space.name!r} began with {change}; give it another name")
+    study.set_user_attr("made_with", made_with)
+    alive = [_identify(process) for process in psutil.process_iter()]
+    retried: set[int] = set()
+    for trial in reversed(study.trials):  # a retry comes after the trial that it repeats
+        retried |= set(trial.system_attrs.get("retry_history", []))
+        process = trial.user_attrs.get("process", "")
+        is_dead = process.startswith(f"{platform.node()} ") and process not in alive
+        if trial.state == TrialState.RUNNING and is_dead:
+            study.tell(trial.number, state=TrialState.FAIL)
+        elif trial.state != TrialState.FAIL:
+            continue
+        if trial.number not in retried:
+            RetryHeartbeatStaleTrialCallback()(study, trial)
+    return study
 
 
-def format_scores(sweep: Sweep, artifacts: Path) -> str:
-    """One line a finished run of the sweep, the best first."""
-    scores = []
-    for point in sweep.points:
-        path = (
-            Path(artifacts)
-            / "sweeps"
-            / sweep.name
-            / name_point(point)
-            / sweep.notebook
-            / "metrics.json"
+def _identify(process: psutil.Process) -> str:
+    return f"{platform.node()} {process.pid} {process.create_time()}"
+
+
+def run_trial(
+    trial: Trial, space: Space, pipeline: Pipeline, folder: Path, options: Sequence[str]
+) -> float:
+    """Run one trial in a folder of its own and return its log loss, nats per battle.
+
+    Raises:
+        TrialPruned: its validations are worse than the median; its kernel is stopped.
+        SuiteError: the notebook failed.
+    """
+    values = {name: suggest(trial, name, domain) for name, domain in space.parameters.items()}
+    texts = [f"{trial.number:03d}", *[f"{name}={value}" for name, value in values.items()]]
+    name = re.sub(r"[^\w.=,+-]", "_", ",".join(texts))[:80]
+    artifacts = folder / trial.user_attrs.get("folder", name)  # a retry resumes in its folder
+    trial.set_user_attr("folder", artifacts.name)
+    trial.set_user_attr("process", _identify(psutil.Process()))
+    artifacts.mkdir(parents=True, exist_ok=True)
+    for upstream in pipeline.needs(pipeline.by_name[space.notebook]):
+        if not (artifacts / upstream).exists():
+            (artifacts / upstream).symlink_to(Path("../../..", upstream))
+    run_dir, log = artifacts / space.notebook, artifacts / "suite.log"
+    command = [*SUITE, *options, "--only", space.notebook, "--artifacts", str(artifacts)]
+    command += ["--set", *space.settings(values)]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+    history, n_reported, is_running, is_pruned = run_dir / "history.csv", 0, True, False
+    try:
+        while is_running and not is_pruned:
+            time.sleep(POLL_S)
+            is_running = process.poll() is None
+            if history.exists():
+                losses = pd.read_csv(history)["log_loss"].dropna().tolist()
+                for step in range(n_reported, len(losses)):
+                    trial.report(losses[step], step)
+                n_reported = len(losses)
+            is_pruned = is_running and trial.should_prune()
+    finally:
+        process.terminate()  # its kernel ends with it
+        process.wait()
+    if is_pruned:
+        shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
+        raise optuna.TrialPruned
+    if process.returncode:
+        raise SuiteError(f"{log}: {log.read_text()[-2000:]}")
+    return runs.read_json(run_dir / "metrics.json")["log_loss"]
+
+
+def search(
+    space: Space, pipeline: Pipeline, storage: str, n_trials: int, options: Sequence[str]
+) -> optuna.Study:
+    """Run trials until a study has enough finished ones, then write its results.
+
+    Args:
+        space: from `read_space`.
+        pipeline: gives the folder of all run folders, and the notebooks that the trials read.
+        storage: a journal file or a database URL; empty takes a journal file beside the trials.
+        n_trials: finished trials of the study; 0 takes 20, or all of a grid.
+        options: of the suite, for every trial.
+    """
+    folder = pipeline.artifacts / "searches" / space.name
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = pipeline.by_name[space.notebook]
+    run_suite(pipeline, list(pipeline.needs(stage)), sys.stdout)
+    inputs = {name: path for name, path in pipeline.inputs(stage).items() if name != CODE}
+    hashes = {name: state[2] for name, state in measure_states(inputs).items()}
+    made_with = pipeline.all_parameters(stage.name) | space.fixed | hashes
+    study = open_study(space, storage or str(folder / "journal.log"), made_with)
+    n_wanted = n_trials or 20
+    if space.is_grid():
+        n_grid = math.prod(len(choices) for choices in space.parameters.values())
+        n_wanted = min(n_trials or n_grid, n_grid)
+    for _ in range(n_wanted - len(study.get_trials(states=(COMPLETE, PRUNED)))):
+        if len(study.get_trials(states=(COMPLETE, PRUNED))) >= n_wanted:
+            break  # another process ran the rest
+        if space.is_grid():
+            study.sampler = optuna.samplers.GridSampler(space.parameters, int(space.seed))
+        else:
+            # Processes that share a storage must not draw the same values.
+            seed = int(space.seed) + len(study.trials)
+            study.sampler = optuna.samplers.TPESampler(seed=seed)
+        study.optimize(
+            lambda trial: run_trial(trial, space, pipeline, folder, options),
+            n_trials=1,
+            catch=(SuiteError,),
         )
-        if path.exists():
-            scores.append((read_json(path)["log_loss"], name_point(point)))
-    return "\n".join(f"{loss:.4f}  {name}" for loss, name in sorted(scores))
+    write_results(study, folder)
+    runs.write_leaderboard(pipeline.artifacts)
+    return study
+
+
+def write_results(study: optuna.Study, folder: Path) -> None:
+    """Write `trials.csv`, and pictures of the search as soon as two trials are complete."""
+    runs.write_table(folder / "trials.csv", study.trials_dataframe())
+    if len(study.get_trials(states=(COMPLETE,))) < 2:
+        return
+    # Optuna's default evaluator looks only at the best trials, where the best choice is constant.
+    fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    for name in ("optimization_history", "slice", "param_importances"):
+        more = {"evaluator": fanova} if name == "param_importances" else {}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of values that are all alike
+                axes = getattr(pictures, f"plot_{name}")(study, target_name="log loss", **more)
+        except (ValueError, RuntimeError) as error:  # too few different values
+            print(f"No picture of {name}: {error}")
+            continue
+        runs.write_figure(folder / f"{name}.png", np.ravel(axes)[0].figure)
+    plt.close("all")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a sweep from the command line; returns the exit code."""
+    """Run a search from the command line; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m src.utils.suite.search", description="Run a notebook over a grid."
+        prog="python -m src.utils.suite.search",
+        description="Search over the parameters of a notebook; further options are the suite's.",
     )
-    parser.add_argument("file", type=Path, help="YAML with `notebook` and `grid`")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--artifacts", default="", metavar="DIR", help="where the run folders go")
+    parser.add_argument("space", type=Path, help="YAML file")
+    parser.add_argument("--notebook", default="", metavar="NB", help="in place of the file's")
+    parser.add_argument("--n-trials", type=int, default=0, help="in all (20, or all of a grid)")
+    parser.add_argument("--storage", default="", help="journal file or database URL")
     given, options = parser.parse_known_args(arguments)
-    artifacts = (
-        Path(given.artifacts).expanduser().resolve() if given.artifacts else paths.artifacts_dir()
-    )
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that trials end with the search
     try:
-        sweep = read_sweep(given.file)
-    except (OSError, ValueError, SuiteError) as error:
-        print(f"{given.file}: {error}", file=sys.stderr)
+        pipeline = make_pipeline(parse_arguments(options))
+        space = read_space(given.space, pipeline, given.notebook)
+        study = search(space, pipeline, given.storage, given.n_trials, options)
+    except (SuiteError, FileNotFoundError, ValueError) as error:
+        print(f"\n{error}", file=sys.stderr)
         return 1
-    failed = run_sweep(sweep, artifacts, options, max(given.jobs, 1))
-    print(format_scores(sweep, artifacts))
-    print(f"\nLeaderboard: {os.path.relpath(artifacts / 'leaderboard.csv')}")
-    print("\n\n".join(failed), file=sys.stderr, end="\n" if failed else "")
-    return 1 if failed else 0
+    except KeyboardInterrupt:
+        print("\nStopped. The same command resumes from here.", file=sys.stderr)
+        return 130
+    trials = study.get_trials(states=(COMPLETE,))
+    for loss, name in sorted((trial.value or 0.0, trial.user_attrs["folder"]) for trial in trials):
+        print(f"{loss:.4f}  {name}")
+    print(f"\nTrials and pictures: {pipeline.artifacts / 'searches' / space.name}")
+    return 0 if trials else 1
 
 
 if __name__ == "__main__":
