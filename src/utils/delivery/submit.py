@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from src.utils.config import DecoderConfig
+from src.utils.config import FinetuneConfig
 from src.utils.models.baseline import load_baseline
 from src.utils.models.checkpoints import TINY, check_base, load_finetuned, load_tokenizer
 from src.utils.models.hardware import choose_device
@@ -420,7 +420,7 @@ def _predict_network(
 ) -> Prediction:
     """Predict with one fold's model, in processes of its own where they can be had."""
     run = folder.parents[1]
-    config = DecoderConfig.from_json(read_json(run / "config.json"))
+    config = FinetuneConfig.from_json(read_json(run / "config.json"))
     tokenizer = load_tokenizer(folder)
     base = find_base(folder, config, means.find_checkpoints)
     with open_reader(
@@ -441,7 +441,7 @@ def _predict_network(
 
 
 def find_base(
-    folder: Path, config: DecoderConfig, find_checkpoints: FindCheckpoints
+    folder: Path, config: FinetuneConfig, find_checkpoints: FindCheckpoints
 ) -> Path | None:
     """Find the attached base of an adapter: the one that it was trained on, by its weights.
 
@@ -474,7 +474,7 @@ class CannotStart(Exception):
 @contextlib.contextmanager
 def open_reader(
     folder: Path,
-    config: DecoderConfig,
+    config: FinetuneConfig,
     base: Path | None,
     *,
     n_workers: int | None = None,
@@ -537,7 +537,7 @@ class Pool:
     def __init__(
         self,
         folder: Path,
-        config: DecoderConfig,
+        config: FinetuneConfig,
         base: Path | None,
         devices: list[int | None],
         deadline: float,
@@ -645,7 +645,7 @@ class Pool:
 
 
 def _start_worker(
-    folder: Path, config: DecoderConfig, base: Path | None, device: int | None, n_threads: int
+    folder: Path, config: FinetuneConfig, base: Path | None, device: int | None, n_threads: int
 ) -> _Worker:
     context = multiprocessing.get_context(
         "spawn"
@@ -665,7 +665,7 @@ def _start_worker(
 def _serve(
     connection: Connection,
     folder: Path,
-    config: DecoderConfig,
+    config: FinetuneConfig,
     base: Path | None,
     device: int | None,
     n_threads: int,

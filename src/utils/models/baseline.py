@@ -21,7 +21,7 @@ Source: Davidson 1970, JASA 65(329):317-328, doi:10.1080/01621459.1970.10481082.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import lightgbm as lgb
@@ -492,19 +492,11 @@ def embed_battles(pairs: pd.DataFrame, config: BaselineConfig, cache: Path) -> n
     Returns:
         (N, 3, H) float32 of prompt, answer A and answer B.
     """
-    if not config.embeddings:
-        return None
-    from src.utils.models.embed import embed_pairs  # torch, which the CPU baseline is spared else
-
-    return embed_pairs(pairs, config.embeddings, config.embeddings_tokens, cache)
+    return None
 
 
 def _load_embed(config: BaselineConfig) -> Callable[[pd.DataFrame], np.ndarray | None]:
-    if not config.embeddings:
-        return lambda pairs: None
-    from src.utils.models.embed import load_embedder
-
-    return load_embedder(config.embeddings, config.embeddings_tokens).embed
+    return lambda pairs: None
 
 
 def cross_fit(
@@ -654,6 +646,4 @@ def load_baseline(folder: Path) -> Baseline:
     trees = lgb.Booster(model_file=folder / "trees.txt")
     ensemble = Ensemble(scaling, linear, trees)
     config = BaselineConfig.from_json(content["config"])
-    if config.embeddings and (folder / EMBEDDER).is_dir():
-        config = replace(config, embeddings=str(folder / EMBEDDER))
     return Baseline(config, ensemble, Blend.from_json(content["blend"]))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from src.utils import paths
-from src.utils.config import SuiteError, _read_cells, find_name, read_parameters
+from src.utils.config import SuiteError, find_name, read_parameters
 from src.utils.runs import hash_file, hash_json, read_json, write_json
 
 NOTEBOOKS = paths.ROOT / "notebooks"
@@ -198,7 +198,10 @@ def hash_library() -> str:
 
 
 def _hash_code(notebook: Path) -> str:
-    return hash_json([cell.source for cell in _read_cells(notebook) if cell.cell_type == "code"])
+    import nbformat  # slow
+
+    cells = nbformat.read(notebook, as_version=4).cells
+    return hash_json([cell.source for cell in cells if cell.cell_type == "code"])
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> str:
