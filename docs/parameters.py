@@ -1,9 +1,12 @@
 """Write docs/parameters.md, the list of every parameter: `python -m docs.parameters`."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import nbformat
+from pydantic.fields import FieldInfo
 
 from src.utils.config import CONFIGS, read_parameters, with_options
 
@@ -31,29 +34,46 @@ def describe_parameters() -> str:
     for path in sorted(_NOTEBOOKS.glob("*.ipynb")):
         shown, comments = read_parameters(path), _read_comments(path)
         fields = getattr(CONFIGS.get(path.stem), "__pydantic_fields__", {})
-        lines += [f"## {path.stem}", "", "| name | default | unit | meaning | set in |"]
-        lines += ["|---|---|---|---|---|"]
-        every = with_options(path.stem, shown)
-        for name in sorted(every, key=lambda name: name not in shown):
-            meaning, unit = comments.get(name, ""), ""
+        lines += [f"## {path.stem}", "", "| name | default | unit | allowed | meaning | set in |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for name, default in sorted(
+            with_options(path.stem, shown).items(), key=lambda item: _place(item[0], shown)
+        ):
+            unit, allowed, meaning = "", "", comments.get(name, "")
             if name.lower() in fields:
                 field = fields[name.lower()]
-                meaning, unit = field.description, field.json_schema_extra["unit"]
-            place = "cell" if name in shown else "`OPTIONS`"
-            cells = [f"`{name}`", f"`{_write(every[name])}`", unit, meaning, place]
+                unit, allowed = field.json_schema_extra["unit"], _limits(field)
+                meaning = meaning or field.description
+            text = json.dumps(default) if isinstance(default, str | list) else str(default)
+            cells = [f"`{name}`", f"`{text}`", unit or "–", allowed or "–", meaning]
+            cells.append("cell" if name in shown else "`OPTIONS`")
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _place(name: str, shown: dict[str, Any]) -> int:
+    return list(shown).index(name) if name in shown else len(shown)
+
+
+def _limits(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(map(str, get_args(field.annotation)))
+    signs = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    limits = []
+    for limit in field.metadata:
+        limits += [
+            f"{signs[sign]} {getattr(limit, sign)}" for sign in signs if hasattr(limit, sign)
+        ]
+        if hasattr(limit, "min_length"):
+            limits.append("not empty")
+    return ", ".join(limits)
 
 
 def _read_comments(notebook: Path) -> dict[str, str]:
     cells = nbformat.read(notebook, as_version=4).cells
     source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
     return dict(re.findall(r"^(\w+):.*?  # (.*)", source, re.MULTILINE))
-
-
-def _write(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).replace("'", '"')
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ def _explain(error: ValidationError, place: str) -> str:
 # Texts are read by `check_parameter` alone: here "3" is not a number.
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 _settings = dataclass(frozen=True, config=_STRICT)
+Head = Literal["joint", "contrast"]
+Quantization = Literal["none", "8bit", "4bit"]
 
 
 def field(default: Any, meaning: str, unit: str = "", **limits: Any) -> Any:
@@ -111,7 +113,7 @@ class BaselineConfig(Config):
     """Settings of 02, the CPU baseline."""
 
     n_hashed: int = field(131_072, "width of each hashed text block", "columns", ge=16)
-    ridge: float = field(1.0, "penalty of the linear models; 2 halves each prior variance", gt=0)
+    ridge: float = field(1.0, "linear models' penalty; doubling it halves prior variances", gt=0)
     n_trees: int = field(200, "boosting rounds at most; one per 15 battles", "rounds", ge=1)
     learning_rate: float = field(0.05, "shrinkage of each tree", gt=0, le=1)
     n_bootstrap: int = field(1000, "bootstrap samples per interval", "samples", ge=1)
@@ -137,8 +139,8 @@ class FinetuneConfig(Config):
 
     checkpoint: str = field("answerdotai/ModernBERT-base", "hub id, folder or tiny:…", min_length=1)
     revision: str = field("8949b909ec900327062f0ebf497f51aef5e6f0c8", "hub commit; empty: newest")
-    head: Literal["joint", "contrast"] = field("joint", "contrast adds mean(A) − mean(B) states")
-    quantization: Literal["none", "8bit", "4bit"] = field("none", "of frozen weights; 4bit is NF4")
+    head: Head = field("joint", "contrast adds mean(A states) − mean(B states) to the pooled state")
+    quantization: Quantization = field("none", "storage of the frozen weights; 4bit is NF4")
     lora_rank: int = field(0, "rank of the LoRA adapters; 0 trains every weight", ge=0)
     lora_alpha: float = field(16.0, "scale of LoRA; tune together with LEARNING_RATE", gt=0)
     lora_dropout: float = field(0.05, "dropout before LoRA", "share of inputs", ge=0, lt=1)
@@ -153,10 +155,10 @@ class FinetuneConfig(Config):
     learning_rate: float = field(5e-5, "peak learning rate", gt=0)
     warmup_share: float = field(0.1, "linear warm-up", "share of steps", ge=0, lt=1)
     weight_decay: float = field(0.01, "AdamW's decay of weight matrices", ge=0)
-    optimizer: Literal["adamw", "adamw_8bit"] = field("adamw", "adamw or adamw_8bit")
+    optimizer: Literal["adamw", "adamw_8bit"] = field("adamw", "adamw_8bit has 8-bit states")
     n_evals: int = field(4, "validations per epoch", "validations", ge=1)
-    patience: int = field(0, "validations without a gain before stopping; 0: never stop", ge=0)
-    folds: tuple[int, ...] = field((0,), "folds to hold out, one model each", min_length=1)
+    patience: int = field(0, "stop after so many without a gain; 0: never", "validations", ge=0)
+    folds: tuple[int, ...] = field((0,), "to hold out, one model each", "folds", min_length=1)
     n_seeds: int = field(1, "models per fold, whose probabilities are averaged", "models", ge=1)
     refit: bool = field(False, "one more model, on every battle, for the folds' best step count")
     max_pairs: int = field(0, "training battles at most; 0 takes all", "battles", ge=0)
@@ -184,7 +186,7 @@ class DecoderConfig(FinetuneConfig):
 
     checkpoint: str = field("Qwen/Qwen3-4B-Instruct-2507", "hub id, folder or tiny:…", min_length=1)
     revision: str = field("cdbee75f17c01a7cc42f958dc650907174af0554", "hub commit; empty: newest")
-    quantization: Literal["none", "8bit", "4bit"] = field("4bit", "of frozen weights; 4bit is NF4")
+    quantization: Quantization = field("4bit", "storage of the frozen weights; 4bit is NF4")
     lora_rank: int = field(32, "rank of the LoRA adapters; 0 trains every weight", ge=0)
     lora_alpha: float = field(4.0, "scale of LoRA; tune together with LEARNING_RATE", gt=0)
     gradient_checkpointing: bool = field(True, "recompute activations to save memory")

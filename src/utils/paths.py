@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# The rehearsal of the kernel lays Kaggle's folders elsewhere.
-KAGGLE = Path(os.environ.get("ARENA_KAGGLE_ROOT", "/kaggle"))
+KAGGLE = Path(os.environ.get("ARENA_KAGGLE_ROOT", "/kaggle"))  # the rehearsal moves it
 KAGGLE_INPUT = KAGGLE / "input"
 KAGGLE_WORKING = KAGGLE / "working"
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
