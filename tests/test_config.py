@@ -73,6 +73,13 @@ def test_the_settings_of_03_read_the_runs_of_04() -> None:
     assert config.to_json() == DecoderConfig(seed=3).to_json()
 
 
+def test_a_pinned_revision_is_that_of_its_own_checkpoint() -> None:
+    assert DecoderConfig().revision != FinetuneConfig().revision != ""
+    assert FinetuneConfig("microsoft/deberta-v3-base").revision == ""
+    assert FinetuneConfig("microsoft/deberta-v3-base", "8ccc9b6").revision == "8ccc9b6"
+    assert FinetuneConfig.from_json(DecoderConfig().to_json()).revision == DecoderConfig().revision
+
+
 def test_both_networks_have_the_same_limits() -> None:
     ours, theirs = FinetuneConfig.__pydantic_fields__, DecoderConfig.__pydantic_fields__
     for name, entry in ours.items():
@@ -358,7 +365,7 @@ def test_a_profile_is_read_as_the_command_line_is(tmp_path: Path) -> None:
         "2024-01-01",
     )
     assert (config.refit, config.n_seeds, config.folds) == (True, 10, (0, 1))
-    assert config.extra_battles == ("null",)
+    assert (config.extra_battles, config.patience) == (("null",), 10)
 
 
 def test_an_unknown_profile_lists_those_there_are() -> None:
