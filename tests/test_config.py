@@ -278,7 +278,7 @@ def test_every_default_is_read_back_from_its_own_text(notebook: str) -> None:
             assert check_parameter(notebook, name, text, DEFAULTS[notebook]) == default
 
 
-def test_a_value_that_is_no_text_must_have_the_type() -> None:
+def test_a_value_that_is_not_a_text_must_have_the_type() -> None:
     shown = DEFAULTS["02_baseline"]
     value = check_parameter("02_baseline", "RIDGE", 2, shown)
     assert (value, type(value)) == (2.0, float)
@@ -287,7 +287,7 @@ def test_a_value_that_is_no_text_must_have_the_type() -> None:
             check_parameter("02_baseline", name, wrong, shown)
 
 
-def test_settings_in_one_text_are_told_apart() -> None:
+def test_settings_in_one_text_are_split() -> None:
     text = " 03.FOLDS=[0, 1]  SEED=2 04.CHECKPOINT=my model "
     assert split_settings(text) == ["03.FOLDS=[0, 1]", "SEED=2", "04.CHECKPOINT=my model"]
 
@@ -368,13 +368,13 @@ def test_a_profile_is_read_as_the_command_line_is(tmp_path: Path) -> None:
     assert (config.extra_battles, config.patience) == (("null",), 10)
 
 
-def test_an_unknown_profile_lists_those_there_are() -> None:
+def test_an_unknown_profile_lists_the_existing_ones() -> None:
     with pytest.raises(FileNotFoundError, match=r"'dmeo'.*'demo'"):
         read_profile("dmeo")
 
 
 @pytest.mark.parametrize("text", ["- 1", "03_modernbert: [a]", "03_modernbert: 3", "a: {b"])
-def test_a_file_that_is_no_profile_is_named(tmp_path: Path, text: str) -> None:
+def test_a_malformed_profile_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "p.yaml"
     path.write_text(text)
     with pytest.raises(SuiteError, match=r"p\.yaml.*section per notebook"):
