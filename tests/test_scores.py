@@ -1,10 +1,11 @@
 """Scores: hand-worked values, agreement with scikit-learn, coverage of the intervals."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import sklearn.metrics
 
-from src.utils.schema import swap_probs
+from src.utils.schema import probs_of, probs_table, swap_probs
 from src.utils.stats.scores import (
     accuracy,
     bootstrap_interval,
@@ -23,6 +24,7 @@ from src.utils.stats.scores import (
     reliability_curve,
     row_losses,
     score,
+    summarise,
     swap_gap,
 )
 
@@ -201,3 +203,23 @@ def test_slices_name_where_the_model_is_worse():
     )
     same = compare_slices(losses, losses, {"all": first | ~first}, groups, 50)
     assert same["verdict"].tolist() == ["no different"]
+
+
+def test_a_summary_scores_held_out_battles_in_any_order():
+    truth, labels = make_votes(400)
+    pairs = pd.DataFrame({"id": np.arange(400) + 7, "label": labels})
+    pairs = pairs.assign(group=pairs["id"] // 2, fold=pairs["id"] % 4)
+    held = np.random.default_rng(0).permutation(np.flatnonzero(pairs["fold"] == 1))
+    probs = blur(truth, 0.5).astype(np.float32)
+    oof = probs_table(pairs["id"][held], probs[held])
+    summary = summarise(oof, pairs, truth[held])
+    assert score(probs_of(oof), labels[held]).items() <= summary.items()
+    assert summary["log_loss_low"] < summary["log_loss"] < summary["log_loss_high"]
+    others = class_prior(labels[pairs["fold"] != 1])
+    assert summary["prior_log_loss"] == log_loss(np.tile(others, (100, 1)), labels[held])
+    assert summary["oracle_log_loss"] == log_loss(truth[held], labels[held])
+    assert summary["excess_log_loss"] == summary["log_loss"] - summary["oracle_log_loss"]
+    unknown = probs_table(np.array([1]), probs[:1])
+    assert "oracle_log_loss" not in summarise(probs_table(pairs["id"], probs), pairs)
+    with pytest.raises(KeyError):
+        summarise(unknown, pairs)

@@ -1,327 +1,24 @@
-"""The settings of a run: frozen dataclasses that check themselves, to and from JSON.
+"""The settings of every notebook: checked dataclasses, and how people's values reach them.
 
-A notebook's `parameters` cell holds the same names in capitals with the same
-defaults (a test compares them), which are those of the real run. `from_parameters`
-reads them back and, where a profile is chosen, fills in what was left untouched.
+A notebook's `parameters` cell shows some settings, in capitals; `OPTIONS` takes the others. Texts
+from a profile or the command line are read by the type of the parameter, not by YAML's guesses.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 PROFILES = Path(__file__).resolve().parents[2] / "notebooks" / "profiles"
-
-
-def read_profile(profile: str) -> dict[str, dict[str, Any]]:
-    """Read a profile: papermill parameters, one section a notebook.
-
-    Args:
-        profile: a name in `notebooks/profiles`, e.g. "demo", or a path to a YAML file.
-
-    Returns:
-        Notebook name -> parameter name -> value.
-
-    Raises:
-        FileNotFoundError: no such profile; the message lists those there are.
-        ValueError: the file is not a mapping of mappings.
-    """
-    path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
-    if not path.exists():
-        names = sorted(file.stem for file in PROFILES.glob("*.yaml"))
-        raise FileNotFoundError(f"profile {profile!r}: expected a YAML file or one of {names}")
-    sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(sections, dict) or not all(
-        isinstance(section, dict) for section in sections.values()
-    ):
-        raise ValueError(
-            f"{path}: expected one section of parameters per notebook, got {sections!r:.100}"
-        )
-    return sections
-
-
-def _expect(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-@dataclass(frozen=True)
-class Config:
-    """What every settings class can do."""
-
-    @classmethod
-    def from_parameters(
-        cls, parameters: Mapping[str, Any], notebook: str, profile: str = "none"
-    ) -> Self:
-        """Take the settings from a notebook's globals.
-
-        Args:
-            parameters: holds each field's name in capitals, e.g. `globals()`.
-            notebook: section of the profile to read, e.g. "03_modernbert".
-            profile: "none", or a profile whose values replace parameters that still have
-                their default; a parameter that was changed by hand keeps its value.
-        """
-        chosen = {} if profile == "none" else read_profile(profile).get(notebook, {})
-        values = {}
-        for field in dataclasses.fields(cls):
-            name = field.name.upper()
-            value = parameters[name]
-            default = (
-                field.default
-                if field.default is not dataclasses.MISSING
-                else field.default_factory()
-            )
-            untouched = value == default or (isinstance(value, list) and tuple(value) == default)
-            values[field.name] = chosen.get(name, value) if untouched else value
-        return cls.from_json(values)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Rebuild from `to_json`.
-
-        Raises:
-            ValueError: a key is unknown (the nearest name is suggested), or a value is outside its range.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        for key in content:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, 1)
-                raise ValueError(
-                    f"{cls.__name__}: unknown setting {key!r}"
-                    + (f", did you mean {near[0]!r}?" if near else "")
-                )
-        return cls(
-            **{
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in content.items()
-            }
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
-        return {
-            key: list(v) if isinstance(v, tuple) else v
-            for key, v in dataclasses.asdict(self).items()
-        }
-
-
-@dataclass(frozen=True)
-class EdaConfig(Config):
-    """Settings of 01."""
-
-    n_folds: int = 5
-    min_battles: int = 30  # a chatbot with fewer is not ranked
-    n_bootstrap: int = 200  # resamples of each band and interval
-    tokenizers: tuple[
-        str, ...
-    ] = ()  # folders of tokenizers; none estimates four characters a token
-    n_demo_battles: int = (
-        12_000  # training battles of the demo arena, where no other data are found
-    )
-    n_demo_test: int = 600
-    seed: int = 20240501  # of the demo arena and the folds
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        _expect(self.n_folds >= 2, "n_folds", "2 or more", self.n_folds)
-        _expect(self.min_battles >= 1, "min_battles", "1 or more", self.min_battles)
-        _expect(self.n_bootstrap >= 1, "n_bootstrap", "at least 1", self.n_bootstrap)
-        _expect(self.n_demo_battles >= 1, "n_demo_battles", "1 or more", self.n_demo_battles)
-        _expect(self.n_demo_test >= 1, "n_demo_test", "1 or more", self.n_demo_test)
-
-
-@dataclass(frozen=True)
-class BaselineConfig(Config):
-    """Settings of 02, the CPU baseline."""
-
-    n_hashed: int = 131_072  # width of each hashed text block
-    ridge: float = (
-        1.0  # strength of the linear models' penalty; doubling it halves every prior variance
-    )
-    n_trees: int = 200  # boosting rounds at most; one for every 15 battles where these are few
-    learning_rate: float = 0.05  # shrinkage of each tree
-    n_bootstrap: int = 1000  # resamples of each interval
-    seed: int = 20240501
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        _expect(self.n_hashed >= 16, "n_hashed", "at least 16", self.n_hashed)
-        _expect(self.ridge > 0, "ridge", "above 0", self.ridge)
-        _expect(self.n_trees >= 1, "n_trees", "at least 1", self.n_trees)
-        _expect(0 < self.learning_rate <= 1, "learning_rate", "in (0, 1]", self.learning_rate)
-        _expect(self.n_bootstrap >= 1, "n_bootstrap", "at least 1", self.n_bootstrap)
-
-
-@dataclass(frozen=True)
-class EnsembleConfig(Config):
-    """Settings of 05."""
-
-    n_folds: int = 5  # parts in which the blend is fitted and scored in turn
-    seed: int = 20240501
-    n_bootstrap: int = 1000  # resamples of each interval
-    write_soft_labels: bool = (
-        False  # the blend's held-out probabilities, for SOFT_LABELS of 03 and 04
-    )
-    members: tuple[str, ...] = ("02_baseline", "03_modernbert", "04_qwen")
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        _expect(self.n_folds >= 2, "n_folds", "2 or more", self.n_folds)
-        _expect(self.n_bootstrap >= 1, "n_bootstrap", "at least 1", self.n_bootstrap)
-        _expect(len(self.members) > 0, "members", "at least one notebook", self.members)
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(Config):
-    """Settings of 03 (an encoder, every weight trained); `DecoderConfig` has those of 04."""
-
-    checkpoint: str = (
-        "answerdotai/ModernBERT-base"  # hub id, a folder, or tiny:modernbert / tiny:qwen3
-    )
-    revision: str = (
-        "8949b909ec900327062f0ebf497f51aef5e6f0c8"  # commit on the hub; empty resolves main
-    )
-    head: str = "joint"  # joint reads one state, contrast also the mean state of A less that of B
-    quantization: str = "none"  # none, 8bit or 4bit (NF4, double quantisation)
-    lora_rank: int = 0  # 0 trains every weight
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.05
-    lora_variant: str = "plain"  # plain, rslora or dora
-    max_tokens: int = 2048  # budget of one battle in training
-    predict_tokens: int = 3072  # budget of one battle in prediction
-    tokens_per_batch: int = 16384  # tokens of one forward pass at most
-    batches_per_step: int = 2  # gradient accumulation
-    packing: bool = True  # no padding, for the architectures that can do without
-    gradient_checkpointing: bool = False  # computes activations twice instead of keeping them
-    n_epochs: float = 2.0
-    both_orders: bool = (
-        True  # an epoch has each battle in both orders, side by side; else in one, by turns
-    )
-    consistency: float = 0.0  # weight of the divergence between the two orders; wants both_orders
-    learning_rate: float = 5e-5  # peak
-    layer_decay: float = 1.0  # learning rate of a layer as a multiple of that of the layer above
-    warmup_share: float = 0.1  # share of the steps
-    weight_decay: float = 0.01
-    optimizer: str = "adamw"  # adamw, adamw_8bit or paged_adamw_8bit
-    n_evals: int = 4  # validations an epoch
-    patience: int = 0  # validations without a better loss before training stops; 0 goes to the end
-    folds: tuple[int, ...] = (0,)  # folds held out, one model each
-    n_seeds: int = 1  # models a fold, whose probabilities are averaged
-    refit: bool = (
-        False  # one more model, on every battle, for as many steps as served the folds best
-    )
-    max_pairs: int = 0  # training battles at most, 0 takes all
-    extra_battles: tuple[
-        str, ...
-    ] = ()  # files of further training battles in the competition's layout
-    soft_labels: str = (
-        ""  # none, or probabilities to learn from: a soft_labels.parquet of 05, or a submission.csv
-    )
-    soft_weight: float = 0.5  # share of the soft labels where there is a vote, too
-    n_processes: int = 0  # that train together; 0 takes one a GPU, 1 trains in this one
-    sharding: str = (
-        "none"  # none gives each process the whole model (DDP), full parts it over them (FSDP)
-    )
-    seed: int = 20240501
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        _expect(bool(self.checkpoint), "checkpoint", "a hub id or a folder", self.checkpoint)
-        _expect(self.head in ("joint", "contrast"), "head", "joint or contrast", self.head)
-        _expect(
-            self.quantization in ("none", "8bit", "4bit"),
-            "quantization",
-            "none, 8bit or 4bit",
-            self.quantization,
-        )
-        self._check_lora()
-        self._check_batches()
-        self._check_processes()
-        _expect(self.n_epochs > 0, "n_epochs", "above 0", self.n_epochs)
-        _expect(self.consistency >= 0, "consistency", "0 or more", self.consistency)
-        _expect(
-            self.both_orders or not self.consistency,
-            "consistency",
-            "0 without both_orders, which brings the two orders together",
-            self.consistency,
-        )
-        _expect(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
-        _expect(0 < self.layer_decay <= 1, "layer_decay", "in (0, 1]", self.layer_decay)
-        _expect(0 <= self.warmup_share < 1, "warmup_share", "in [0, 1)", self.warmup_share)
-        _expect(self.optimizer in OPTIMIZERS, "optimizer", f"one of {OPTIMIZERS}", self.optimizer)
-        _expect(self.n_evals >= 1, "n_evals", "at least 1", self.n_evals)
-        _expect(self.patience >= 0, "patience", "0 or more", self.patience)
-        _expect(len(self.folds) > 0, "folds", "at least one fold", self.folds)
-        _expect(self.n_seeds >= 1, "n_seeds", "at least 1", self.n_seeds)
-        _expect(0 <= self.soft_weight <= 1, "soft_weight", "in [0, 1]", self.soft_weight)
-
-    def _check_lora(self) -> None:
-        _expect(self.lora_rank >= 0, "lora_rank", "0 or more", self.lora_rank)
-        _expect(
-            self.lora_rank > 0 or self.quantization == "none",
-            "lora_rank",
-            "above 0 for a quantised base, whose weights cannot be trained",
-            self.lora_rank,
-        )
-        _expect(
-            self.lora_variant in ("plain", "rslora", "dora"),
-            "lora_variant",
-            "plain, rslora or dora",
-            self.lora_variant,
-        )
-
-    def _check_batches(self) -> None:
-        _expect(self.max_tokens >= 32, "max_tokens", "at least 32", self.max_tokens)
-        _expect(self.predict_tokens >= 32, "predict_tokens", "at least 32", self.predict_tokens)
-        longest = max(self.max_tokens * (2 if self.both_orders else 1), self.predict_tokens)
-        _expect(
-            self.tokens_per_batch >= longest,
-            "tokens_per_batch",
-            f"at least {longest}, for the longest battle (predict_tokens, or max_tokens in both_orders)",
-            self.tokens_per_batch,
-        )
-        _expect(self.batches_per_step >= 1, "batches_per_step", "at least 1", self.batches_per_step)
-
-    def _check_processes(self) -> None:
-        _expect(self.n_processes >= 0, "n_processes", "0 or more", self.n_processes)
-        _expect(self.sharding in ("none", "full"), "sharding", "none or full", self.sharding)
-        is_whole = self.sharding == "none"
-        _expect(
-            is_whole or self.n_processes != 1, "sharding", "none for one process", self.sharding
-        )
-        _expect(
-            is_whole or self.quantization == "none",
-            "sharding",
-            "none for a quantised base: it is small, and its packed weights can not be parted",
-            self.sharding,
-        )
-        _expect(
-            is_whole or self.optimizer == "adamw",
-            "optimizer",
-            "adamw for parted weights",
-            self.optimizer,
-        )
-
-
-@dataclass(frozen=True)
-class DecoderConfig(FinetuneConfig):
-    """Settings of 04: a quantised decoder with LoRA; same fields, other defaults."""
-
-    checkpoint: str = "Qwen/Qwen3-4B-Instruct-2507"
-    revision: str = "cdbee75f17c01a7cc42f958dc650907174af0554"
-    quantization: str = "4bit"
-    lora_rank: int = 32
-    lora_alpha: float = 4.0  # goes with learning_rate 2e-4
-    gradient_checkpointing: bool = True
-    n_epochs: float = 1.0
-    learning_rate: float = 2e-4
 
 
 class SuiteError(Exception):
@@ -334,89 +31,267 @@ def _unknown(kind: str, name: str, known: Sequence[str]) -> SuiteError:
     return SuiteError(f"unknown {kind} {name!r}: {hint}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What every settings class can do."""
+
+    @classmethod
+    def from_parameters(
+        cls, parameters: Mapping[str, Any], notebook: str, profile: str = "none"
+    ) -> Self:
+        """Take the settings from a notebook's globals: fields in capitals, and those in `OPTIONS`.
+
+        The values of `profile` ("none", a name or a file) replace parameters that still have
+        their default; one that was changed by hand, or is set in `OPTIONS`, keeps its value.
+        """
+        shown = {name: value for name, value in parameters.items() if name.isupper()}
+        defaults = {name.upper(): value for name, value in cls().to_json().items()}
+        sections = {} if profile == "none" else read_profile(profile)
+        given = sections.get(notebook) or sections.get(notebook[:2], {})
+        given |= given.pop("OPTIONS", {})
+        for name in defaults.keys() & shown.keys():
+            if shown[name] != defaults[name]:
+                given[name] = shown[name]
+        given |= {name.upper(): value for name, value in shown.get("OPTIONS", {}).items()}
+        known = shown | defaults
+        values = {name: check_parameter(notebook, name, given[name], known) for name in given}
+        return cls.from_json({name.lower(): values[name] for name in values if name in defaults})
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_json`; raises SuiteError for an unknown field or a wrong value."""
+        names = [entry.name for entry in dataclasses.fields(cls)]
+        for name in content:
+            if name not in names:
+                raise _unknown("setting", name, names)
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise SuiteError(_explain(error, cls.__name__)) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _explain(error: ValidationError, place: str) -> str:
+    found = error.errors()[0]
+    where = ".".join([place, *map(str, found["loc"])])
+    message = found["msg"].replace("Input should be", "expected")
+    return f"{where}: {message}, got {found['input']!r}"
+
+
+# Texts are read by `check_parameter` alone: here "3" is not a number.
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_settings = dataclass(frozen=True, config=_STRICT)
+Head = Literal["joint", "contrast"]
+Quantization = Literal["none", "8bit", "4bit"]
+
+
+def field(default: Any, meaning: str, unit: str = "", **limits: Any) -> Any:
+    """Declare a setting; `limits` are those of `pydantic.Field`."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **limits)
+
+
+@_settings
+class EdaConfig(Config):
+    """Settings of 01."""
+
+    n_folds: int = field(5, "folds of the split that all later notebooks share", "folds", ge=2)
+    min_battles: int = field(30, "battles that a chatbot needs to be ranked", "battles", ge=1)
+    n_bootstrap: int = field(200, "bootstrap samples per interval", "samples", ge=1)
+    tokenizers: tuple[str, ...] = field((), "tokenizer folders; none: 4 characters per token")
+    n_demo_battles: int = field(12_000, "training battles of the demo arena", "battles", ge=1)
+    n_demo_test: int = field(600, "test battles of the demo arena", "battles", ge=1)
+    seed: int = field(20240501, "seed of the demo arena and of the folds")
+
+
+@_settings
+class BaselineConfig(Config):
+    """Settings of 02, the CPU baseline."""
+
+    n_hashed: int = field(131_072, "width of each hashed text block", "columns", ge=16)
+    ridge: float = field(1.0, "linear models' penalty; doubling it halves prior variances", gt=0)
+    n_trees: int = field(200, "boosting rounds at most; one per 15 battles", "rounds", ge=1)
+    learning_rate: float = field(0.05, "shrinkage of each tree", gt=0, le=1)
+    n_bootstrap: int = field(1000, "bootstrap samples per interval", "samples", ge=1)
+    seed: int = field(20240501, "seed of the trees and the intervals")
+
+
+@_settings
+class EnsembleConfig(Config):
+    """Settings of 05."""
+
+    n_folds: int = field(5, "parts in which the blend is fitted and scored", "parts", ge=2)
+    seed: int = field(20240501, "seed of the parts and the intervals")
+    n_bootstrap: int = field(1000, "bootstrap samples per interval", "samples", ge=1)
+    write_soft_labels: bool = field(False, "write soft_labels.parquet, for 03 and 04")
+    members: tuple[str, ...] = field(
+        ("02_baseline", "03_modernbert", "04_qwen"), "notebooks to blend, if complete", min_length=1
+    )
+
+
+@_settings
+class FinetuneConfig(Config):
+    """Settings of 03, an encoder; reads the runs of 03 and 04."""
+
+    checkpoint: str = field("answerdotai/ModernBERT-base", "hub id, folder or tiny:…", min_length=1)
+    revision: str = field("8949b909ec900327062f0ebf497f51aef5e6f0c8", "hub commit; empty: newest")
+    head: Head = field("joint", "contrast adds mean(A states) − mean(B states) to the pooled state")
+    quantization: Quantization = field("none", "storage of the frozen weights; 4bit is NF4")
+    lora_rank: int = field(0, "rank of the LoRA adapters; 0 trains every weight", ge=0)
+    lora_alpha: float = field(16.0, "scale of LoRA; tune together with LEARNING_RATE", gt=0)
+    lora_dropout: float = field(0.05, "dropout before LoRA", "share of inputs", ge=0, lt=1)
+    max_tokens: int = field(2048, "budget of one battle in training", "tokens", ge=32)
+    predict_tokens: int = field(3072, "budget of one battle in prediction", "tokens", ge=32)
+    tokens_per_batch: int = field(16384, "most tokens of one forward pass", "tokens")
+    batches_per_step: int = field(2, "gradient accumulation", "batches", ge=1)
+    packing: bool = field(True, "no padding, for architectures that can do without")
+    gradient_checkpointing: bool = field(False, "recompute activations to save memory")
+    n_epochs: float = field(2.0, "passes over the training battles", "epochs", gt=0)
+    both_orders: bool = field(True, "both orders in each epoch; False: one order, alternating")
+    learning_rate: float = field(5e-5, "peak learning rate", gt=0)
+    warmup_share: float = field(0.1, "linear warm-up", "share of steps", ge=0, lt=1)
+    weight_decay: float = field(0.01, "AdamW's decay of weight matrices", ge=0)
+    optimizer: Literal["adamw", "adamw_8bit"] = field("adamw", "adamw_8bit has 8-bit states")
+    n_evals: int = field(4, "validations per epoch", "validations", ge=1)
+    patience: int = field(0, "stop after so many without a gain; 0: never", "validations", ge=0)
+    folds: tuple[int, ...] = field((0,), "to hold out, one model each", "folds", min_length=1)
+    n_seeds: int = field(1, "models per fold, whose probabilities are averaged", "models", ge=1)
+    refit: bool = field(False, "one more model, on every battle, for the folds' best step count")
+    max_pairs: int = field(0, "training battles at most; 0 takes all", "battles", ge=0)
+    extra_battles: tuple[str, ...] = field((), "further training files, laid out as train.csv")
+    soft_labels: str = field("", "soft_labels.parquet of 05, or a submission.csv, to learn from")
+    soft_weight: float = field(0.5, "share of a soft label where a vote exists too", ge=0, le=1)
+    n_processes: int = field(0, "training processes; 0: one per GPU", "processes", ge=0)
+    seed: int = field(20240501, "seed of the head, the order of battles and dropout")
+
+    def __post_init__(self) -> None:
+        """Check rules over several fields; a pinned revision is of its checkpoint alone."""
+        if self.checkpoint != type(self).checkpoint and self.revision == type(self).revision:
+            object.__setattr__(self, "revision", "")
+        if self.quantization != "none" and not self.lora_rank:
+            raise SuiteError("lora_rank: expected above 0 to train a quantised base, got 0")
+        longest = max(self.max_tokens * (2 if self.both_orders else 1), self.predict_tokens)
+        if self.tokens_per_batch < longest:
+            expected = f"expected at least {longest}, for the longest battle in both orders"
+            raise SuiteError(f"tokens_per_batch: {expected}, got {self.tokens_per_batch}")
+
+
+@_settings
+class DecoderConfig(FinetuneConfig):
+    """Settings of 04, a quantised decoder with LoRA: the fields of 03, some other defaults."""
+
+    checkpoint: str = field("Qwen/Qwen3-4B-Instruct-2507", "hub id, folder or tiny:…", min_length=1)
+    revision: str = field("cdbee75f17c01a7cc42f958dc650907174af0554", "hub commit; empty: newest")
+    quantization: Quantization = field("4bit", "storage of the frozen weights; 4bit is NF4")
+    lora_rank: int = field(32, "rank of the LoRA adapters; 0 trains every weight", ge=0)
+    lora_alpha: float = field(4.0, "scale of LoRA; tune together with LEARNING_RATE", gt=0)
+    gradient_checkpointing: bool = field(True, "recompute activations to save memory")
+    n_epochs: float = field(1.0, "passes over the training battles", "epochs", gt=0)
+    learning_rate: float = field(2e-4, "peak learning rate", gt=0)
+
+
+CONFIGS: dict[str, type[Config]] = {
+    "01_eda": EdaConfig,
+    "02_baseline": BaselineConfig,
+    "03_modernbert": FinetuneConfig,
+    "04_qwen": DecoderConfig,
+    "05_ensemble": EnsembleConfig,
+}
+
+
+def read_profile(profile: str) -> dict[str, dict[str, Any]]:
+    """Read a profile by name ("demo") or path: notebook -> parameter -> text, or list of texts."""
+    path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
+    if not path.exists():
+        names = sorted(file.stem for file in PROFILES.glob("*.yaml"))
+        raise FileNotFoundError(f"profile {profile!r}: expected a YAML file or one of {names}")
+    try:
+        sections = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+        return {name: dict(values or {}) for name, values in sections.items()}
+    except (yaml.YAMLError, AttributeError, ValueError) as error:
+        raise SuiteError(f"{path}: expected one section per notebook, got {error}") from error
+
+
 def find_name(text: str, names: Sequence[str]) -> str:
-    """Find a notebook by its name or its number; an unknown one is an error with the nearest name."""
-    if text in names:
-        return text
-    matches = [name for name in names if text.isdigit() and int(name.split("_")[0]) == int(text)]
-    if not matches:
-        raise _unknown("notebook", text, names)
-    return matches[0]
+    """Find a notebook by name or number; an unknown one is an error with the nearest name."""
+    for name in names:
+        if name == text or (text.isdigit() and int(name.split("_")[0]) == int(text)):
+            return name
+    raise _unknown("notebook", text, names)
 
 
 def read_parameters(notebook: Path) -> dict[str, Any]:
-    """Read the defaults of a notebook's `parameters` cell.
-
-    Returns:
-        Parameter name -> default value.
-
-    Raises:
-        SuiteError: the notebook is missing, or a line is not `NAME: type = literal`.
-    """
-    if not notebook.exists():
-        raise SuiteError(f"{notebook}: no such notebook")
-    cells = _read_cells(notebook)
-    source = next(
-        (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), ""
-    )
+    """Read a notebook's `parameters` cell: name -> default; SuiteError if it is not literal."""
+    lines: list[Any] = []
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            lines = ast.parse("".join(cell["source"])).body
     defaults = {}
-    for node in ast.parse(source).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+    for line in lines:
         try:
-            defaults[target.id] = ast.literal_eval(node.value)
-        except ValueError as error:
-            line = ast.unparse(node)
-            raise SuiteError(
-                f"{notebook}: parameters: expected NAME: type = literal, got {line}"
-            ) from error
+            defaults[line.target.id] = ast.literal_eval(line.value)
+        except (AttributeError, ValueError) as error:
+            expected = f"{notebook}: parameters: expected NAME: type = literal"
+            raise SuiteError(f"{expected}, got {ast.unparse(line)}") from error
     return defaults
 
 
+def with_options(notebook: str, shown: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the settings behind a notebook's `OPTIONS` to the parameters that it shows."""
+    if "OPTIONS" not in shown or notebook not in CONFIGS:
+        return dict(shown)
+    fields = CONFIGS[notebook]().to_json()
+    return {name.upper(): value for name, value in fields.items()} | dict(shown)
+
+
 def check_parameter(notebook: str, name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
-    """Assert that a notebook has a parameter and that a value has its type, and hand the value back.
+    """Read a value by the type of its parameter: `1e-4`, `on` and `0,1` need no quotes.
+
+    Args:
+        notebook: whose settings count as parameters too where `defaults` has `OPTIONS`.
+        value: a text, or a value that has the type already.
 
     Raises:
-        SuiteError: the name is unknown (the nearest is suggested) or the type is another.
+        SuiteError: an unknown name (the nearest is suggested), or a wrong type or value.
     """
-    if name not in defaults:
-        raise (
-            _unknown("parameter", name, list(defaults))
-            if defaults
-            else SuiteError(f"{notebook} has no parameters")
-        )
-    kind = type(defaults[name])
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind in (tuple, list) and isinstance(value, list):
-        return value
-    if type(value) is not kind:
-        raise SuiteError(
-            f"{notebook}.{name}: expected {kind.__name__}, got {value!r} ({type(value).__name__})"
-        )
-    return value
+    known = with_options(notebook, defaults)
+    if name not in known:
+        raise _unknown(f"parameter of {notebook}", name, list(known))
+    kind: Any = type(known[name])
+    if kind is list and isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError):  # what is not a list is refused below
+            value = yaml.load(value if "[" in value[:1] else f"[{value}]", yaml.BaseLoader)
+    if kind is int and re.fullmatch(r"\s*[\d.]+[eE][+]?\d+\s*", str(value)):
+        value = float(value)  # 1e3 is an integer
+    if entry := getattr(CONFIGS.get(notebook), "__pydantic_fields__", {}).get(name.lower()):
+        kind = Annotated[entry.annotation, entry]
+    try:
+        read = TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise SuiteError(_explain(error, f"{notebook}.{name}")) from error
+    return list(read) if isinstance(read, tuple) else read
 
 
 def split_settings(text: str) -> list[str]:
-    """Split several settings in one text at the spaces before a name.
-
-    Example:
-        "03.FOLDS=[0, 1] SEED=2" -> ["03.FOLDS=[0, 1]", "SEED=2"]
-    """
+    """Split at the spaces before a name: "FOLDS=[0, 1] SEED=2" -> ["FOLDS=[0, 1]", "SEED=2"]."""
     return re.split(r"\s+(?=[\w.]+=)", text.strip())
 
 
-def _parse_setting(text: str) -> tuple[str, str, str]:
-    name, separator, value = text.partition("=")
-    notebook, _, parameter = name.strip().rpartition(".")
-    if not separator or not parameter:
+def _parse_setting(text: str, known: Mapping[str, Mapping[str, Any]]) -> list[tuple]:
+    place, separator, value = text.partition("=")
+    notebook, _, name = place.strip().rpartition(".")
+    if not separator or not name:
         raise SuiteError(f"setting {text!r}: expected NOTEBOOK.NAME=value or NAME=value")
-    return notebook, parameter, value
-
-
-def _parse_value(text: str, default: Any) -> Any:
-    value = yaml.safe_load(text)
-    # A text needs no quotes, also where YAML would see a number, a truth value or nothing.
-    return text.strip() if isinstance(default, str) and not isinstance(value, str) else value
+    value = re.sub(r"""^(["'])(.*)\1$""", r"\2", value.strip())  # quotes are not needed
+    if notebook:
+        return [(find_name(notebook, list(known)), name, value)]
+    if not any(name in names for names in known.values()):
+        raise _unknown("parameter", name, sorted(set().union(*known.values())))
+    return [(notebook, name, value) for notebook, names in known.items() if name in names]
 
 
 def make_parameters(
@@ -430,47 +305,26 @@ def make_parameters(
     """Put together what papermill injects into each notebook; later sources win.
 
     Args:
-        defaults: notebook -> its parameters' defaults, of every notebook in the river.
-        profile: notebook -> parameter -> value.
-        data: `DATA` for the notebooks that have it.
-        test: `TEST` for the notebooks that have it.
+        defaults: notebook -> parameter -> default, of every notebook.
         settings: `NOTEBOOK.NAME=value`, or `NAME=value` for every notebook that has it.
 
     Returns:
-        Notebook -> parameter -> value. `PROFILE` is "none", so that a kernel sees only
-        what its executed notebook shows.
-
-    Raises:
-        SuiteError: an unknown notebook or parameter, or a value of another type.
+        Notebook -> parameter -> value, with `OPTIONS` for settings that it does not show.
+        `PROFILE` is "none", so that a kernel sees only what its executed notebook shows.
     """
-    given = (
-        {"PROFILE": "none"} | ({"DATA": data} if data else {}) | ({"TEST": test} if test else {})
-    )
-    chosen = {
-        notebook: {name: value for name, value in given.items() if name in known}
-        for notebook, known in defaults.items()
-    }
+    known = {notebook: with_options(notebook, shown) for notebook, shown in defaults.items()}
+    asked = []
+    for name, value in (("PROFILE", "none"), ("DATA", data), ("TEST", test)):
+        asked += [(stage, name, value) for stage in defaults if value and name in defaults[stage]]
     for section, values in profile.items():
         notebook = find_name(section, list(defaults))
-        for name, value in values.items():
-            chosen[notebook][name] = check_parameter(notebook, name, value, defaults[notebook])
-    for notebook, name, text in map(_parse_setting, settings):
-        targets = (
-            [find_name(notebook, list(defaults))]
-            if notebook
-            else [n for n in defaults if name in defaults[n]]
-        )
-        if not targets:
-            raise _unknown(
-                "parameter", name, sorted({known for names in defaults.values() for known in names})
-            )
-        for target in targets:
-            value = _parse_value(text, defaults[target].get(name))
-            chosen[target][name] = check_parameter(target, name, value, defaults[target])
+        asked += [(notebook, name, value) for name, value in values.items()]
+    for setting in settings:
+        asked += _parse_setting(setting, known)
+    chosen: dict[str, dict[str, Any]] = {notebook: {} for notebook in defaults}
+    for notebook, name, value in asked:
+        place = chosen[notebook]
+        if name not in defaults[notebook]:
+            place = place.setdefault("OPTIONS", {**defaults[notebook].get("OPTIONS", {})})
+        place[name] = check_parameter(notebook, name, value, defaults[notebook])
     return chosen
-
-
-def _read_cells(notebook: Path) -> list[Any]:
-    import nbformat  # slow to import, and each process of a training would
-
-    return nbformat.read(notebook, as_version=4).cells

@@ -1,18 +1,15 @@
 """Where things are, at home and on Kaggle: for notebooks, the runner and the submission.
 
-Raw data: what the caller names, else `data/raw`, else Kaggle's input folder, else
-nothing, and then the demo arena is used. Kaggle mounts inputs in an old and a new
-layout, so files are found by name, never by an assumed path.
+Kaggle mounts inputs in an old and a new layout, so files are found by name, never by path.
 """
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# The rehearsal of the kernel lays Kaggle's folders elsewhere.
-KAGGLE = Path(os.environ.get("ARENA_KAGGLE_ROOT", "/kaggle"))
+KAGGLE = Path(os.environ.get("ARENA_KAGGLE_ROOT", "/kaggle"))  # the rehearsal moves it
 KAGGLE_INPUT = KAGGLE / "input"
 KAGGLE_WORKING = KAGGLE / "working"
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
@@ -24,53 +21,44 @@ def on_kaggle() -> bool:
 
 
 def artifacts_dir() -> Path:
-    """The folder of all run folders: `$ARENA_ARTIFACTS`, else Kaggle's output, else `artifacts/`."""
-    given = os.environ.get("ARENA_ARTIFACTS")
-    if given:
+    """The folder of run folders: `$ARENA_ARTIFACTS`, else Kaggle's output, else `artifacts/`."""
+    if given := os.environ.get("ARENA_ARTIFACTS"):
         return Path(given).resolve()
     return (KAGGLE_WORKING if on_kaggle() else ROOT) / "artifacts"
 
 
 def run_dir(name: str) -> Path:
-    """The run folder of a notebook, e.g. `run_dir("02_baseline")`; made when missing."""
+    """The run folder of a notebook, e.g. `run_dir("02_baseline")`; created when missing."""
     folder = artifacts_dir() / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def submission_path(folder: Path) -> Path:
-    """Where `submission.csv` goes: a run folder, on Kaggle the top of the output, where the competition looks."""
+    """Where `submission.csv` goes: a run folder, on Kaggle the top of the output instead."""
     return (KAGGLE_WORKING if on_kaggle() else folder) / "submission.csv"
 
 
 def find_run(name: str) -> Path | None:
-    """The finished run folder of a notebook: here, else in Kaggle's inputs; None when there is none."""
+    """The complete run folder of a notebook: here, else in Kaggle's inputs, else None."""
     candidates = [artifacts_dir() / name]
     if on_kaggle():
-        candidates += sorted(path for path in KAGGLE_INPUT.rglob(name) if path.is_dir())
+        candidates += sorted(KAGGLE_INPUT.rglob(name))
     return next((path for path in candidates if (path / "metrics.json").exists()), None)
 
 
 def find_checkpoints(name: str) -> list[Path]:
     """Find attached checkpoints by name in Kaggle's inputs, the best match first.
 
-    A checkpoint is a folder with `config.json` and safetensors. Its path holds the name,
-    small and capital letters, punctuation and the framework's folder aside, so that both
-    layouts and every mirror are found: `qwen3-4b-instruct-2507/transformers/default/1`.
-
-    Args:
-        name: hub id, e.g. "Qwen/Qwen3-4B-Instruct-2507"; the owner is not looked at.
+    A checkpoint is a folder with `config.json` and safetensors. Its path holds the name without
+    owner, up to case, punctuation and the framework's folder, so that both layouts and every
+    mirror are found: `qwen3-4b-instruct-2507/transformers/default/1`.
     """
-    if not on_kaggle():
-        return []
     wanted = _letters(name.rsplit("/", 1)[-1])
     found = []
-    for config in sorted(KAGGLE_INPUT.rglob("config.json")):
-        parts = [
-            _letters(part)
-            for part in config.parent.relative_to(KAGGLE_INPUT).parts
-            if part != "transformers"
-        ]
+    for config in sorted(KAGGLE_INPUT.rglob("config.json")) if on_kaggle() else ():
+        places = config.parent.relative_to(KAGGLE_INPUT).parts
+        parts = [_letters(part) for part in places if part != "transformers"]
         if wanted in "".join(parts) and any(config.parent.glob("*.safetensors")):
             found.append((wanted not in parts, config.parent))
     return [folder for _, folder in sorted(found)]
@@ -81,12 +69,7 @@ def _letters(text: str) -> str:
 
 
 def choose_profile(profile: str) -> str:
-    """Settle "auto": "demo" when the battles are those of the demo arena, else "full".
-
-    Args:
-        profile: "auto", "none" (parameters as they stand; what the runner passes), or a
-            profile's name, which is handed back.
-    """
+    """Resolve "auto": "demo" when the battles are those of the demo arena, else "full"."""
     if profile != "auto":
         return profile
     return "demo" if (artifacts_dir() / "01_eda" / "truth.parquet").exists() else "full"
@@ -94,92 +77,74 @@ def choose_profile(profile: str) -> str:
 
 @dataclass(frozen=True)
 class RawData:
-    """The files of one data source; `kind` is "given", "raw", "kaggle" or "demo"."""
+    """The files of one data source."""
 
-    kind: str
-    train: tuple[Path, ...]
+    kind: str  # given, raw, kaggle or demo
+    train: tuple[Path, ...]  # empty where 01 has yet to make the demo arena
     test: Path | None
     sample_submission: Path | None
 
 
 def find_table(folder: Path, stem: str) -> Path | None:
-    """The table `stem` in a folder, whichever of the accepted endings it has; None when absent."""
-    return next(
-        (path for suffix in TABLE_SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None
-    )
+    """The table `stem` in a folder, with any of the accepted suffixes; None when absent."""
+    files = (folder / f"{stem}{suffix}" for suffix in TABLE_SUFFIXES)
+    return next(filter(Path.is_file, files), None)
 
 
 def find_raw_data(data: str = "", test: str = "") -> RawData:
     """Find the training and test files.
 
     Args:
-        data: a folder in the competition's layout (`train`, `test`, `sample_submission`
-            as .csv, .csv.gz or .parquet), a training file, or several training files
-            separated by spaces; a `|` separates paths that hold spaces. A folder without a
-            `train` file gives every other table in it. Empty: `data/raw`, else Kaggle's
-            input, else the demo arena that 01 made.
-        test: a test file, where it does not lie beside the training files.
-
-    Returns:
-        The files. `train` is empty when only the demo arena remains and 01 has yet to make it.
+        data: a folder in the competition's layout (`train`, `test`, `sample_submission` with any
+            of the suffixes), a training file, or several separated by spaces; a `|` separates
+            paths that hold spaces. A folder without a `train` file gives every other table in it.
+            Empty: `data/raw`, else Kaggle's input, else the demo arena that 01 makes.
+        test: a test file that is not beside the training files.
 
     Raises:
         FileNotFoundError: a path is given and does not exist, or a folder holds no table.
     """
-    if data.strip():
-        return _with_test(_given_data(data), test)
-    raw = ROOT / "data" / "raw"
-    if find_table(raw, "train"):
-        return _with_test(_folder_data(raw, "raw"), test)
-    if on_kaggle():
-        tests = sorted(KAGGLE_INPUT.rglob("test.csv"))
-        folder = next(
-            (path.parent for path in tests if (path.parent / "sample_submission.csv").exists()),
-            None,
-        )
-        if folder:
-            return _with_test(_folder_data(folder, "kaggle"), test)
-    return _with_test(_folder_data(artifacts_dir() / "01_eda" / "arena", "demo"), test)
-
-
-def _given_data(data: str) -> RawData:
-    whole = Path(data.strip()).expanduser()
-    if whole.is_dir():
-        source = _folder_data(whole, "given")
-        if source.train or source.test:
-            return source
-        raise FileNotFoundError(
-            f"{whole}: expected train{TABLE_SUFFIXES[0]} or another table, found none"
-        )
-    words = data.split("|") if "|" in data else [data] if whole.exists() else data.split()
-    files = tuple(Path(word.strip()).expanduser() for word in words)
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such data file or folder (looked from {Path.cwd()})"
-            )
-    return RawData(
-        "given",
-        files,
-        find_table(files[0].parent, "test"),
-        find_table(files[0].parent, "sample_submission"),
-    )
-
-
-def _folder_data(folder: Path, kind: str) -> RawData:
-    train = find_table(folder, "train")
-    test, sample = find_table(folder, "test"), find_table(folder, "sample_submission")
-    if train or kind != "given":
-        return RawData(kind, (train,) if train else (), test, sample)
-    others = sorted(path for path in folder.iterdir() if path.name.endswith(TABLE_SUFFIXES))
-    return RawData(kind, tuple(path for path in others if path not in (test, sample)), test, sample)
-
-
-def _with_test(source: RawData, test: str) -> RawData:
+    source = _read_given(data.strip()) if data.strip() else _search()
     if not test.strip():
         return source
-    path = Path(test.strip()).expanduser()
+    path = _existing(test)
+    return replace(_read_folder(path.parent, source.kind), train=source.train, test=path)
+
+
+def _search() -> RawData:
+    raw = ROOT / "data" / "raw"
+    if find_table(raw, "train"):
+        return _read_folder(raw, "raw")
+    for path in sorted(KAGGLE_INPUT.rglob("test.csv")) if on_kaggle() else ():
+        if (path.parent / "sample_submission.csv").exists():
+            return _read_folder(path.parent, "kaggle")
+    return _read_folder(artifacts_dir() / "01_eda" / "arena", "demo")
+
+
+def _existing(text: str) -> Path:
+    path = Path(text.strip()).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such test file (looked from {Path.cwd()})")
-    sample = find_table(path.parent, "sample_submission")
-    return RawData(source.kind, source.train, path, sample)
+        raise FileNotFoundError(f"{path}: no such data file or folder (looked from {Path.cwd()})")
+    return path
+
+
+def _read_given(data: str) -> RawData:
+    path = Path(data).expanduser()
+    if not path.is_dir():
+        texts = [data] if path.exists() else data.split("|" if "|" in data else None)
+        files = tuple(_existing(text) for text in texts)
+        return replace(_read_folder(files[0].parent, "given"), train=files)
+    source = _read_folder(path, "given")
+    if not source.train and not source.test:
+        raise FileNotFoundError(f"{path}: expected a table such as train.csv, found none")
+    return source
+
+
+def _read_folder(folder: Path, kind: str) -> RawData:
+    stems = ("train", "test", "sample_submission")
+    train, test, sample = (find_table(folder, stem) for stem in stems)
+    files = [train] if train else []
+    if kind == "given" and not train:
+        tables = sorted(path for path in folder.iterdir() if path.name.endswith(TABLE_SUFFIXES))
+        files = [path for path in tables if path not in (test, sample)]
+    return RawData(kind, tuple(files), test, sample)

@@ -94,7 +94,6 @@ def _load_base(
     config: FinetuneConfig, base: Path | None, place: torch.device | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     device = choose_device()
-    _check_variant(config, device)
     source, revision = _locate(config, base)
     options = {}
     if config.quantization != "none":
@@ -128,14 +127,6 @@ def _load_base(
     if config.head == "contrast":
         _finish_contrast(model, tokenizer, loading)
     return (model if "device_map" in options else model.to(place or device)), tokenizer
-
-
-def _check_variant(config: FinetuneConfig, device: torch.device) -> None:
-    # Measuring DoRA's magnitudes, peft copies 8-bit weights, and on a CPU the copies lose their scales.
-    if (config.lora_variant, config.quantization, device.type) == ("dora", "8bit", "cpu"):
-        raise ValueError(
-            "lora_variant: expected plain or rslora for an 8-bit base on a CPU, got dora; 4bit takes it"
-        )
 
 
 def _make_plan(source: str, revision: str, head: str) -> nn.Module:
@@ -364,8 +355,6 @@ def _add_lora(model: nn.Module, config: FinetuneConfig) -> PeftModel:
         target_modules=lora_names(model),
         exclude_modules=rf"({'|'.join(map(re.escape, heads))})\..*",
         modules_to_save=heads,
-        use_rslora=config.lora_variant == "rslora",
-        use_dora=config.lora_variant == "dora",
     )
     model = get_peft_model(model, lora)
     for parameter in model.parameters():

@@ -20,6 +20,7 @@ from src.utils.schema import (
     TEXTS,
     Turns,
     check_probs,
+    probs_of,
     swap_probs,
 )
 
@@ -322,3 +323,39 @@ def _excerpt(turns: Turns, n_chars: int) -> str:
     joined = " ‖ ".join(" ".join((turn or "").split()) or "(nothing)" for turn in turns)
     text = joined.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= n_chars else text[:n_chars] + " …"
+
+
+def summarise(
+    oof: pd.DataFrame,
+    pairs: pd.DataFrame,
+    truth: np.ndarray | None = None,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Score held-out probabilities beside what knows nothing and what knows everything.
+
+    Args:
+        oof: id and one probability per class, N battles of `pairs` in any order.
+        pairs: every battle, with id, label, group and fold.
+        truth: (N, C) float, the true probabilities in the order of `oof`, where known.
+        n_boot: resamples of the interval.
+        seed: of the resampling.
+
+    Returns:
+        What `score` returns; log_loss_low and log_loss_high, a 95 % interval; prior_log_loss, of
+        the class prior of the other folds; with `truth` oracle_log_loss and excess_log_loss.
+
+    Raises:
+        KeyError: `oof` has a battle that `pairs` lacks.
+    """
+    places = pd.Series(np.arange(len(pairs)), index=pairs["id"]).loc[list(oof["id"])].to_numpy()
+    prior = held_out_prior(pairs["label"].to_numpy(), pairs["fold"].to_numpy())[places]
+    labels, groups = pairs["label"].to_numpy()[places], pairs["group"].to_numpy()[places]
+    probs = probs_of(oof)
+    low, high = bootstrap_interval(row_losses(probs, labels), groups, n_boot, seed)
+    summary = score(probs, labels) | {"log_loss_low": low, "log_loss_high": high}
+    summary["prior_log_loss"] = log_loss(prior, labels)
+    if truth is not None:
+        summary["oracle_log_loss"] = log_loss(truth, labels)
+        summary["excess_log_loss"] = summary["log_loss"] - summary["oracle_log_loss"]
+    return summary

@@ -151,7 +151,7 @@ def _checkpoint_dir(run_dir: Path, name: str) -> Path:
 
 def _make_key(pairs: pd.DataFrame, config: FinetuneConfig) -> str:
     # What other models there are changes none of them; one that several processes trained is taken by one.
-    apart = ("folds", "n_seeds", "refit", "n_processes", "sharding")
+    apart = ("folds", "n_seeds", "refit", "n_processes")
     settings = {name: value for name, value in config.to_json().items() if name not in apart}
     files = [*config.extra_battles, *([config.soft_labels] if config.soft_labels else [])]
     hashes = [hash_file(find_file(file)) for file in files]
@@ -199,7 +199,7 @@ def _fit_member(
     if done:
         return done
     train_pairs, heldout = _split(pairs, member.fold, config)
-    is_parted = config.sharding == "full"
+    is_parted = False
     model, tokenizer = load_classifier(config, base, torch.device("cpu") if is_parted else None)
     _check_length(model, config)
     if is_parted:
@@ -216,7 +216,7 @@ def _fit_member(
         log_dir=run_dir / "tensorboard" / member.name,
         stop_share=stop_share,
     )
-    world = {"n_processes": world_size(), "sharding": config.sharding, "packed": trainer.is_packed}
+    world = {"n_processes": world_size(), "packed": trainer.is_packed}
     _begin(folder, member.key, world)
     with quiet_transformers():
         trainer.go_on(_last_whole_checkpoint(folder))

@@ -191,7 +191,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="profile, read with the notebook named as the run folder is",
     )
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="parameters, e.g. SHARDING=full"
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="parameters, e.g. N_SEEDS=3"
     )
     parser.add_argument(
         "--settings", type=Path, help="a config.json, in place of notebook, profile and --set"

@@ -34,12 +34,9 @@ from src.utils.training.callbacks import (
     is_interval,
 )
 from src.utils.training.data import Examples, plan_batches
-from src.utils.training.losses import order_divergence
-from src.utils.training.optimizers import group_by_depth
 from src.utils.training.processes import (
     TeamReader,
     deal,
-    is_sharded,
     on_first,
     raise_to_world,
     sum_over_ranks,
@@ -52,7 +49,6 @@ MAX_GRAD_NORM = 1.0
 _OPTIMIZERS = {  # what transformers calls them
     "adamw": "adamw_torch_fused",
     "adamw_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
 }
 HISTORY_COLUMNS = (
     "fold",
@@ -175,14 +171,6 @@ class FoldTrainer(SplittingTrainer):
     def get_optimizer_cls_and_kwargs(self, args, model=None) -> tuple[type, dict[str, object]]:
         """That of transformers, told how fast each layer learns where they do not all learn alike."""
         optimizer, options = super().get_optimizer_cls_and_kwargs(args, model)
-        if self.config.layer_decay < 1:
-            options["params"] = group_by_depth(
-                self.model,
-                self.get_decay_parameter_names(self.model),
-                learning_rate=self.config.learning_rate,
-                layer_decay=self.config.layer_decay,
-                weight_decay=self.config.weight_decay,
-            )
         return optimizer, options
 
     def get_train_dataloader(self) -> DataLoader:
@@ -217,8 +205,6 @@ class FoldTrainer(SplittingTrainer):
         outputs = model(**inputs)
         loss = nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum")
         self.loss_sum += loss.detach()
-        if self.config.consistency:  # a battle's divergence counts for each of its two rows
-            loss = loss + 2 * self.config.consistency * order_divergence(outputs.logits).sum()
         loss = loss * (len(self.plan) / self.n_rows[-1]) * self._share_of_step(targets)
         return (loss, outputs) if return_outputs else loss
 
