@@ -263,20 +263,17 @@ def test_the_tree_in_the_readme_exists():
 
 
 def repository_texts():
-    for path in ROOT.rglob("*"):
-        relative = path.relative_to(ROOT)
-        if (
-            path.is_file()
-            and not IGNORED & set(relative.parts)
-            and ".egg-info" not in relative.parts[0]
-        ):
-            text = path.read_bytes().decode("utf-8", errors="ignore")
-            yield str(relative), text
-            if path.suffix == ".ipynb":
-                yield (
-                    str(relative),
-                    "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells),
-                )
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        path = ROOT / name
+        if not path.is_file():
+            continue
+        text = path.read_bytes().decode("utf-8", errors="ignore")
+        yield name, text
+        if path.suffix == ".ipynb":
+            cells = nbformat.reads(text, as_version=4).cells
+            yield name, "\n".join(cell.source for cell in cells)
 
 
 def test_no_file_names_the_place_where_it_was_written():
