@@ -337,3 +337,9 @@ def test_the_ladder_of_a_notebook_follows_the_table(tmp_path):
     ladder = runner.format_results([row]).split("\n\n")[1]
     assert "1,234" in ladder
     assert re.search(r"class prior +1\.1000 +1\.0900 +1\.1100", ladder)
+
+
+def test_a_record_of_an_older_layout_counts_as_no_complete_run(folder):
+    path = folder / "artifacts/02_count/run.json"
+    path.write_text(json.dumps({"parameters": {}, "left": {}, "read": {}}))
+    assert reasons(folder) == {"02_count": "no complete run"}

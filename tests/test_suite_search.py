@@ -144,6 +144,7 @@ def test_a_failed_trial_is_named_and_run_again_in_its_folder(folder):
     assert len(set(calls(folder))) == 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_is_run_again_in_its_folder(folder):
     space_text = "parameters: {RATE: ['20']}"  # its run takes a minute
     script = f"""import pathlib, sys

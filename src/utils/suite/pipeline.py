@@ -206,7 +206,8 @@ class Pipeline:
     def read_record(self, stage: Stage) -> dict[str, Any]:
         """Read `run.json` of the last complete run; empty if there is none."""
         path = self.artifacts / stage.name / RECORD
-        return read_json(path) if path.exists() else {}
+        record = read_json(path) if path.exists() else {}
+        return record if "inputs" in record else {}  # older versions wrote another layout
 
     def damage(self, stage: Stage) -> dict[str, str]:
         """Compare outputs with those of the last complete run: name -> missing or changed."""
