@@ -59,11 +59,11 @@ def test_paths_may_hold_spaces(tmp_path: Path) -> None:
 
 
 def test_a_test_file_of_its_own_wins(tmp_path: Path) -> None:
-    folder, other = (
-        make_files(tmp_path / "given", "train.csv", "test.csv"),
-        make_files(tmp_path / "o", "t.csv"),
+    folder = make_files(tmp_path / "given", "train.csv", "test.csv")
+    other = make_files(tmp_path / "o", "t.csv", "train.csv", "sample_submission.csv")
+    assert paths.find_raw_data(str(folder), str(other / "t.csv")) == paths.RawData(
+        "given", (folder / "train.csv",), other / "t.csv", other / "sample_submission.csv"
     )
-    assert paths.find_raw_data(str(folder), str(other / "t.csv")).test == other / "t.csv"
 
 
 @pytest.mark.parametrize("data", ["missing", "missing.csv", "a.csv missing.csv"])
@@ -140,13 +140,19 @@ def test_an_attached_checkpoint_is_found_by_its_name(
     monkeypatch.setattr(paths, "KAGGLE_WORKING", make_files(tmp_path / "working"))
     assert paths.find_checkpoints(name) == []
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    make_files(
-        tmp_path / "input" / "qwen-3" / "transformers" / "4b" / "1",
-        "config.json",
-        "model.safetensors",
-    )
-    make_files(tmp_path / "input" / "x" / Path(place).parts[-2], "config.json")  # no weights
-    folder = make_files(
-        tmp_path / "input" / place, "config.json", "model-00001-of-00002.safetensors"
-    )
+    files = ("config.json", "model-00001-of-00002.safetensors")
+    make_files(tmp_path / "input" / "qwen-3" / "transformers" / "4b" / "1", *files)
+    make_files(tmp_path / "input" / "no-weights" / place, "config.json")
+    folder = make_files(tmp_path / "input" / place, *files)
     assert paths.find_checkpoints(name) == [folder]
+
+
+def test_the_checkpoint_with_the_very_name_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "KAGGLE_INPUT", tmp_path)
+    monkeypatch.setattr(paths, "KAGGLE_WORKING", tmp_path)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    longer = make_files(tmp_path / "qwen3-4b-awq", "config.json", "model.safetensors")
+    exact = make_files(tmp_path / "z" / "Qwen3_4B", "config.json", "model.safetensors")
+    assert paths.find_checkpoints("Qwen/Qwen3-4B") == [exact, longer]
