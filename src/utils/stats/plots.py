@@ -166,7 +166,8 @@ def plot_win_share_by_level(ax: Axes, shares: pd.DataFrame, winner: str) -> Axes
     ax.axvline(0.5, **_BLACK)
     p_values = shares.groupby("property")["p_value"].first().dropna()
     n_moved = int((p_values < 0.05 / len(p_values)).sum())
-    title = f"The share of {winner} depends on {n_moved} of {len(p_values)} properties tested"
+    name = winner[:1].upper() + winner[1:]
+    title = f"{name}'s share depends on {n_moved} of {len(p_values)} properties"
     x = f"decided battles won by {winner} (95 % interval)"
     return _label(ax, title, x, "battles with …", percent_on="x")
 
