@@ -417,10 +417,10 @@ def plot_learning_curve(
 def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
     """Show what each family of features is worth, from `ablation.ablate`, the best at the top."""
     order = worth["family"].tolist()[::-1]
-    for of, color in (("A against B", ACCENT), ("tie", LABEL_COLORS[TIE])):
+    for of, odds, color in (("A against B", "A or B", ACCENT), ("tie", "a tie", LABEL_COLORS[TIE])):
         rows = worth[worth["of"] == of]
-        places, name = rows["family"].map(order.index), f"in the odds of {of}"
-        _draw_intervals(ax, rows, "difference", places, color=color, label=name)
+        look = {"color": color, "label": f"in the odds of {odds}"}
+        _draw_intervals(ax, rows, "difference", rows["family"].map(order.index), **look)
     ax.set_yticks(range(len(order)), order)
     ax.axvline(0, **_BLACK)
     ax.legend(loc="lower right")
