@@ -103,7 +103,7 @@ def test_the_longer_wins_more_and_ties_are_rarer_the_more_lengths_differ():
     labels = np.where(rng.random(4000) < 0.5 * np.exp(-np.abs(x)), 2, decided)
     curves = effects.length_curves(x, labels, np.arange(4000) // 2)
     assert curves["longer_bins"]["n"].sum() == (labels != 2).sum()
-    assert curves["ties_bins"]["n"].sum() == 4000
+    assert curves["ties_bins"]["n"].between(249, 251).all()  # 16 bins of equal count
     for name, sign in (("longer", 1), ("ties", -1)):
         curve, bins = curves[name], curves[f"{name}_bins"]
         assert sign * (curve["share"].iloc[-1] - curve["share"].iloc[0]) > 0.15

@@ -69,9 +69,12 @@ def test_usage_shows_the_busiest(ax):
 
 def test_smooth_curves_lie_over_their_bins_with_ratios_on_the_axis(axes, votes):
     values, labels = votes
-    plots.plot_length_curves(axes, effects.length_curves(values, labels))
-    for ax in axes:
+    curves = effects.length_curves(values, labels)
+    plots.plot_length_curves(axes, curves)
+    for ax, name in zip(axes, ("longer", "ties"), strict=True):
         assert [label.get_text() for label in ax.get_xticklabels()][:2] == ["1×", "1.5×"]
+        inside = curves[f"{name}_bins"]["value"] <= curves[name]["value"].max()
+        assert len(ax.containers[0][0].get_xdata()) == inside.sum() > 2
     kept = (labels != 2) & (values != 0)
     share = ((values > 0) == (labels == 0))[kept].mean()
     assert plots.percent(share) in axes[0].get_title(loc="left")

@@ -3,7 +3,7 @@
 A battle is "decided" when it is not a tie. An effect is the log-odds of A over B among
 decided battles. What cannot be estimated is NaN, with a `reason`. In all functions `labels`
 is (N,) int, 0 A, 1 B, 2 tie, and `groups` (N,) the prompt of each battle, for clustered
-errors or a bootstrap of whole prompts; without it every battle is its own group.
+errors; without it every battle is its own group.
 """
 
 import json

@@ -166,7 +166,8 @@ def plot_win_share_by_level(ax: Axes, shares: pd.DataFrame, winner: str) -> Axes
     ax.axvline(0.5, **_BLACK)
     p_values = shares.groupby("property")["p_value"].first().dropna()
     n_moved = int((p_values < 0.05 / len(p_values)).sum())
-    title = f"The share of {winner} depends on {n_moved} of {len(p_values)} properties tested"
+    name = winner[:1].upper() + winner[1:]
+    title = f"{name}'s share depends on {n_moved} of {len(p_values)} properties"
     x = f"decided battles won by {winner} (95 % interval)"
     return _label(ax, title, x, "battles with …", percent_on="x")
 
@@ -416,10 +417,10 @@ def plot_learning_curve(
 def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
     """Show what each family of features is worth, from `ablation.ablate`, the best at the top."""
     order = worth["family"].tolist()[::-1]
-    for of, color in (("A against B", ACCENT), ("tie", LABEL_COLORS[TIE])):
+    for of, odds, color in (("A against B", "A or B", ACCENT), ("tie", "a tie", LABEL_COLORS[TIE])):
         rows = worth[worth["of"] == of]
-        places, name = rows["family"].map(order.index), f"in the odds of {of}"
-        _draw_intervals(ax, rows, "difference", places, color=color, label=name)
+        look = {"color": color, "label": f"in the odds of {odds}"}
+        _draw_intervals(ax, rows, "difference", rows["family"].map(order.index), **look)
     ax.set_yticks(range(len(order)), order)
     ax.axvline(0, **_BLACK)
     ax.legend(loc="lower right")
