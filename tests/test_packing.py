@@ -184,7 +184,7 @@ def test_half_precision_stays_close(name):
 def test_gradient_checkpointing_changes_nothing(name):
     model = enable_packing(MODELS[name]()).train()
     plain = read(model, collate_packed(ROWS))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     assert_equal_readings(read(model, collate_packed(ROWS)), plain, tolerance=1e-6)
 
 
