@@ -1,3 +1,5 @@
+"""Claims about the inference loop: symmetry, what is given up under a deadline, and memory."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,14 +11,17 @@ from src.utils.config import FinetuneConfig
 from src.utils.models import predict
 from src.utils.models.checkpoints import load_classifier
 from src.utils.models.predict import (
+    BUDGET_COLUMNS,
     LocalReader,
     ReaderLost,
     choose_least_certain,
+    measure_budgets,
     measure_entropy,
     predict_pairs,
     predict_probs,
 )
 from src.utils.schema import average_over_swap, check_probs, swap_pairs, swap_probs
+from src.utils.stats.scores import log_loss
 
 OPTIONS = {"max_tokens": 256, "tokens_per_batch": 2048}
 
@@ -25,7 +30,7 @@ OPTIONS = {"max_tokens": 256, "tokens_per_batch": 2048}
 def loaded(request, tiny_base):
     config = FinetuneConfig(checkpoint=f"tiny:{request.param}", revision="")
     model, tokenizer = load_classifier(config, tiny_base(request.param))
-    # A fresh head says nearly nothing: make differences large enough to see.
+    # A new head predicts nearly the same for all: make differences large enough to see.
     for name, parameter in model.named_parameters():
         if name.startswith(("classifier", "score")):
             nn.init.normal_(parameter, std=0.5)
@@ -131,24 +136,24 @@ def tokenizer(tiny_base):
     return AutoTokenizer.from_pretrained(tiny_base("modernbert"))
 
 
-def test_a_passed_deadline_reaches_no_row(clock, tokenizer, demo_pairs):
+def test_no_row_is_read_after_the_deadline(clock, tokenizer, demo_pairs):
     probs = predict_probs(Fake(clock), tokenizer, demo_pairs[:5], deadline=-1.0, **OPTIONS)
     assert probs.shape == (5, 3) and np.isnan(probs).all()
 
 
-def test_time_for_all_gives_what_no_deadline_gives(clock, tokenizer, demo_pairs):
-    whole = predict_probs(Fake(clock), tokenizer, demo_pairs, **OPTIONS)
-    late = predict_probs(Fake(clock), tokenizer, demo_pairs, deadline=2 * clock.now, **OPTIONS)
-    np.testing.assert_array_equal(late, whole)
+def test_a_deadline_that_is_far_away_changes_nothing(clock, tokenizer, demo_pairs):
+    expected = predict_probs(Fake(clock), tokenizer, demo_pairs, **OPTIONS)
+    hurried = predict_probs(Fake(clock), tokenizer, demo_pairs, deadline=2 * clock.now, **OPTIONS)
+    np.testing.assert_array_equal(hurried, expected)
 
 
 @pytest.mark.parametrize(
     ("share", "all_reached"), [(0.75, True), (0.5, True), (0.25, False), (0.05, False)]
 )
-def test_the_swap_is_given_up_before_any_row_and_the_clock_is_kept(
+def test_second_readings_are_given_up_before_any_row_and_the_deadline_holds(
     clock, tokenizer, demo_pairs, share, all_reached
 ):
-    whole = predict_probs(Fake(clock), tokenizer, demo_pairs, **OPTIONS)
+    complete = predict_probs(Fake(clock), tokenizer, demo_pairs, **OPTIONS)
     seconds, clock.now = clock.now, 0.0
     probs = predict_probs(Fake(clock), tokenizer, demo_pairs, deadline=share * seconds, **OPTIONS)
     assert clock.now <= share * seconds
@@ -156,7 +161,7 @@ def test_the_swap_is_given_up_before_any_row_and_the_clock_is_kept(
     assert reached.all() == all_reached and reached.any()
     np.testing.assert_allclose(probs[reached].sum(axis=1), 1)
     # Some were read once, which is not the mean of two readings.
-    assert np.abs(probs - whole)[reached].max() > 0.01
+    assert np.abs(probs - complete)[reached].max() > 0.01
     # Nearly all of the time is used.
     assert clock.now > share * seconds - 2 * OPTIONS["tokens_per_batch"]
 
@@ -175,13 +180,13 @@ def test_second_readings_go_to_the_battles_that_the_first_left_least_certain(
     entropy = measure_entropy(np.where(canonical[:, None], first, swapped))
     twice = prediction.n_readings == 2
     assert 0.3 < twice.mean() < 0.7
-    # Only where the last bit of time holds a short battle and no long one does a surer one go before.
+    # A more certain battle comes first only where the last bit of time fits no longer one.
     assert np.median(entropy[twice]) > np.median(entropy[~twice])
     least_certain = entropy >= np.quantile(entropy, 1 - twice.mean())
     assert (twice == least_certain).mean() > 0.95
 
 
-def test_battles_are_given_up_by_what_is_known_of_them(clock, tokenizer, demo_pairs):
+def test_the_most_certain_battles_are_given_up_first(clock, tokenizer, demo_pairs):
     uncertainty = np.random.default_rng(0).permutation(len(demo_pairs)).astype(float)
     predict_probs(Fake(clock), tokenizer, demo_pairs, swap=False, **OPTIONS)
     seconds, clock.now = clock.now, 0.0
@@ -212,8 +217,8 @@ def test_the_share_that_is_read_twice_is_the_least_certain(tokenizer, demo_pairs
         assert entropy[twice].min() >= entropy[prediction.n_readings == 1].max()
 
 
-def test_time_that_is_left_after_all_is_used(clock, tokenizer, demo_pairs):
-    class Quickening(Fake):
+def test_what_was_given_up_is_read_where_time_is_left_after_all(clock, tokenizer, demo_pairs):
+    class SpeedingUp(Fake):
         def forward(self, input_ids, attention_mask):
             self.n_calls = getattr(self, "n_calls", 0) + 1
             if self.n_calls > 12:
@@ -223,12 +228,12 @@ def test_time_that_is_left_after_all_is_used(clock, tokenizer, demo_pairs):
     predict_probs(Fake(clock), tokenizer, demo_pairs, **OPTIONS)
     seconds, clock.now = clock.now, 0.0
     prediction = predict_pairs(
-        LocalReader(Quickening(clock), 0), tokenizer, demo_pairs, deadline=0.4 * seconds, **OPTIONS
+        LocalReader(SpeedingUp(clock), 0), tokenizer, demo_pairs, deadline=0.4 * seconds, **OPTIONS
     )
     assert (prediction.n_readings == 2).all() and clock.now <= 0.4 * seconds
 
 
-def test_an_entropy_is_told_in_nats_and_what_is_not_known_comes_last():
+def test_entropy_is_in_nats_and_what_is_unknown_comes_last():
     probs = np.array([[1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0], [np.nan] * 3])
     np.testing.assert_allclose(measure_entropy(probs), [np.log(3), 0.0, -np.inf], atol=1e-12)
     assert choose_least_certain(measure_entropy(probs), 0.34).tolist() == [0, 1]
@@ -283,7 +288,7 @@ def test_time_too_short_for_one_reading_costs_length_and_no_row(
     assert prediction.n_readings.min() == 1
 
 
-def test_length_is_given_up_only_after_the_swap(clock, tokenizer, long_pairs):
+def test_length_is_given_up_only_after_second_readings(clock, tokenizer, long_pairs):
     predict_probs(Fake(clock), tokenizer, long_pairs, **LONG)
     seconds, clock.now = clock.now, 0.0
     prediction = predict_pairs(
@@ -293,8 +298,8 @@ def test_length_is_given_up_only_after_the_swap(clock, tokenizer, long_pairs):
     assert set(prediction.n_readings) == {1, 2}
 
 
-def test_a_pace_that_falls_is_noticed(clock, tokenizer, long_pairs):
-    class Tiring(Fake):
+def test_a_falling_pace_is_noticed(clock, tokenizer, long_pairs):
+    class SlowingDown(Fake):
         def forward(self, input_ids, attention_mask):
             self.n_calls = getattr(self, "n_calls", 0) + 1
             clock.now += (
@@ -305,13 +310,13 @@ def test_a_pace_that_falls_is_noticed(clock, tokenizer, long_pairs):
     predict_probs(Fake(clock), tokenizer, long_pairs, swap=False, **LONG)
     seconds, clock.now = clock.now, 0.0
     prediction = predict_pairs(
-        LocalReader(Tiring(clock), 0), tokenizer, long_pairs, deadline=1.5 * seconds, **LONG
+        LocalReader(SlowingDown(clock), 0), tokenizer, long_pairs, deadline=1.5 * seconds, **LONG
     )
     assert prediction.is_cut.any() and np.isfinite(prediction.probs).all(axis=1).mean() > 0.8
     assert clock.now <= 1.5 * seconds + LONG["tokens_per_batch"]
 
 
-def test_what_is_known_is_handed_over_each_minute(clock, tokenizer, demo_pairs):
+def test_the_prediction_so_far_is_handed_over_each_minute(clock, tokenizer, demo_pairs):
     kept = []
     predict_pairs(
         LocalReader(Fake(clock), 0), tokenizer, demo_pairs[:60], keep=kept.append, **OPTIONS
@@ -322,7 +327,7 @@ def test_what_is_known_is_handed_over_each_minute(clock, tokenizer, demo_pairs):
 
 
 @pytest.mark.parametrize("n_rows_in_memory", [1, 3])
-def test_a_batch_that_memory_does_not_hold_is_halved(tokenizer, demo_pairs, n_rows_in_memory):
+def test_a_batch_that_does_not_fit_into_memory_is_halved(tokenizer, demo_pairs, n_rows_in_memory):
     class Small(Fake):
         def forward(self, input_ids, attention_mask):
             if len(input_ids) > n_rows_in_memory:
@@ -336,7 +341,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved(tokenizer, demo_pairs, n_ro
     )
 
 
-def test_a_row_that_memory_does_not_hold_is_nan_and_the_others_are_not(tokenizer, demo_pairs):
+def test_a_row_that_does_not_fit_into_memory_is_nan_and_the_others_are_not(tokenizer, demo_pairs):
     lengths = [len(row) for row in predict.encode_both_orders(demo_pairs[:30], tokenizer, 256)[0]]
 
     class Small(Fake):
@@ -349,14 +354,14 @@ def test_a_row_that_memory_does_not_hold_is_nan_and_the_others_are_not(tokenizer
     assert np.flatnonzero(np.isnan(probs).any(axis=1)).tolist() == [int(np.argmax(lengths))]
 
 
-def test_a_reader_that_is_lost_keeps_what_it_read(tokenizer, demo_pairs):
-    class Mortal(LocalReader):
+def test_what_was_read_before_the_reader_was_lost_is_kept(tokenizer, demo_pairs):
+    class Dying(LocalReader):
         def send(self, key, rows):
             if key > 4:
                 raise ReaderLost("a process ended with code -9")
             super().send(key, rows)
 
-    prediction = predict_pairs(Mortal(Fake(), 0), tokenizer, demo_pairs[:60], **OPTIONS)
+    prediction = predict_pairs(Dying(Fake(), 0), tokenizer, demo_pairs[:60], **OPTIONS)
     assert prediction.note == "a process ended with code -9"
     assert 0 < np.isfinite(prediction.probs).all(axis=1).sum() < 60
 
@@ -367,3 +372,39 @@ def test_rows_that_overflow_in_32_bit_too_are_nan(tokenizer, demo_pairs):
         logits=torch.full((len(input_ids), 3), torch.inf)
     )
     assert np.isnan(predict_probs(model, tokenizer, demo_pairs[:4], **OPTIONS)).all()
+
+
+# ---- token budgets -----------------------------------------------------------
+
+
+@pytest.fixture
+def measured(demo_pairs, tiny_base):
+    config = FinetuneConfig(checkpoint="tiny:modernbert", revision="")
+    model, tokenizer = load_classifier(config, tiny_base("modernbert"))
+    pairs = demo_pairs[:40].reset_index(drop=True)
+    options = {"tokens_per_batch": 2048}
+    table = measure_budgets(
+        model, tokenizer, pairs, max_tokens=512, budgets=(48, 96, 1024), n_pairs=40, **options
+    )
+
+    def loss_at(budget):
+        probs = predict_probs(model, tokenizer, pairs, max_tokens=budget, **options)
+        return log_loss(probs, pairs["label"].to_numpy())
+
+    return table.set_index("budget", drop=False), loss_at
+
+
+def test_a_budget_is_scored_as_if_every_battle_had_been_read_at_it(measured):
+    table, loss_at = measured
+    assert tuple(table.columns) == BUDGET_COLUMNS and table.index.tolist() == [48, 96, 512, 1024]
+    for budget in (48, 96, 512):
+        assert table.loc[budget, "log_loss"] == pytest.approx(loss_at(budget), abs=1e-6)
+        assert table.loc[budget, "cost"] == pytest.approx(loss_at(budget) - loss_at(512), abs=1e-6)
+        assert table.loc[budget, "low"] <= table.loc[budget, "cost"] <= table.loc[budget, "high"]
+    assert abs(table.loc[48, "cost"]) > 1e-4 and table.loc[512, "cost"] == 0
+
+
+def test_smaller_budgets_cut_more_and_longer_ones_are_not_read(measured):
+    table, _ = measured
+    assert table["cut_share"].is_monotonic_decreasing and table["cut_share"].iloc[0] > 0.5
+    assert np.isnan(table.loc[1024, ["log_loss", "cost", "low", "high"]].astype(float)).all()

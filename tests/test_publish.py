@@ -1,17 +1,20 @@
+"""Claims about merging, the model card, and pushing."""
+
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 
-from src.utils.config import DecoderConfig
+from src.utils.config import FinetuneConfig
 from src.utils.delivery.publish import make_card, publish_model, push_model
 from src.utils.models.checkpoints import load_classifier, save_model
 from src.utils.models.predict import predict_probs
 from src.utils.schema import LABELS, probs_table
 from src.utils.stats.scores import log_loss
 
-CONFIG = DecoderConfig(
+CONFIG = FinetuneConfig(
     checkpoint="tiny:qwen3",
     revision="",
     quantization="4bit",
@@ -33,17 +36,16 @@ PARITY = {"max_abs_difference": 2e-7, "n_pairs": 200, "tolerance": 1e-4, "passed
 }
 
 
-@pytest.fixture
-def published(tiny_base, demo_pairs, tmp_path):
-    pairs = demo_pairs[:12].reset_index(drop=True)
+@pytest.fixture(scope="module")
+def published(tiny_base, _demo_pairs, tmp_path_factory):
+    folder, pairs = tmp_path_factory.mktemp("published"), _demo_pairs[:12].reset_index(drop=True)
     model, tokenizer = load_classifier(CONFIG, tiny_base("qwen3"))
-    source = save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0")
+    source = save_model(model, tokenizer, folder / "run" / "model" / "fold_0")
     probs = predict_probs(model, tokenizer, pairs, max_tokens=160, tokens_per_batch=1024)
     oof = probs_table(pairs["id"], probs, fold=0)
-    parity = publish_model(
-        source, CONFIG, pairs, oof, tmp_path / "07" / "model", tiny_base("qwen3")
-    )
-    return parity, tmp_path / "07"
+    parity = publish_model(source, CONFIG, pairs, oof, folder / "07" / "model", tiny_base("qwen3"))
+    (folder / "07" / "README.md").write_text("card")
+    return parity, folder / "07"
 
 
 def test_a_merged_model_gives_the_probabilities_of_the_unmerged_one(published):
@@ -133,13 +135,24 @@ def test_a_card_tells_how_to_load_a_contrast(tiny_base, demo_pairs, tmp_path):
 
 def test_a_dry_run_pushes_nothing(published, monkeypatch):
     _, run_dir = published
-    (run_dir / "README.md").write_text("card")
     monkeypatch.setattr("src.utils.delivery.publish.HfApi", None)
-    assert push_model(run_dir, "", True).startswith("dry run: would push")
+    assert "dry run" in push_model(run_dir, "me/model", True)
+    assert "me/model" in push_model(run_dir, "me/model", True)
 
 
 def test_a_push_without_a_repository_is_refused(published):
     _, run_dir = published
-    (run_dir / "README.md").write_text("card")
     with pytest.raises(ValueError, match="REPO_ID"):
         push_model(run_dir, "", False)
+
+
+def test_a_run_without_a_card_is_not_pushed(published, tmp_path):
+    shutil.copytree(published[1] / "model", tmp_path / "model")
+    with pytest.raises(ValueError, match=r"README\.md"):
+        push_model(tmp_path, "me/model", True)
+
+
+def test_the_card_of_a_joint_head_needs_no_suite_to_load_it():
+    joint = str(make_card(CONFIG, METRICS, PARITY, "me/model", is_demo=True))
+    snippet = joint.split("```python\n")[1].split("```")[0]
+    assert "src.utils" not in snippet and "{{" not in joint and "{%" not in joint

@@ -194,6 +194,7 @@ def predict_submission(
         elif not _is_network(run):
             state.run(member, functools.partial(_predict_baseline, run))
     networks = order_networks(runs, blend)
+    # With two networks or more, the first one reads every battle.
     weighted = {name for name, _ in networks if state.members[name].weight}
     first = networks[0][0] if len(weighted) > 1 else None
     for name, folder in networks:
@@ -269,7 +270,7 @@ class _Member:
 
     def give_up(self, status: str, note: str) -> None:
         self.status = self.status or status
-        self.notes.append(note)
+        self.notes += [note] if note else []
 
     def timing(self, name: str) -> MemberTiming:
         note, seconds = "; ".join(self.notes), round(self.seconds, 2)
@@ -316,8 +317,7 @@ class _State:
             prediction = predict(self._pairs.iloc[member.rows], member, keep)
             member.early = []
             member.predictions.append(prediction)
-            if prediction.note:
-                member.notes.append(prediction.note)
+            member.notes += [prediction.note] if prediction.note else []
             self._write()
         except Exception as error:  # whatever a damaged model does, the others must still submit
             traceback.print_exc()

@@ -8,7 +8,7 @@ memory grows linearly with the tokens, on any hardware.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MethodType
@@ -50,12 +50,9 @@ class Documents:
 
     Args:
         cu_seq_lens: (documents + 1,) int32, tokens before each document, and all of them last.
-        read: (documents,) int64, positions of the tokens whose last states are read, where this
-            is one token per document; None where all are read.
     """
 
     cu_seq_lens: torch.Tensor
-    read: torch.Tensor | None = None
     lengths: list[int] = field(init=False)
     _biases: dict[tuple, torch.Tensor] = field(init=False, default_factory=dict)
 
@@ -106,7 +103,7 @@ def attend_by_document(
     """Attend within documents; without `documents` like the "sdpa" of transformers.
 
     Args:
-        module: an attention layer; `is_causal`, `layer_idx` and `config` are read.
+        module: an attention layer; `is_causal` is read.
         query: (1, heads, T, width).
         key: and `value`: (1, key heads, T, width); heads are a multiple of key heads.
         attention_mask: of a padded batch; a packed row needs none.
@@ -129,12 +126,9 @@ def attend_by_document(
         options.get("dropout", 0.0),
         options.get("sliding_window"),
     )
-    is_last = module.layer_idx == module.config.num_hidden_layers - 1
     if attention.dropout == 0 and _has_kernel(attention.query):
         return attention.with_kernel(), None
-    if is_last and documents.read is not None:
-        attended = attention.where_read(documents.read)
-    elif attention.window is None or attention.window > max(documents.lengths):
+    if attention.window is None or attention.window > max(documents.lengths):
         attended = attention.in_documents()
     else:
         attended = attention.in_window(attention.window - 1)
@@ -143,7 +137,7 @@ def attend_by_document(
 
 @dataclass
 class _Attention:
-    """One attention layer over a packed row, in four ways."""
+    """One attention layer over a packed row, in three ways."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -164,21 +158,6 @@ class _Attention:
             for query, key, value in zip(queries, keys, values, strict=True)
         ]
         return torch.cat(attended, dim=2)
-
-    def where_read(self, read: torch.Tensor) -> torch.Tensor:
-        """Attend from the tokens that are read only; zeros elsewhere."""
-        # A causal model is read at the last token of a document, another one at the first.
-        seen = slice(self.window)
-        if self.is_causal and self.window:
-            seen = slice(-self.window, None)
-        queries = self.query[:, :, read].split(1, dim=2)
-        keys = self.key.split(self.documents.lengths, dim=2)
-        values = self.value.split(self.documents.lengths, dim=2)
-        attended = [
-            self._attend(query, key[:, :, seen], value[:, :, seen])
-            for query, key, value in zip(queries, keys, values, strict=True)
-        ]
-        return torch.zeros_like(self.query).index_copy(2, read, torch.cat(attended, dim=2))
 
     def in_window(self, reach: int) -> torch.Tensor:
         """Attend chunk by chunk to keys at most `reach` tokens away."""
@@ -305,9 +284,7 @@ def enable_packing(model: nn.Module) -> nn.Module:
         )
     if classifier.config._attn_implementation != ATTENTION:
         classifier.config._attn_implementation = ATTENTION
-        last_mlp = classifier.base_model.layers[-1].mlp
-        last_mlp.forward = _LastMlp(last_mlp.forward)
-        # Replaced on the object and not by a subclass: saving, peft and DDP look at the class.
+        # On the object and not by a subclass: saving, peft and DDP look at the class.
         classifier.forward = MethodType(_forward, classifier)
     return model
 
@@ -316,24 +293,6 @@ def _unwrap(model: nn.Module) -> Any:
     if isinstance(model, DistributedDataParallel):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-class _LastMlp:
-    """The last layer's MLP, which is half of its work: computed for the tokens that are read.
-
-    What it makes of other tokens reaches no logit. `read` stays until the next forward pass,
-    because gradient checkpointing runs the layer a second time in the backward pass.
-    """
-
-    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.forward = forward
-        self.read: torch.Tensor | None = None
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.read is None:
-            return self.forward(hidden)
-        output = self.forward(hidden[:, self.read])
-        return output.new_zeros(hidden.shape).index_copy(1, self.read, output)
 
 
 def _forward(
@@ -345,20 +304,11 @@ def _forward(
     **kwargs,
 ):
     """The forward pass of a classifier that reads packed rows where `cu_seq_lens` is given."""
-    last_mlp = classifier.base_model.layers[-1].mlp.forward
     if cu_seq_lens is None or input_ids is None:
-        last_mlp.read = None
         kwargs["position_ids"] = position_ids
         return type(classifier).forward(classifier, input_ids, attention_mask, **kwargs)
     is_encoder = isinstance(classifier, ModernBertForSequenceClassification)
-    has_contrast = isinstance(classifier, Contrasting)
-    # Positions of the tokens that the head reads; None where it reads the mean of all.
-    pooled = cu_seq_lens[1:].long() - 1
-    if is_encoder:
-        reads_first = classifier.config.classifier_pooling == "cls"
-        pooled = cu_seq_lens[:-1].long() if reads_first else None
-    documents = Documents(cu_seq_lens, None if has_contrast else pooled)
-    last_mlp.read = documents.read
+    documents = Documents(cu_seq_lens)
     hidden = classifier.base_model(
         input_ids=input_ids,
         # A mask of four dimensions is taken as it is; without one, that of the whole row is built.
@@ -367,16 +317,18 @@ def _forward(
         documents=documents,
         **({} if is_encoder else {"use_cache": False}),
     ).last_hidden_state[0]
-    if pooled is None:
+    if not is_encoder:
+        logits = classifier.score(hidden[cu_seq_lens[1:].long() - 1])
+    elif classifier.config.classifier_pooling == "cls":
+        logits = _read_head(classifier, hidden[cu_seq_lens[:-1].long()])
+    else:
         means = [part.mean(dim=0) for part in hidden.split(documents.lengths)]
-        states = torch.stack(means)
-    else:
-        states = hidden[pooled]
-    if is_encoder:
-        logits = classifier.classifier(classifier.drop(classifier.head(states)))
-    else:
-        logits = classifier.score(states)
-    if has_contrast:
+        logits = _read_head(classifier, torch.stack(means))
+    if isinstance(classifier, Contrasting):
         rows = input_ids[0].cpu().split(documents.lengths)
         logits = logits + classifier.read_contrast(rows, hidden.split(documents.lengths))
     return SequenceClassifierOutput(logits=logits)
+
+
+def _read_head(classifier: Any, pooled: torch.Tensor) -> torch.Tensor:
+    return classifier.classifier(classifier.drop(classifier.head(pooled)))
