@@ -17,7 +17,7 @@ from src.utils.models.checkpoints import (
     merge,
     save_model,
 )
-from src.utils.models.heads import Contrasting, find_answers, weigh_answers
+from src.utils.models.heads import Contrasting, contrast_weights, find_answers
 from src.utils.models.packing import collate_packed, enable_packing
 from src.utils.models.predict import predict_probs
 from src.utils.models.template import encode_both_orders, encode_pairs, make_template
@@ -75,9 +75,17 @@ def test_the_answers_found_are_those_written(kind, tiny_base):
 def test_weights_make_a_mean_less_a_mean():
     pieces = [(1,), (2, 3), (2, 4), (5,)]
     row = np.array([1, 9, 2, 3, 7, 7, 2, 4, 8, 8, 8, 8, 5])
-    weights = weigh_answers(row, pieces)
+    weights = contrast_weights(row, pieces)
     assert weights.tolist() == [0, 0, 0, 0, 0.5, 0.5, 0, 0, -0.25, -0.25, -0.25, -0.25, 0]
-    assert weigh_answers(np.array([1, 2, 3, 2, 4, 8, 5]), pieces).tolist() == [0, 0, 0, 0, 0, -1, 0]
+    assert contrast_weights(np.array([1, 2, 3, 2, 4, 8, 5]), pieces).tolist() == [
+        0,
+        0,
+        0,
+        0,
+        0,
+        -1,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

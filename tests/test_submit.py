@@ -495,7 +495,11 @@ def test_truncated_weights_are_reported_and_the_blend_is_that_of_the_others(
 
 @pytest.mark.parametrize("layout", ["", "models/wowfattie"])
 def test_an_attached_base_is_found_in_both_layouts_and_checked(
-    trained: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+    trained: dict,
+    demo_pairs: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
 ) -> None:
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.setattr(paths, "KAGGLE_WORKING", tmp_path)
@@ -508,7 +512,7 @@ def test_an_attached_base_is_found_in_both_layouts_and_checked(
     )
     shutil.copytree(trained["04_qwen"] / "base", place)
     assert submit.find_base(folder, config, paths.find_checkpoints) == place
-    tiny.make_tiny_checkpoint("qwen3", ["some words"], place, 7)
+    tiny.prepare_base(dataclasses.replace(TINY["04_qwen"], seed=7), demo_pairs, place, 0)
     with pytest.raises(ValueError, match=r"expected the weights of base .* got others"):
         submit.find_base(folder, config, paths.find_checkpoints)
     with pytest.raises(ValueError, match="got others"):

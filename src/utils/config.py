@@ -198,7 +198,6 @@ class FinetuneConfig(Config):
     lora_rank: int = 0  # 0 trains every weight
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
-    lora_variant: str = "plain"  # plain, rslora or dora
     max_tokens: int = 2048  # budget of one battle in training
     predict_tokens: int = 3072  # budget of one battle in prediction
     tokens_per_batch: int = 16384  # tokens of one forward pass at most
@@ -274,12 +273,6 @@ class FinetuneConfig(Config):
             "lora_rank",
             "above 0 for a quantised base, whose weights cannot be trained",
             self.lora_rank,
-        )
-        _expect(
-            self.lora_variant in ("plain", "rslora", "dora"),
-            "lora_variant",
-            "plain, rslora or dora",
-            self.lora_variant,
         )
 
     def _check_batches(self) -> None:
