@@ -168,7 +168,9 @@ def _make_skeleton(source: str, revision: str, head: str) -> Any:
     )
     with torch.device("meta"):
         joint = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-        return joint if head == "joint" else add_contrast(type(joint))(config)
+        if head == "joint":
+            return joint
+        return add_contrast(type(joint))(config)  # type: ignore[arg-type]  # classes are hashable
 
 
 def _quantization(kind: str, dtype: torch.dtype, skipped: list[str]) -> BitsAndBytesConfig:
@@ -254,7 +256,7 @@ def head_names(model: Any) -> list[str]:
 
 def hidden_size(model: Any) -> int | None:
     """Return the width of a model, wrapped or not; None if its config has none."""
-    config = getattr(getattr(model, "module", model), "config", None)
+    config: Any = getattr(getattr(model, "module", model), "config", None)
     if not hasattr(config, "get_text_config"):
         return None
     return getattr(config.get_text_config(), "hidden_size", None)

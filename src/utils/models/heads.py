@@ -19,7 +19,7 @@ Row = Sequence[int] | np.ndarray  # (T,) token ids of one battle, without paddin
 Pieces = Sequence[Sequence[int]]  # of a `template.Template`
 
 
-class Contrasting:
+class Contrasting(PreTrainedModel):
     """A mixin for sequence classifiers that adds `contrast` to the logits of their own head.
 
     `pieces` must be set to those of the template that the battles are written in.

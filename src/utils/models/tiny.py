@@ -43,7 +43,7 @@ from src.utils.models.template import (
     TEMPLATE_VERSION,
     TURN_TEXT,
     encode_both_orders,
-    make_template,
+    make_pieces,
     text_of,
 )
 from src.utils.runs import atomic_folder, hash_json, hash_pairs, read_json, write_json
@@ -97,7 +97,7 @@ def prepare_base(
     tokenizer = _make_tokenizer(kind, _thin_out(pairs, _N_TOKENIZER_BATTLES))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = _make_encoder(tokenizer) if kind == "modernbert" else _make_decoder(tokenizer)
+        model = _make_model(kind, tokenizer)
         if n_steps:
             pretrain(model, tokenizer, _thin_out(pairs, _N_BATTLES), config.seed, n_steps)
     with atomic_folder(folder) as tmp:
@@ -111,17 +111,15 @@ def _thin_out(pairs: pd.DataFrame, n_battles: int) -> pd.DataFrame:
     return pairs[:: -(-len(pairs) // n_battles)]
 
 
-# ---- models and tokenizers -------------------------------------------------------
-
 _SPECIAL_TOKENS = {
     "modernbert": {
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "pad_token": "[PAD]",
-        "mask_token": "[MASK]",
+        "cls": "[CLS]",
+        "sep": "[SEP]",
+        "pad": "[PAD]",
+        "unk": "[UNK]",
+        "mask": "[MASK]",
     },
-    "qwen3": {"pad_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
+    "qwen3": {"pad": "<|endoftext|>", "bos": "<|im_start|>", "eos": "<|im_end|>"},
 }
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -130,7 +128,7 @@ _CHATML = (
 
 
 def _make_tokenizer(kind: str, pairs: pd.DataFrame) -> PreTrainedTokenizerBase:
-    special = _SPECIAL_TOKENS[kind]
+    special = {f"{word}_token": token for word, token in _SPECIAL_TOKENS[kind].items()}
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -150,58 +148,41 @@ def _make_tokenizer(kind: str, pairs: pd.DataFrame) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _make_encoder(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    # A small theta, for texts of hundreds of tokens.
-    rope = {"rope_type": "default", "rope_theta": 1000.0}
-    config = ModernBertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        global_attn_every_n_layers=2,
-        local_attention=128,
-        rope_parameters={"full_attention": dict(rope), "sliding_attention": dict(rope)},
-        initializer_range=0.1,  # about 1 / sqrt(hidden_size)
-        classifier_pooling="cls",
-        pad_token_id=tokenizer.pad_token_id,
-        cls_token_id=tokenizer.cls_token_id,
-        sep_token_id=tokenizer.sep_token_id,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-    )
-    model = ModernBertForMaskedLM(config)
+def _make_model(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    special = {
+        f"{word}_token_id": getattr(tokenizer, f"{word}_token_id")
+        for word in ("pad", "bos", "eos", "cls", "sep")
+    }
+    size = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.1,  # about 1 / sqrt(hidden_size)
+    }
+    if kind == "qwen3":
+        grouped = {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
+        model = Qwen3ForCausalLM(Qwen3Config(**size, **special, **grouped))
+    else:
+        rope = {"rope_type": "default", "rope_theta": 1000.0}  # for hundreds of tokens
+        config = ModernBertConfig(
+            **size,
+            **special,
+            layer_types=["sliding_attention", "full_attention"],  # [CLS] reads every token
+            local_attention=128,
+            rope_parameters={"full_attention": dict(rope), "sliding_attention": dict(rope)},
+            classifier_pooling="cls",
+        )
+        model = ModernBertForMaskedLM(config)
     # Attention that starts sharp can tell positions apart from the first step; the usual start is
     # nearly uniform and takes thousands of steps to change.
     for name, parameter in model.named_parameters():
-        if name.endswith("Wqkv.weight"):
-            parameter.data[: 2 * config.hidden_size] *= 2  # queries and keys, not values
-    return model
-
-
-def _make_decoder(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = Qwen3ForCausalLM(config)
-    for name, parameter in model.named_parameters():
         if name.endswith("q_norm.weight"):
-            parameter.data *= 2  # sharp attention, as in the encoder
+            parameter.data *= 2
+        elif name.endswith("Wqkv.weight"):
+            parameter.data[: 2 * parameter.shape[1]] *= 2  # queries and keys, not values
     return model
-
-
-# ---- pretraining -----------------------------------------------------------------
 
 
 def measure_differences(pairs: pd.DataFrame, seed: int) -> np.ndarray:
@@ -233,42 +214,6 @@ def measure_differences(pairs: pd.DataFrame, seed: int) -> np.ndarray:
     return np.clip(differences / np.maximum(spread, 1e-9), -4, 4).astype(np.float32)
 
 
-class _Task(nn.Module):
-    """A language model with the heads of pretraining."""
-
-    def __init__(self, model: PreTrainedModel, pieces: Pieces, n_targets: int) -> None:
-        super().__init__()
-        width = model.config.hidden_size
-        self.model = model
-        self.pieces = pieces
-        self.joint = nn.Linear(width, n_targets)
-        self.contrast = nn.Linear(width, n_targets, bias=False)
-        self.segment = nn.Linear(width, len(pieces))
-
-    def forward(
-        self, rows: Sequence[Sequence[int]], pad_id: int, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the losses of the joint reading, the contrast and the segments."""
-        device = targets.device
-        inputs = {name: tensor.to(device) for name, tensor in collate(rows, pad_id).items()}
-        outputs = self.model.base_model(**inputs, output_hidden_states=True)
-        states = outputs.last_hidden_state
-        if isinstance(self.model, ModernBertForMaskedLM):
-            pooled = self.model.head(states[:, 0])
-        else:
-            pooled = states[torch.arange(len(rows)), inputs["attention_mask"].sum(1) - 1]
-        weights = [contrast_weights(row, self.pieces) for row in rows]
-        difference = torch.bmm(pad_sequence(weights, True).to(device)[:, None], states).squeeze(1)
-        # Learned before the last layer, which can then read A and B apart.
-        segments = self.segment(outputs.hidden_states[-2])
-        labels = pad_sequence([label_segments(row, self.pieces) for row in rows], True, _IGNORED)
-        return (
-            nn.functional.mse_loss(self.joint(pooled), targets),
-            nn.functional.mse_loss(self.contrast(difference), targets),
-            nn.functional.cross_entropy(segments.flatten(0, 1), labels.flatten().to(device)),
-        )
-
-
 def label_segments(row: Sequence[int], pieces: Pieces) -> torch.Tensor:
     """Label each token by the template's piece before it: 0 prompt, 1 A, 2 B, 3 end; (T,) int64."""
     (start_a, end_a), (_, end_b) = find_answers(row, pieces)
@@ -283,10 +228,10 @@ def pretrain(
     seed: int,
     n_steps: int,
 ) -> np.ndarray:
-    """Train a tiny model to predict how the two answers of a battle differ.
+    """Train a tiny language model in place to predict how the answers of a battle differ.
 
     Args:
-        model: a language model, trained in place; the heads of the task are dropped.
+        model: the model; the heads of the task are dropped.
         tokenizer: its tokenizer.
         pairs: battles whose texts are read, each epoch in the other order.
         seed: of the order of the battles.
@@ -301,19 +246,58 @@ def pretrain(
     targets = torch.cat([differences, -differences])
     given, swapped = encode_both_orders(pairs, tokenizer, _MAX_TOKENS)
     rows = given + swapped
-    task = _Task(model, make_template(tokenizer).pieces, targets.shape[1]).to(device).train()
-    optimizer = torch.optim.AdamW(task.parameters(), lr=_LEARNING_RATE, fused=True)
+    pieces = make_pieces(tokenizer)
+    heads = nn.ModuleDict()
+    n_outputs = {"joint": targets.shape[1], "contrast": targets.shape[1], "segments": len(pieces)}
+    for name, n_out in n_outputs.items():
+        heads[name] = nn.Linear(model.config.hidden_size, n_out, bias=name != "contrast")
+    parameters = [*model.to(device).parameters(), *heads.to(device).parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, n_steps + 1)
     history = []
+    model.train()
     for batch in itertools.islice(_draw_batches([len(row) for row in given], seed), n_steps):
-        losses = task([rows[place] for place in batch], tokenizer.pad_token_id, targets[batch])
-        torch.stack(losses).sum().backward()
-        nn.utils.clip_grad_norm_(task.parameters(), 1.0)
+        texts = [rows[place] for place in batch]
+        inputs = collate(texts, tokenizer.pad_token_id)
+        losses = _measure_losses(model, heads, texts, inputs, pieces, targets[batch])
+        losses.sum().backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        history.append([loss.item() for loss in losses])
+        history.append(losses.tolist())
     return np.array(history)
+
+
+def _measure_losses(
+    model: PreTrainedModel,
+    heads: nn.ModuleDict,
+    rows: list[list[int]],
+    inputs: dict[str, torch.Tensor],
+    pieces: Pieces,
+    targets: torch.Tensor,
+) -> torch.Tensor:
+    device = targets.device
+    outputs = model.base_model(
+        **{name: tensor.to(device) for name, tensor in inputs.items()}, output_hidden_states=True
+    )
+    states = outputs.last_hidden_state
+    if isinstance(model, ModernBertForMaskedLM):
+        pooled = model.head(states[:, 0])
+    else:
+        pooled = states[torch.arange(len(rows)), inputs["attention_mask"].sum(1) - 1]
+    weights = pad_sequence([contrast_weights(row, pieces) for row in rows], True).to(device)
+    difference = torch.bmm(weights[:, None], states).squeeze(1)
+    # Learned before the last layer, which can then read A and B apart.
+    segments = heads["segments"](outputs.hidden_states[-2]).flatten(0, 1)
+    labels = pad_sequence([label_segments(row, pieces) for row in rows], True, _IGNORED)
+    return torch.stack(
+        [
+            nn.functional.mse_loss(heads["joint"](pooled), targets),
+            nn.functional.mse_loss(heads["contrast"](difference), targets),
+            nn.functional.cross_entropy(segments, labels.flatten().to(device)),
+        ]
+    )
 
 
 def _draw_batches(lengths: Sequence[int], seed: int) -> Iterator[np.ndarray]:
