@@ -20,7 +20,7 @@ from src.utils.models.checkpoints import (
 from src.utils.models.heads import Contrasting, contrast_weights, find_answers
 from src.utils.models.packing import collate_packed, enable_packing
 from src.utils.models.predict import predict_probs
-from src.utils.models.template import encode_both_orders, encode_pairs, make_template
+from src.utils.models.template import encode_pairs, make_template
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="", head="contrast")
 DECODER = DecoderConfig(
@@ -199,12 +199,3 @@ def test_a_model_in_half_precision_reads_without_autocast(tiny_base, demo_pairs)
         exact, rounded = model(**batch).logits, model.bfloat16()(**batch).logits
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, atol=0.2, rtol=0.1)
-
-
-def test_both_orders_are_told_apart(tiny_base, demo_pairs):
-    _, tokenizer = load("modernbert", tiny_base)
-    given, swapped = encode_both_orders(demo_pairs[:5], tokenizer, 256)
-    pieces = make_template(tokenizer).pieces
-    for one, other in zip(given, swapped, strict=True):
-        (a, b), (c, d) = find_answers(one, pieces), find_answers(other, pieces)
-        assert one[slice(*a)] == other[slice(*d)] and one[slice(*b)] == other[slice(*c)]

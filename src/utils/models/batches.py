@@ -29,9 +29,8 @@ def make_batches(
         lengths: (N,) tokens of each row.
         tokens_per_batch: padded tokens of one batch at most; a longer row gets a batch of its own.
         seed: None sorts all rows, longest first, which pads least and meets the largest batch at
-            once. A number shuffles for training: rows are dealt into pools, each pool is sorted,
-            and the batches are shuffled.
-        epoch: changes the shuffle.
+            once. A number shuffles for training, with `epoch`: rows are dealt into pools, each
+            pool is sorted, and the batches are shuffled.
 
     Returns:
         Row indices of each batch; every row once.

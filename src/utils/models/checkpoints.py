@@ -49,24 +49,21 @@ def quiet_transformers() -> Iterator[None]:
 def load_classifier(config: FinetuneConfig, base: Path | None = None) -> Classifier:
     """Load a base with a new head of three classes, ready to train, on `choose_device()`.
 
-    The joint head is the one that transformers gives the architecture, with the settings of the
-    checkpoint's own config.json. It reads
-    - ModernBERT: the mean over all tokens of the battle where `classifier_pooling` is "mean" (so
-      answerdotai/ModernBERT-base and Ettin), [CLS] where it is "cls" (the tiny encoder);
-    - BERT, RoBERTa, DeBERTa: the first token, [CLS];
+    The joint head is transformers' own, with the settings of the checkpoint's config.json. It reads
+    - ModernBERT: the mean of all tokens where `classifier_pooling` is "mean" (ModernBERT-base,
+      Ettin), [CLS] where it is "cls" (the tiny encoder);
+    - BERT, RoBERTa, DeBERTa: [CLS], the first token;
     - decoders (Qwen, Llama, Gemma, reward models): the last token, the template's own.
 
     Args:
-        config: checkpoint, revision, quantisation, head, LoRA, gradient checkpointing and seed (of
-            the head and LoRA).
+        config: its seed is that of the head and LoRA.
         base: folder of the base, in place of what `config.checkpoint` names.
 
     Returns:
         The model and its tokenizer. With LoRA only adapters and head are trainable.
 
     Raises:
-        FileNotFoundError: a tiny checkpoint has not been made yet.
-        OSError: the checkpoint is neither in the cache nor reachable.
+        OSError: the checkpoint is neither in the cache nor reachable, or a tiny one is not made.
         ValueError: the checkpoint lacks weights besides those of the head.
     """
     torch.manual_seed(config.seed)
@@ -86,15 +83,14 @@ def load_classifier(config: FinetuneConfig, base: Path | None = None) -> Classif
 
 def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
     device = choose_device()
-    is_quantized = config.quantization != "none"
     source, revision = _locate(config, base)
-    with _explain_missing_checkpoint(source):
+    options: dict[str, Any] = {}
+    try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
         skeleton = _make_skeleton(source, revision, config.head)
-        options: dict[str, Any] = {}
-        if is_quantized:
+        if config.quantization != "none":
             options["device_map"] = {"": device}
             options["quantization_config"] = _quantization(
                 config.quantization, choose_dtype(device), skipped=head_names(skeleton)
@@ -114,6 +110,13 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
             output_loading_info=True,
             **options,
         )
+    except OSError as error:
+        raise OSError(
+            f"checkpoint {source}: not found on the hub or in the cache "
+            f"({str(error).splitlines()[0]}). With network: check the name. Without: set HF_HOME "
+            "to a cache that has it, set CHECKPOINT to a folder with its files, or use "
+            "PROFILE=demo, which needs no download."
+        ) from error
     _check_loaded(source, head_names(skeleton), loading)
     _replace_mismatched_heads(model, skeleton)
     _check_heads(model)
@@ -131,7 +134,7 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
         model.pieces = make_pieces(tokenizer)
         if any(name.startswith("contrast.") for name in loading["missing_keys"]):
             nn.init.zeros_(model.contrast.weight)  # a new one starts as the joint head alone
-    return (model if is_quantized else model.to(device)), tokenizer
+    return (model if options else model.to(device)), tokenizer
 
 
 def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
@@ -146,19 +149,6 @@ def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
     if folder.is_dir():
         return str(folder), "main"
     return config.checkpoint, config.revision or "main"
-
-
-@contextlib.contextmanager
-def _explain_missing_checkpoint(source: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"checkpoint {source}: not found on the hub or in the cache "
-            f"({str(error).splitlines()[0]}). With network: check the name. Without: set HF_HOME "
-            "to a cache that has it, set CHECKPOINT to a folder with its files, or use "
-            "PROFILE=demo, which needs no download."
-        ) from error
 
 
 def _make_skeleton(source: str, revision: str, head: str) -> Any:
@@ -220,9 +210,6 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """Choose the padding: the tokenizer's own, else a special token that no battle ends with.
 
     A decoder's head reads the last token that is not padding, so a battle must not end with it.
-
-    Raises:
-        ValueError: the tokenizer has no such token.
     """
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     used = {tokenizer.cls_token, tokenizer.sep_token, tokenizer.bos_token, tokenizer.eos_token}
@@ -323,9 +310,6 @@ def hash_base(folder: Path) -> str:
     """Hash a base's vectors and the first row of each matrix, in 16 hex digits.
 
     Training changes some of them; the number of files that hold the weights changes nothing.
-
-    Raises:
-        FileNotFoundError: the folder has no safetensors.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
@@ -337,10 +321,8 @@ def hash_base(folder: Path) -> str:
                 tensor = weights.get_slice(name)
                 sample = tensor[:1] if len(tensor.get_shape()) > 1 else weights.get_tensor(name)
                 samples[name] = sample.float().numpy().tobytes()
-    digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(samples):
-        digest.update(name.encode() + samples[name])
-    return digest.hexdigest()
+    content = b"".join(name.encode() + samples[name] for name in sorted(samples))
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -351,16 +333,13 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 
 
 def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Classifier:
-    """Load what `save_model` saved, for prediction.
+    """Load what `save_model` saved, in evaluation mode on `choose_device()`.
 
     Args:
         folder: e.g. `run_dir / "model" / "fold_0"`.
         config: settings of its training.
         base: folder of the adapters' base; None takes `run_dir / "base"` for a tiny checkpoint,
             else what `config.checkpoint` names, at the commit of training.
-
-    Returns:
-        The model in evaluation mode on `choose_device()`, and its tokenizer.
 
     Raises:
         FileNotFoundError: the folder has no model.
@@ -399,10 +378,7 @@ def merge(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Cla
     """Merge LoRA into a base that is not quantised: a plain model that does not need peft.
 
     Merging into a quantised base changes probabilities by up to one half, so the base is loaded
-    again in 16 bit (32 bit on a CPU). Arguments and errors are those of `load_finetuned`.
-
-    Returns:
-        The merged model in evaluation mode, and its tokenizer; without LoRA the model itself.
+    again in 16 bit (32 bit on a CPU). Without LoRA the model is returned as it is.
     """
     model, tokenizer = load_unquantized(folder, config, base)
     if isinstance(model, PeftModel):
@@ -424,11 +400,7 @@ def _read_origin(folder: Path) -> dict:
 
 
 def check_base(folder: Path, base: Path) -> Path:
-    """Check that a base is the one that the adapter in `folder` was trained on, and return it.
-
-    Raises:
-        ValueError: its weights are others.
-    """
+    """Return a base if the adapter in `folder` was trained on it; else raise ValueError."""
     origin = _read_origin(folder)
     expected = origin.get("base_hash")
     got = hash_base(base)
@@ -444,14 +416,11 @@ def check_base(folder: Path, base: Path) -> Path:
 @contextlib.contextmanager
 def in_float32(model: nn.Module) -> Iterator[nn.Module]:
     """Use 32 bit temporarily, after half precision overflowed; quantised weights do not change."""
-    halves = []
-    for parameter in model.parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            halves.append((parameter, parameter.dtype))
+    dtypes = {p: p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
     try:
-        for parameter, _ in halves:
+        for parameter in dtypes:
             parameter.data = parameter.data.float()
         yield model
     finally:
-        for parameter, dtype in halves:
+        for parameter, dtype in dtypes.items():
             parameter.data = parameter.data.to(dtype)

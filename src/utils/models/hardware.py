@@ -23,7 +23,7 @@ def choose_device() -> torch.device:
 
 
 def choose_dtype(device: torch.device, hidden_size: int | None = None) -> torch.dtype:
-    """Return the dtype to compute in; `choose_precision` gives the reason, too."""
+    """Return the dtype of `choose_precision`."""
     return choose_precision(device, hidden_size)[0]
 
 
@@ -34,10 +34,6 @@ def choose_precision(
 
     bf16 where the hardware has it (`torch.cuda.is_bf16_supported` counts emulation and is True on
     a T4), fp16 on older GPUs, fp32 on other CPUs and for narrow models on any CPU.
-
-    Args:
-        device: where the model is.
-        hidden_size: width of the model; None counts as narrow.
 
     Returns:
         The dtype, and the reason in one line.

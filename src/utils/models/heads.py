@@ -42,9 +42,8 @@ class Contrasting(PreTrainedModel):
             output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         finally:
             hook.remove()
-        lengths = [input_ids.shape[1]] * len(input_ids)
-        if attention_mask is not None:
-            lengths = attention_mask.sum(1).tolist()
+        is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        lengths = is_token.sum(1).tolist()
         rows = [row[:n] for row, n in zip(input_ids.cpu(), lengths, strict=True)]
         states = [state[:n] for state, n in zip(outputs[0], lengths, strict=True)]
         output.logits = output.logits + self.read_contrast(rows, states)
@@ -53,14 +52,11 @@ class Contrasting(PreTrainedModel):
     def read_contrast(
         self, rows: Iterable[torch.Tensor], states: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """Compute what is added to the logits.
+        """Compute what is added to the logits: (rows, C) float; B's column is minus A's.
 
         Args:
             rows: (T,) token ids of each battle without padding, on the CPU.
             states: (T, width) last hidden states of each battle.
-
-        Returns:
-            (rows, C) float; B's column is minus A's, the tie's is 0.
         """
         device, dtype = states[0].device, states[0].dtype
         # In 16 bits the difference of two similar means would lose its digits.

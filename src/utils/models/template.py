@@ -87,16 +87,10 @@ def cut_middle(tokens: Sequence[Token], n_tokens: int, marker: Sequence[Token] =
 def cut_turns(
     turns: Sequence[Sequence[Token]], budget: int, marker: Sequence[Token] = (), n_between: int = 0
 ) -> list[list[Token]]:
-    """Cut the turns of one text to a budget, separators included: the last are kept first.
+    """Cut the turns of one text to a budget: the last are kept first, and one loses its middle.
 
-    Args:
-        turns: tokens of each turn, in order.
-        budget: most tokens of the result.
-        marker: replaces the middle of a turn that is cut.
-        n_between: tokens of the separator between two turns.
-
-    Returns:
-        The turns that are kept, in order. A text with tokens keeps some if the budget is 1 or more.
+    The budget includes `marker`, which replaces that middle, and `n_between` tokens between two
+    turns. A text with tokens keeps some if the budget is 1 or more.
     """
     kept: list[list[Token]] = []
     remaining = budget
@@ -119,36 +113,13 @@ def _count(turns: Sequence[Sequence[Token]], n_between: int) -> int:
     return sum(map(len, turns)) + n_between * max(len(turns) - 1, 0)
 
 
-def cut_texts(
-    texts: Sequence[Sequence[Sequence[Token]]],
-    budget: int,
-    marker: Sequence[Token] = (),
-    n_between: int = 0,
-) -> list[list[list[Token]]]:
-    """Cut the texts of one battle to a common budget of at least one token per text.
-
-    Other arguments are those of `cut_turns`. Exchanging two texts exchanges their results.
-    """
-    shares = share_budget([_count(turns, n_between) for turns in texts], budget)
-    return [
-        cut_turns(turns, share, marker, n_between)
-        for turns, share in zip(texts, shares, strict=True)
-    ]
-
-
 @dataclass(frozen=True)
 class Template:
-    """Token ids around the texts.
+    """Token ids around the texts."""
 
-    Attributes:
-        pieces: the four before, between and after prompt, A and B.
-        turn: separates two turns of one text.
-        cut: replaces the middle of a turn that is cut.
-    """
-
-    pieces: tuple[tuple[int, ...], ...]
-    turn: tuple[int, ...]
-    cut: tuple[int, ...]
+    pieces: tuple[tuple[int, ...], ...]  # the four before, between and after prompt, A and B
+    turn: tuple[int, ...]  # between two turns of one text
+    cut: tuple[int, ...]  # in place of the middle of a turn
 
     @property
     def n_fixed(self) -> int:
@@ -244,10 +215,12 @@ def _tokenize_texts(
 
 
 def _assemble(texts: Sequence[Turns], template: Template, max_tokens: int) -> list[int]:
-    cut = cut_texts(texts, max_tokens - template.n_fixed, template.cut, len(template.turn))
+    n_between = len(template.turn)
+    lengths = [_count(turns, n_between) for turns in texts]
+    shares = share_budget(lengths, max_tokens - template.n_fixed)
     row = list(template.pieces[0])
-    for turns, piece in zip(cut, template.pieces[1:], strict=True):
-        for place, turn in enumerate(turns):
+    for turns, share, piece in zip(texts, shares, template.pieces[1:], strict=True):
+        for place, turn in enumerate(cut_turns(turns, share, template.cut, n_between)):
             if place:
                 row += template.turn
             row += turn
@@ -258,12 +231,7 @@ def _assemble(texts: Sequence[Turns], template: Template, max_tokens: int) -> li
 def encode_pairs(
     pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[list[int]]:
-    """Write each battle as the token ids that a model reads.
-
-    Args:
-        pairs: N battles; only the three texts are read.
-        tokenizer: a fast tokenizer.
-        max_tokens: most tokens of one battle; longer ones are cut, the template never.
+    """Write each battle as the token ids that a model reads, at most `max_tokens` of them.
 
     Raises:
         ValueError: `max_tokens` has no room for the template and a part of each text.

@@ -1,10 +1,8 @@
 """Make tiny checkpoints that stand in for real ones: within a minute, without download or votes.
 
-A real checkpoint can read before it is fine-tuned. Random weights cannot, and ten thousand noisy
-votes do not teach them. So a tiny model is pretrained on a task whose targets are measured in the
-texts: by how much two answers differ in length, layout, use of the prompt's words, and in the
-words themselves. The state that the joint head reads and the contrast of the two answers' states
-both learn to predict these differences; a third head learns which text each token belongs to.
+A real checkpoint can read before it is fine-tuned; ten thousand noisy votes do not teach random
+weights to. So a tiny model is pretrained to predict what is measured in the texts: by how much two
+answers differ in length, layout, use of the prompt's words, and in the words themselves.
 """
 
 import itertools
@@ -71,17 +69,14 @@ def prepare_base(
     """Make the tiny checkpoint that a config names, unless it is up to date.
 
     Args:
-        config: `checkpoint` is "tiny:modernbert" (local and global attention in turn) or
-            "tiny:qwen3" (grouped-query attention, chat template), or else a real one.
+        config: `checkpoint` is "tiny:modernbert" (local and global attention), "tiny:qwen3"
+            (grouped-query attention, chat template) or a real one, for which nothing is made.
         pairs: battles whose texts, not votes, train the tokenizer and the model.
         folder: gets config, weights and tokenizer, e.g. `run_dir / "base"`.
         n_steps: optimiser steps of pretraining; 0 keeps the weights random.
 
     Returns:
         The folder, or None if `checkpoint` is a real one.
-
-    Raises:
-        ValueError: there is no such tiny checkpoint.
     """
     if not config.checkpoint.startswith(TINY):
         return None
@@ -188,12 +183,8 @@ def _make_model(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMode
 def measure_differences(pairs: pd.DataFrame, seed: int) -> np.ndarray:
     """Measure how the answers of each battle differ, from the texts alone.
 
-    The first columns are differences of style (`STYLE_TARGETS`). The others are latent: the
-    directions in which the words of two answers to the same prompt differ most.
-
-    Args:
-        pairs: N battles; labels are not read.
-        seed: of the search for directions.
+    The first columns are differences of style (`STYLE_TARGETS`). The others are the directions in
+    which the words of two answers to the same prompt differ most.
 
     Returns:
         (N, M) float32, A minus B, in standard deviations, within -4 to 4.
@@ -230,16 +221,12 @@ def pretrain(
 ) -> np.ndarray:
     """Train a tiny language model in place to predict how the answers of a battle differ.
 
-    Args:
-        model: the model; the heads of the task are dropped.
-        tokenizer: its tokenizer.
-        pairs: battles whose texts are read, each epoch in the other order.
-        seed: of the order of the battles.
-        n_steps: optimiser steps.
+    Three heads, which are dropped, read it: the state that a joint head gets, the contrast of the
+    two answers' mean states, and, for each token, which text it belongs to.
 
     Returns:
-        (n_steps, 3) float losses: squared errors of the joint head and of the contrast over the
-        variance (1 is chance), and the cross entropy of the segments in nats.
+        (n_steps, 3) float losses: squared errors of the first two over the variance (1 is chance),
+        and the cross entropy of the third in nats.
     """
     device = choose_device()
     differences = torch.from_numpy(measure_differences(pairs, seed)).to(device)
@@ -247,8 +234,8 @@ def pretrain(
     given, swapped = encode_both_orders(pairs, tokenizer, _MAX_TOKENS)
     rows = given + swapped
     pieces = make_pieces(tokenizer)
-    heads = nn.ModuleDict()
     n_outputs = {"joint": targets.shape[1], "contrast": targets.shape[1], "segments": len(pieces)}
+    heads = nn.ModuleDict()
     for name, n_out in n_outputs.items():
         heads[name] = nn.Linear(model.config.hidden_size, n_out, bias=name != "contrast")
     parameters = [*model.to(device).parameters(), *heads.to(device).parameters()]
