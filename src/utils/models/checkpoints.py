@@ -164,10 +164,9 @@ def _make_skeleton(source: str, revision: str, head: str) -> Any:
 
 
 def _quantization(kind: str, dtype: torch.dtype, skipped: list[str]) -> BitsAndBytesConfig:
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
-        load_in_4bit=True,
+        load_in_8bit=kind == "8bit",
+        load_in_4bit=kind == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
