@@ -177,17 +177,6 @@ def test_an_older_transformers_checkpoints_by_another_name(tiny_base, monkeypatc
     assert given == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}}]
 
 
-def test_a_quantised_head_is_refused(tiny_base, monkeypatch):
-    real = checkpoints.BitsAndBytesConfig
-    monkeypatch.setattr(
-        checkpoints,
-        "BitsAndBytesConfig",
-        lambda llm_int8_skip_modules, **options: real(llm_int8_skip_modules=["none"], **options),
-    )
-    with pytest.raises(TypeError, match=r"head score:.*Linear8bitLt"):
-        load_classifier(dataclasses.replace(DECODER, quantization="8bit"), tiny_base("qwen3"))
-
-
 def test_gradients_of_a_4bit_base_are_right_after_an_evaluation(tiny_base, demo_pairs):
     model, tokenizer = load_classifier(
         dataclasses.replace(DECODER, quantization="4bit"), tiny_base("qwen3")

@@ -1,21 +1,12 @@
 import dataclasses
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.checkpoints import load_classifier
-from src.utils.models.template import encode_pairs, make_template
-from src.utils.models.tiny import (
-    STYLE_TARGETS,
-    label_segments,
-    measure_differences,
-    prepare_base,
-    pretrain,
-)
+from src.utils.models.tiny import STYLE_TARGETS, measure_differences, prepare_base, pretrain
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="")
 
@@ -39,18 +30,6 @@ def test_answers_are_compared_by_their_texts_alone(demo_pairs):
 
 def test_ugly_battles_can_be_compared(ugly_pairs):
     assert np.isfinite(measure_differences(ugly_pairs, seed=0)).all()
-
-
-@pytest.mark.parametrize("kind", ["modernbert", "qwen3"])
-def test_each_token_is_labelled_by_its_segment(tiny_base, kind):
-    _, tokenizer = load_classifier(FinetuneConfig(checkpoint=str(tiny_base(kind)), revision=""))
-    words = {"prompt": "cat", "response_a": "dog dog", "response_b": "bird"}
-    battle = pd.DataFrame({name: [(word,)] for name, word in words.items()})
-    [row] = encode_pairs(battle, tokenizer, 256)
-    labels = label_segments(row, make_template(tokenizer).pieces)
-    for place, word in enumerate(words.values()):
-        text = tokenizer.decode([i for i, label in zip(row, labels, strict=True) if label == place])
-        assert text.rstrip().endswith(word)
 
 
 def test_an_unknown_tiny_checkpoint_is_named(tmp_path, demo_pairs):
@@ -89,6 +68,6 @@ def test_a_tiny_model_learns_to_compare(tiny_base, demo_pairs, kind):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base(kind))
     before = model.get_input_embeddings().weight.detach().clone()
     losses = pretrain(model, tokenizer, demo_pairs, seed=0, n_steps=150)
-    joint, contrast, segments = losses[-15:].mean(axis=0)
-    assert joint < 0.95 and contrast < 0.8 and segments < 0.2
+    joint, contrast = losses[-15:].mean(axis=0)
+    assert joint < 0.95 and contrast < 0.8
     assert not torch.equal(before, model.get_input_embeddings().weight)

@@ -55,12 +55,11 @@ def load_classifier(config: FinetuneConfig, base: Path | None = None) -> Classif
     - BERT, RoBERTa, DeBERTa: [CLS], the first token;
     - decoders (Qwen, Llama, Gemma, reward models): the last token, the template's own.
 
-    Args:
-        config: its seed is that of the head and LoRA.
-        base: folder of the base, in place of what `config.checkpoint` names.
+    With LoRA only adapters and head are trainable. `config.seed` is that of both.
 
-    Returns:
-        The model and its tokenizer. With LoRA only adapters and head are trainable.
+    Args:
+        config: settings.
+        base: folder of the base, in place of what `config.checkpoint` names.
 
     Raises:
         OSError: the checkpoint is neither in the cache nor reachable, or a tiny one is not made.
@@ -95,8 +94,7 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
             options["quantization_config"] = _quantization(
                 config.quantization, choose_dtype(device), skipped=head_names(skeleton)
             )
-        is_joint = config.head == "joint"
-        loader = AutoModelForSequenceClassification if is_joint else type(skeleton)
+        loader = AutoModelForSequenceClassification if config.head == "joint" else type(skeleton)
         model, loading = loader.from_pretrained(
             source,
             revision=revision,
@@ -119,7 +117,6 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
         ) from error
     _check_loaded(source, head_names(skeleton), loading)
     _replace_mismatched_heads(model, skeleton)
-    _check_heads(model)
     tokenizer.pad_token = choose_pad_token(tokenizer)
     tokenizer.padding_side = "right"
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -197,14 +194,6 @@ def _replace_mismatched_heads(model: Any, skeleton: nn.Module) -> None:
                     nn.init.normal_(parameter, std=model.config.get_text_config().initializer_range)
 
 
-def _check_heads(model: Any) -> None:
-    for name in head_names(model):
-        for child in model.get_submodule(name).modules():
-            if isinstance(child, nn.Linear) and type(child) is not nn.Linear:
-                got = type(child).__name__
-                raise TypeError(f"head {name}: expected 16- or 32-bit weights, got {got}")
-
-
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """Choose the padding: the tokenizer's own, else a special token that no battle ends with.
 
@@ -230,11 +219,8 @@ def head_names(model: Any) -> list[str]:
     A base's pooler is one: most checkpoints lack it, and unsaved it would differ in each load.
     """
     prefix = model.base_model_prefix
-    names = [
-        name
-        for name, child in model.named_children()
-        if name != prefix and any(True for _ in child.parameters())
-    ]
+    children = [(name, child) for name, child in model.named_children() if name != prefix]
+    names = [name for name, child in children if list(child.parameters())]
     if getattr(model.get_submodule(prefix), "pooler", None) is not None:
         names.append(f"{prefix}.pooler")
     return names
@@ -263,15 +249,13 @@ def longest_row(model: Any) -> int | None:
 
 def _add_lora(model: Any, config: FinetuneConfig) -> PeftModel:
     """Put LoRA on every linear layer of the base: attention and MLP of any architecture."""
-    modules = model.get_submodule(model.base_model_prefix).named_modules()
-    linear = {name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, nn.Linear)}
     heads = head_names(model)
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=sorted(linear),
+        target_modules="all-linear",
         exclude_modules=rf"({'|'.join(map(re.escape, heads))})\..*",
         modules_to_save=heads,
     )

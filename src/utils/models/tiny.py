@@ -6,6 +6,7 @@ answers differ in length, layout, use of the prompt's words, and in the words th
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from src.utils.config import FinetuneConfig
 from src.utils.models.batches import collate, make_batches
 from src.utils.models.checkpoints import TINY
 from src.utils.models.hardware import choose_device
-from src.utils.models.heads import Pieces, contrast_weights, find_answers
+from src.utils.models.heads import Pieces, contrast_weights
 from src.utils.models.template import (
     CUT_TEXT,
     ENCODER_HEADINGS,
@@ -54,13 +55,11 @@ STYLE_TARGETS = (
 ).split()  # names of STYLE_FEATURES whose differences are predicted
 _VERSION = 3  # increase with every change of the task or the models: an up-to-date base is kept
 _N_WORD_TARGETS = 8  # directions in which the words of two answers differ most
-_N_BATTLES = 6000  # battles of pretraining at most
-_N_TOKENIZER_BATTLES = 4000  # battles that the tokenizer learns from at most
+_N_BATTLES = 4000  # battles that tokenizer and model learn from at most
 _MAX_TOKENS = 256  # of one battle
 _TOKENS_PER_BATCH = 1024
 _LEARNING_RATE = 3e-3
 _VOCABULARY = 3072
-_IGNORED = -100  # a label that cross entropy skips
 
 
 def prepare_base(
@@ -86,15 +85,15 @@ def prepare_base(
         return folder
     kind = config.checkpoint.removeprefix(TINY)
     if kind not in _SPECIAL_TOKENS:
-        raise ValueError(
-            f"checkpoint: expected tiny:modernbert or tiny:qwen3, got {config.checkpoint}"
-        )
-    tokenizer = _make_tokenizer(kind, _thin_out(pairs, _N_TOKENIZER_BATTLES))
+        names = " or ".join(TINY + name for name in _SPECIAL_TOKENS)
+        raise ValueError(f"checkpoint: expected {names}, got {config.checkpoint}")
+    some = pairs[:: math.ceil(len(pairs) / _N_BATTLES)]
+    tokenizer = _make_tokenizer(kind, some)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = _make_model(kind, tokenizer)
         if n_steps:
-            pretrain(model, tokenizer, _thin_out(pairs, _N_BATTLES), config.seed, n_steps)
+            pretrain(model, tokenizer, some, config.seed, n_steps)
     with atomic_folder(folder) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
@@ -102,18 +101,8 @@ def prepare_base(
     return folder
 
 
-def _thin_out(pairs: pd.DataFrame, n_battles: int) -> pd.DataFrame:
-    return pairs[:: -(-len(pairs) // n_battles)]
-
-
 _SPECIAL_TOKENS = {
-    "modernbert": {
-        "cls": "[CLS]",
-        "sep": "[SEP]",
-        "pad": "[PAD]",
-        "unk": "[UNK]",
-        "mask": "[MASK]",
-    },
+    "modernbert": {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "unk": "[UNK]"},
     "qwen3": {"pad": "<|endoftext|>", "bos": "<|im_start|>", "eos": "<|im_end|>"},
 }
 _CHATML = (
@@ -205,13 +194,6 @@ def measure_differences(pairs: pd.DataFrame, seed: int) -> np.ndarray:
     return np.clip(differences / np.maximum(spread, 1e-9), -4, 4).astype(np.float32)
 
 
-def label_segments(row: Sequence[int], pieces: Pieces) -> torch.Tensor:
-    """Label each token by the template's piece before it: 0 prompt, 1 A, 2 B, 3 end; (T,) int64."""
-    (start_a, end_a), (_, end_b) = find_answers(row, pieces)
-    borders = torch.tensor([start_a - len(pieces[1]), end_a, end_b])
-    return torch.bucketize(torch.arange(len(row)), borders, right=True)
-
-
 def pretrain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -221,12 +203,10 @@ def pretrain(
 ) -> np.ndarray:
     """Train a tiny language model in place to predict how the answers of a battle differ.
 
-    Three heads, which are dropped, read it: the state that a joint head gets, the contrast of the
-    two answers' mean states, and, for each token, which text it belongs to.
+    Two heads, which are dropped, read what the joint head and the contrast will read.
 
     Returns:
-        (n_steps, 3) float losses: squared errors of the first two over the variance (1 is chance),
-        and the cross entropy of the third in nats.
+        (n_steps, 2) float losses: squared errors of the two over the variance; 1 is chance.
     """
     device = choose_device()
     differences = torch.from_numpy(measure_differences(pairs, seed)).to(device)
@@ -234,50 +214,42 @@ def pretrain(
     given, swapped = encode_both_orders(pairs, tokenizer, _MAX_TOKENS)
     rows = given + swapped
     pieces = make_pieces(tokenizer)
-    width = model.config.hidden_size
-    n_targets = targets.shape[1]
-    joint = nn.Linear(width, n_targets)
-    contrast = nn.Linear(width, n_targets, bias=False)
-    segment = nn.Linear(width, len(pieces))
-    parameters = [*nn.ModuleList([model, joint, contrast, segment]).to(device).parameters()]
+    shape = (model.config.hidden_size, targets.shape[1])
+    joint = nn.Linear(*shape)
+    contrast = nn.Linear(*shape, bias=False)
+    parameters = [*nn.ModuleList([model, joint, contrast]).to(device).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, n_steps + 1)
     history = []
     model.train()
     for batch in itertools.islice(_draw_batches([len(row) for row in given], seed), n_steps):
         drawn = [rows[place] for place in batch]
-        pooled, contrasts, middle = _read(model, drawn, pieces, tokenizer.pad_token_id)
-        labels = pad_sequence([label_segments(row, pieces) for row in drawn], True, _IGNORED)
-        losses = (
-            nn.functional.mse_loss(joint(pooled), targets[batch]),
-            nn.functional.mse_loss(contrast(contrasts), targets[batch]),
-            # Before the last layer, which can then read A and B apart.
-            nn.functional.cross_entropy(segment(middle).mT, labels.to(device)),
-        )
-        # The joint head learns slowly, and at equal weight its noise halves what the contrast learns.
-        (0.1 * losses[0] + losses[1] + 0.3 * losses[2]).backward()
+        pooled, contrasts = _read(model, drawn, pieces, tokenizer.pad_token_id)
+        joint_loss = nn.functional.mse_loss(joint(pooled), targets[batch])
+        contrast_loss = nn.functional.mse_loss(contrast(contrasts), targets[batch])
+        # At equal weight the noise of the joint head halves what the contrast learns.
+        (0.1 * joint_loss + contrast_loss).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        history.append([loss.item() for loss in losses])
+        history.append([joint_loss.item(), contrast_loss.item()])
     return np.array(history)
 
 
 def _read(
     model: PreTrainedModel, rows: list[list[int]], pieces: Pieces, pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the pooled states, the contrasts, and the states before the last layer."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the two heads of a classifier read: pooled states and contrasts."""
     inputs = {name: tensor.to(model.device) for name, tensor in collate(rows, pad_id).items()}
-    outputs = model.base_model(**inputs, output_hidden_states=True)
-    states = outputs.last_hidden_state
+    states = model.base_model(**inputs).last_hidden_state
     if isinstance(model, ModernBertForMaskedLM):
         pooled = model.head(states[:, 0])
     else:
         pooled = states[torch.arange(len(rows)), inputs["attention_mask"].sum(1) - 1]
     weights = pad_sequence([contrast_weights(row, pieces) for row in rows], batch_first=True)
     contrasts = torch.bmm(weights.to(model.device)[:, None], states).squeeze(1)
-    return pooled, contrasts, outputs.hidden_states[-2]
+    return pooled, contrasts
 
 
 def _draw_batches(lengths: Sequence[int], seed: int) -> Iterator[np.ndarray]:
