@@ -150,7 +150,7 @@ def read_tokenizer(
     if not real.exists():
         tiny = FinetuneConfig(checkpoint=f"tiny:{kind}", revision="")
         return AutoTokenizer.from_pretrained(
-            prepare_base(tiny, pairs, folder, n_lessons=0)
+            prepare_base(tiny, pairs, folder, n_steps=0)
         ), "learned from the battles"
     if kind == "qwen3":
         return AutoTokenizer.from_pretrained(real), real.name

@@ -97,7 +97,7 @@ def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactor
     def make(kind: str) -> Path:
         folder = tmp_path_factory.getbasetemp() / f"tiny_{kind}"
         config = FinetuneConfig(checkpoint=f"tiny:{kind}", revision="")
-        prepared = prepare_base(config, _demo_pairs, folder, n_lessons=0)
+        prepared = prepare_base(config, _demo_pairs, folder, n_steps=0)
         assert prepared is not None
         return prepared
 

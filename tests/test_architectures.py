@@ -53,13 +53,16 @@ LLAMA_MARKS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
 
 GEMMA_CHAT = (
     "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}"
+    "<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 LLAMA_CHAT = (
-    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y %H:%M:%S.%f') %}{% endif %}"
-    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ date_string }}<|eot_id|>"
+    "{% if not date_string is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y %H:%M:%S.%f') %}{% endif %}"
+    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
+    "Today Date: {{ date_string }}<|eot_id|>"
     "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
     "{{ m['content'] }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
@@ -225,6 +228,29 @@ def test_any_checkpoint_is_trained_saved_and_loaded_by_its_name(
     torch.testing.assert_close(read(again, tokenizer, rows), logits, atol=1e-5, rtol=1e-4)
 
 
+FIRST, ALL, LAST = slice(0, 1), slice(None), slice(-1, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("ettin", ALL), ("mmbert", FIRST), ("bert", FIRST), ("roberta", FIRST), ("deberta-v3", FIRST)]
+    + [(name, LAST) for name in ("qwen3", "llama", "gemma3", "reward")],
+)
+def test_the_joint_head_reads_the_states_that_its_architecture_pools(
+    name, read, demo_pairs, tmp_path
+):
+    config = make_config(name, write_checkpoint(name, tmp_path / "base"), lora_rank=0)
+    model, tokenizer = load_classifier(config)
+    states = []
+    model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    rows = encode_pairs(demo_pairs[:1], tokenizer, config.max_tokens)
+    logits = model.eval()(**collate(rows, tokenizer.pad_token_id)).logits
+    [gradient] = torch.autograd.grad(logits[0, 0], states[0])
+    expected = torch.zeros(len(rows[0]), dtype=torch.bool)
+    expected[read] = True
+    assert torch.equal(gradient[0].abs().sum(dim=1) > 0, expected)
+
+
 @pytest.mark.parametrize("name", ["deberta-v3", "bert", "gemma3", "reward"])
 def test_any_checkpoint_can_be_merged(name, demo_pairs, tmp_path):
     config = make_config(name, write_checkpoint(name, tmp_path / "base"), lora_rank=4)
@@ -252,9 +278,7 @@ def test_padding_is_a_token_of_the_tokenizer_that_no_battle_ends_with(name, demo
 
 def test_padding_that_a_battle_ends_with_is_refused_by_the_template(demo_pairs):
     tokenizer = make_tokenizer({"pad_token": "<|end|>", "eos_token": "<|end|>"}, "")
-    with pytest.raises(
-        ValueError, match=r"expected padding that no battle ends with, got <\|end\|>"
-    ):
+    with pytest.raises(ValueError, match=r"padding.*<\|end\|>"):
         encode_pairs(demo_pairs[:1], tokenizer, 320)
     tokenizer.pad_token = choose_pad_token(tokenizer)
     assert len(encode_pairs(demo_pairs[:1], tokenizer, 320)) == 1

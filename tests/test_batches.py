@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from src.utils.models.batches import collate, is_canonical, make_batches, make_packs
+from src.utils.models.heads import find_answers
 from src.utils.models.template import count_tokens, encode_both_orders, encode_pairs, make_template
 from src.utils.schema import swap_pairs
 
@@ -74,6 +75,15 @@ def test_long_battles_keep_a_part_of_every_text(tokenizer):
     text = tokenizer.decode(row)
     assert 250 <= len(row) <= 256
     assert min(text.count(name) for name in words) >= 5
+
+
+def test_the_same_words_are_cut_when_the_answers_are_exchanged(tokenizer, ugly_pairs, demo_pairs):
+    pairs = pd.concat([ugly_pairs, demo_pairs[:20]])
+    pieces = make_template(tokenizer).pieces
+    given, swapped = encode_both_orders(pairs, tokenizer, 170)
+    for one, other in zip(given, swapped, strict=True):
+        (a, b), (c, d) = find_answers(one, pieces), find_answers(other, pieces)
+        assert one[slice(*a)] == other[slice(*d)] and one[slice(*b)] == other[slice(*c)]
 
 
 def test_both_orders_are_the_battle_and_its_mirror(tokenizer, ugly_pairs):

@@ -1,5 +1,7 @@
 import dataclasses
 import os
+import subprocess
+import sys
 
 import bitsandbytes as bnb
 import pytest
@@ -13,6 +15,8 @@ from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.models import checkpoints
 from src.utils.models.batches import collate
 from src.utils.models.checkpoints import (
+    check_base,
+    hash_base,
     head_names,
     in_float32,
     load_classifier,
@@ -21,21 +25,12 @@ from src.utils.models.checkpoints import (
     save_model,
 )
 from src.utils.models.template import encode_pairs
-from src.utils.models.tiny import make_tiny_checkpoint
-from src.utils.runs import atomic_folder
+from src.utils.models.tiny import prepare_base
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="", max_tokens=128)
 DECODER = DecoderConfig(
     checkpoint="tiny:qwen3", revision="", quantization="none", lora_rank=4, max_tokens=192
 )
-
-
-VARIANTS = [
-    (q, v)
-    for q in ("none", "8bit", "4bit")
-    for v in ("plain", "rslora", "dora")
-    if (q, v) != ("8bit", "dora")
-]
 
 
 def logits_of(model, tokenizer, pairs):
@@ -66,19 +61,6 @@ def test_a_tiny_checkpoint_has_the_architecture_of_the_real_one(tiny_base):
         assert model.config.num_labels == 3
 
 
-def test_the_same_seed_makes_the_same_checkpoint(tmp_path):
-    one, two = (
-        make_tiny_checkpoint("qwen3", ["some words", None], tmp_path / name, 1) for name in "ab"
-    )
-    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
-    assert (one / "tokenizer.json").read_bytes() == (two / "tokenizer.json").read_bytes()
-
-
-def test_an_unknown_tiny_checkpoint_is_named(tmp_path):
-    with pytest.raises(ValueError, match="got tiny:bert"):
-        make_tiny_checkpoint("bert", ["x"], tmp_path / "x", 0)
-
-
 def test_a_missing_tiny_checkpoint_says_how_to_make_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"call prepare_base\(\) first"):
         load_classifier(ENCODER, tmp_path)
@@ -95,19 +77,22 @@ def test_an_unreachable_checkpoint_says_what_to_do(monkeypatch):
         load_classifier(FinetuneConfig())
 
 
-def test_revision_and_safety_are_passed_on(monkeypatch, tiny_base):
-    seen = []
-    real = checkpoints.AutoModelForSequenceClassification.from_pretrained
+def test_every_part_is_loaded_at_the_revision_and_without_remote_code(monkeypatch, tiny_base):
+    config, seen = FinetuneConfig(), {}
+    for name in ("AutoTokenizer", "AutoConfig", "AutoModelForSequenceClassification"):
+        loader = getattr(checkpoints, name)
 
-    def record(source, **options):
-        seen.append(options)
-        return real(source, **options)
+        def record(source, name=name, load=loader.from_pretrained, **options):
+            if source == config.checkpoint:
+                seen[name] = options
+            return load(tiny_base("modernbert"), **options | {"revision": "main"})
 
-    monkeypatch.setattr(checkpoints.AutoModelForSequenceClassification, "from_pretrained", record)
-    monkeypatch.setattr(checkpoints, "_locate", lambda config, base: (str(base), config.revision))
-    load_classifier(dataclasses.replace(ENCODER, revision="8949b909"), tiny_base("modernbert"))
-    assert seen[0]["revision"] == "8949b909"
-    assert seen[0]["use_safetensors"] is True and seen[0]["trust_remote_code"] is False
+        monkeypatch.setattr(loader, "from_pretrained", record)
+    load_classifier(config)
+    assert len(seen) == 3
+    assert {options["revision"] for options in seen.values()} == {config.revision}
+    assert {options["trust_remote_code"] for options in seen.values()} == {False}
+    assert seen["AutoModelForSequenceClassification"]["use_safetensors"] is True
 
 
 def test_a_bf16_checkpoint_is_trained_in_32_bit(tiny_base, tmp_path):
@@ -192,21 +177,6 @@ def test_an_older_transformers_checkpoints_by_another_name(tiny_base, monkeypatc
     assert given == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}}]
 
 
-def test_a_quantised_head_is_refused():
-    class Classifier(nn.Module):
-        base_model_prefix = "model"
-
-        def __init__(self):
-            super().__init__()
-            self.model = nn.Linear(4, 4)
-            self.score = bnb.nn.Linear8bitLt(4, 3)
-
-    with pytest.raises(
-        TypeError, match="head score: expected 16- or 32-bit weights, got Linear8bitLt"
-    ):
-        checkpoints._check_heads(Classifier())
-
-
 def test_gradients_of_a_4bit_base_are_right_after_an_evaluation(tiny_base, demo_pairs):
     model, tokenizer = load_classifier(
         dataclasses.replace(DECODER, quantization="4bit"), tiny_base("qwen3")
@@ -225,11 +195,11 @@ def test_gradients_of_a_4bit_base_are_right_after_an_evaluation(tiny_base, demo_
     assert before.abs().max() > 0
 
 
-@pytest.mark.parametrize(("quantization", "variant"), VARIANTS)
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
 def test_saved_adapters_load_to_the_same_probabilities(
-    tiny_base, demo_pairs, tmp_path, quantization, variant
+    tiny_base, demo_pairs, tmp_path, quantization
 ):
-    config = dataclasses.replace(DECODER, quantization=quantization, lora_variant=variant)
+    config = dataclasses.replace(DECODER, quantization=quantization)
     model, tokenizer = load_classifier(config, tiny_base("qwen3"))
     train_a_little(model, tokenizer, demo_pairs[:4])
     folder = save_model(model, tokenizer, tmp_path / "fold_0")
@@ -267,51 +237,19 @@ def test_a_model_of_another_template_is_refused(tiny_base, tmp_path, monkeypatch
         load_finetuned(folder, ENCODER)
 
 
-def test_the_variants_of_lora_are_what_they_are_called(tiny_base, demo_pairs):
-    config = dataclasses.replace(DECODER, lora_alpha=8.0)
-    layers = {}
-    for variant in ("plain", "rslora", "dora"):
-        model, tokenizer = load_classifier(
-            dataclasses.replace(config, lora_variant=variant), tiny_base("qwen3")
-        )
-        layers[variant] = model.base_model.model.model.layers[0].self_attn.q_proj
-        before = {n: p.detach().clone() for n, p in model.named_parameters() if "magnitude" in n}
-        train_a_little(model, tokenizer, demo_pairs[:4], 1)
-        assert bool(before) == (variant == "dora")
-        assert all(
-            not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before
-        )
-    assert layers["plain"].scaling["default"] == layers["dora"].scaling["default"] == 8 / 4
-    assert layers["rslora"].scaling["default"] == 8 / 4**0.5
+def test_adapters_refuse_another_base(tiny_base, demo_pairs, tmp_path):
+    folder = save_model(*load_classifier(DECODER, tiny_base("qwen3")), tmp_path / "fold_0")
+    other = prepare_base(dataclasses.replace(DECODER, seed=7), demo_pairs, tmp_path / "other", 0)
+    assert check_base(folder, tiny_base("qwen3")) == tiny_base("qwen3")
+    with pytest.raises(ValueError, match=rf"other.*{hash_base(tiny_base('qwen3'))}.*fold_0"):
+        load_finetuned(folder, DECODER, other)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps the scales")
-def test_dora_on_an_8bit_base_on_a_cpu_is_refused(tiny_base):
-    with pytest.raises(
-        ValueError, match="lora_variant: expected plain or rslora for an 8-bit base on a CPU"
-    ):
-        load_classifier(
-            dataclasses.replace(DECODER, quantization="8bit", lora_variant="dora"),
-            tiny_base("qwen3"),
-        )
-
-
-def test_dora_starts_as_its_4bit_base(tiny_base, demo_pairs):
-    config = dataclasses.replace(DECODER, quantization="4bit", lora_variant="dora")
-    model, tokenizer = load_classifier(config, tiny_base("qwen3"))
-    started = logits_of(model, tokenizer, demo_pairs[:4])
-    with model.disable_adapter():
-        model.base_model.model.score.enable_adapters(True)  # the head alone
-        torch.testing.assert_close(
-            started, logits_of(model, tokenizer, demo_pairs[:4]), atol=2e-3, rtol=0
-        )
-
-
-@pytest.mark.parametrize(("quantization", "variant"), VARIANTS)
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
 def test_merging_gives_a_plain_model_with_the_same_probabilities(
-    tiny_base, demo_pairs, tmp_path, quantization, variant
+    tiny_base, demo_pairs, tmp_path, quantization
 ):
-    config = dataclasses.replace(DECODER, quantization=quantization, lora_variant=variant)
+    config = dataclasses.replace(DECODER, quantization=quantization)
     model, tokenizer = load_classifier(config, tiny_base("qwen3"))
     train_a_little(model, tokenizer, demo_pairs[:4])
     folder = save_model(model, tokenizer, tmp_path / "fold_0")
@@ -327,15 +265,26 @@ def test_merging_gives_a_plain_model_with_the_same_probabilities(
     )
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "model"
-    with atomic_folder(target) as tmp:
-        (tmp / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as tmp:
-        (tmp / "a").write_text("new")
+def test_an_interrupted_save_keeps_the_model_that_was_there(tiny_base, tmp_path, monkeypatch):
+    model, tokenizer = load_classifier(ENCODER, tiny_base("modernbert"))
+    folder = save_model(model, tokenizer, tmp_path / "fold_0")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def interrupt(*args, **options):
         raise KeyboardInterrupt
-    assert (target / "a").read_text() == "old"
-    assert os.listdir(tmp_path) == ["model"]
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(model.half(), tokenizer, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert os.listdir(tmp_path) == ["fold_0"]
+
+
+@pytest.mark.slow
+def test_importing_the_trainer_prints_nothing():
+    command = [sys.executable, "-c", "import src.utils.training.trainer"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 def test_half_precision_is_left_and_entered_again_exactly():

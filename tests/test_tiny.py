@@ -1,61 +1,40 @@
+import dataclasses
+
 import numpy as np
-import pandas as pd
 import pytest
-from safetensors.torch import load_file
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.checkpoints import load_classifier
-from src.utils.models.template import encode_pairs, make_template
-from src.utils.models.tiny import (
-    SURFACE,
-    compare_answers,
-    find_fields,
-    make_tiny_checkpoint,
-    prepare_base,
-    teach_comparing,
-)
+from src.utils.models.tiny import STYLE_TARGETS, measure_differences, prepare_base, pretrain
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="")
 
 
+def read(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_answers_are_compared_by_their_texts_alone(demo_pairs):
-    differences = compare_answers(demo_pairs, seed=0)
-    assert differences.shape == (300, len(SURFACE) + 8)
-    assert (
-        compare_answers(demo_pairs.drop(columns=["label", "model_a", "model_b"]), seed=0)
-        == differences
-    ).all()
-    is_longer = demo_pairs["response_a"].map(_count_chars) > demo_pairs["response_b"].map(
-        _count_chars
-    )
-    assert (differences[is_longer, SURFACE.index("n_chars")] > 0).all()
-
-
-def _count_chars(turns):
-    return len("\n".join(turn or "" for turn in turns))
+    differences = measure_differences(demo_pairs, seed=0)
+    assert differences.shape == (300, len(STYLE_TARGETS) + 8)
+    texts = demo_pairs.drop(columns=["label", "model_a", "model_b"])
+    assert (measure_differences(texts, seed=0) == differences).all()
+    n_chars = [
+        demo_pairs[name].map(lambda turns: len("\n".join(turn or "" for turn in turns)))
+        for name in ("response_a", "response_b")
+    ]
+    is_longer = (n_chars[0] > n_chars[1]).to_numpy()
+    assert (differences[is_longer, STYLE_TARGETS.index("n_chars")] > 0).all()
 
 
 def test_ugly_battles_can_be_compared(ugly_pairs):
-    assert np.isfinite(compare_answers(ugly_pairs, seed=0)).all()
+    assert np.isfinite(measure_differences(ugly_pairs, seed=0)).all()
 
 
-@pytest.mark.parametrize("kind", ["modernbert", "qwen3"])
-def test_each_token_is_told_by_its_field(tmp_path, kind):
-    folder = make_tiny_checkpoint(kind, ["cat dog bird fish"] * 5, tmp_path / kind, 0)
-    _, tokenizer = load_classifier(FinetuneConfig(checkpoint=str(folder), revision=""))
-    battle = pd.DataFrame(
-        {"prompt": [("cat",)], "response_a": [("dog dog",)], "response_b": [("bird",)]}
-    )
-    [row] = encode_pairs(battle, tokenizer, 256)
-    [field] = find_fields([row], make_template(tokenizer).pieces)
-    text = [
-        tokenizer.decode([t for t, f in zip(row, field, strict=True) if f == place])
-        for place in range(4)
-    ]
-    assert all(
-        part.rstrip().endswith(word)
-        for part, word in zip(text, ("cat", "dog dog", "bird"), strict=False)
-    )
+def test_an_unknown_tiny_checkpoint_is_named(tmp_path, demo_pairs):
+    with pytest.raises(ValueError, match="tiny:bert"):
+        prepare_base(dataclasses.replace(ENCODER, checkpoint="tiny:bert"), demo_pairs, tmp_path)
 
 
 def test_a_real_checkpoint_needs_no_base(tmp_path, demo_pairs):
@@ -63,23 +42,18 @@ def test_a_real_checkpoint_needs_no_base(tmp_path, demo_pairs):
     assert not (tmp_path / "base").exists()
 
 
-def test_votes_do_not_reach_the_base(tmp_path, demo_pairs):
+def test_votes_do_not_reach_the_base_and_the_same_seed_makes_the_same(tmp_path, demo_pairs):
     other = demo_pairs.assign(label=(demo_pairs["label"] + 1) % 3)
-    bases = [
-        prepare_base(ENCODER, pairs, tmp_path / f"{i}", 2)
-        for i, pairs in enumerate((demo_pairs, other))
-    ]
-    one, two = (load_file(base / "model.safetensors") for base in bases)
-    assert all((one[name] == two[name]).all() for name in one)
+    one = read(prepare_base(ENCODER, demo_pairs, tmp_path / "one", 2))
+    assert one == read(prepare_base(ENCODER, other, tmp_path / "two", 2))
+    seeded = dataclasses.replace(ENCODER, seed=1)
+    three = read(prepare_base(seeded, demo_pairs, tmp_path / "three", 2))
+    assert three["model.safetensors"] != one["model.safetensors"]
 
 
-def test_a_base_is_made_again_for_other_texts_alone(tmp_path, demo_pairs):
+def test_a_base_is_made_again_only_for_other_texts(tmp_path, demo_pairs):
     def made(pairs):
-        return (
-            (prepare_base(ENCODER, pairs, tmp_path / "base", 0) / "tokenizer.json")
-            .stat()
-            .st_mtime_ns
-        )
+        return prepare_base(ENCODER, pairs, tmp_path / "base", 0).stat().st_mtime_ns
 
     first = made(demo_pairs)
     assert made(demo_pairs.assign(label=0)) == first
@@ -88,13 +62,12 @@ def test_a_base_is_made_again_for_other_texts_alone(tmp_path, demo_pairs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["modernbert", "qwen3"])
-def test_comparing_can_be_learned_and_the_weights_load_again(tmp_path, demo_pairs, kind):
-    texts = [turn or "" for turns in demo_pairs["response_a"] for turn in turns]
-    folder = make_tiny_checkpoint(kind, texts, tmp_path / kind, 0)
-    before = load_file(folder / "model.safetensors")
-    assert teach_comparing(folder, demo_pairs, seed=0, n_steps=150) < 0.95
-    model, _ = load_classifier(FinetuneConfig(checkpoint=str(folder), revision=""))
-    name = next(
-        name for name in before if name.endswith("embeddings.weight") or "embed_tokens" in name
-    )
-    assert not (before[name] == model.state_dict()[name].cpu()).all()
+def test_a_tiny_model_learns_to_compare(tiny_base, demo_pairs, kind):
+    auto = AutoModelForCausalLM if kind == "qwen3" else AutoModelForMaskedLM
+    model = auto.from_pretrained(tiny_base(kind))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base(kind))
+    before = model.get_input_embeddings().weight.detach().clone()
+    losses = pretrain(model, tokenizer, demo_pairs, seed=0, n_steps=150)
+    joint, contrast = losses[-15:].mean(axis=0)
+    assert joint < 0.95 and contrast < 0.8
+    assert not torch.equal(before, model.get_input_embeddings().weight)

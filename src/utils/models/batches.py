@@ -1,12 +1,4 @@
-"""Battles to token ids, and token ids to batches under a token budget.
-
-The template's own pieces are ids that are never cut; what people and chatbots wrote
-is tokenised with special tokens taken as plain text, cut fairly, and set between
-them. An encoder reads [CLS] prompt [SEP] A [SEP] B [SEP], each answer under its name:
-to tell one side of a [SEP] from the other by position alone is hard to learn. A
-decoder reads the same three as one chat message and is asked for its answer, so
-that the last token, which the classification head reads, is always the template's.
-"""
+"""Group rows of token ids into batches under a token budget, and pad them."""
 
 from collections.abc import Sequence
 
@@ -17,30 +9,28 @@ import torch
 from src.utils.models.template import text_of
 from src.utils.schema import TEXTS
 
-_POOL_BATCHES = 32  # batches whose rows are sorted together: larger pads less and shuffles less
+Lengths = Sequence[int] | np.ndarray  # (N,) tokens of each row
+
+_POOL_BATCHES = 32  # batches whose rows are sorted together: more pads less and shuffles less
 
 
 def is_canonical(pairs: pd.DataFrame) -> np.ndarray:
-    """Tell which battles stand in canonical order: (N,) bool, answer A is not the later in code point order."""
-    keys = [[tuple(map(text_of, turns)) for turns in pairs[name]] for name in TEXTS[1:]]
-    return np.array([a <= b for a, b in zip(*keys, strict=True)], dtype=bool)
+    """Report which battles are in canonical order: (N,) bool, A is not after B by code points."""
+    a, b = ([tuple(map(text_of, turns)) for turns in pairs[name]] for name in TEXTS[1:])
+    return np.array([one <= other for one, other in zip(a, b, strict=True)], dtype=bool)
 
 
 def make_batches(
-    lengths: Sequence[int] | np.ndarray,
-    tokens_per_batch: int,
-    seed: int | None = None,
-    epoch: int = 0,
+    lengths: Lengths, tokens_per_batch: int, seed: int | None = None, epoch: int = 0
 ) -> list[np.ndarray]:
-    """Group rows of like length so that rows x longest stays within a token budget.
+    """Group rows of similar length so that rows x longest is within a token budget.
 
     Args:
         lengths: (N,) tokens of each row.
-        tokens_per_batch: padded tokens of one batch at most; a longer row goes alone.
-        seed: None sorts all rows, longest first, which wastes least and meets the largest
-            batch at once. A number shuffles for training: rows are dealt into pools that
-            are sorted apart, then the batches are shuffled.
-        epoch: changes the shuffle.
+        tokens_per_batch: padded tokens of one batch at most; a longer row gets a batch of its own.
+        seed: None sorts all rows, longest first, which pads least and meets the largest batch at
+            once. A number shuffles for training, with `epoch`: rows are dealt into pools, each
+            pool is sorted, and the batches are shuffled.
 
     Returns:
         Row indices of each batch; every row once.
@@ -49,28 +39,33 @@ def make_batches(
     if not len(lengths):
         return []
     if seed is None:
-        return _fill(np.argsort(-lengths, kind="stable"), lengths, tokens_per_batch)
+        return _fill(np.arange(len(lengths)), lengths, tokens_per_batch)
     rng = np.random.default_rng((seed, epoch))
     rows = rng.permutation(len(lengths))
     n_pools = max(1, round(lengths.sum() / (tokens_per_batch * _POOL_BATCHES)))
     batches: list[np.ndarray] = []
     for pool in np.array_split(rows, n_pools):
-        batches += _fill(pool[np.argsort(-lengths[pool], kind="stable")], lengths, tokens_per_batch)
+        batches += _fill(pool, lengths, tokens_per_batch)
     return [batches[place] for place in rng.permutation(len(batches))]
 
 
+def _fill(rows: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    rows = rows[np.argsort(-lengths[rows], kind="stable")]
+    batches, start = [], 0
+    while start < len(rows):
+        # Rows are sorted, longest first, so the first row of a batch is the longest.
+        n_rows = max(1, tokens_per_batch // max(int(lengths[rows[start]]), 1))
+        batches.append(rows[start : start + n_rows])
+        start += n_rows
+    return batches
+
+
 def make_packs(
-    lengths: Sequence[int] | np.ndarray, tokens_per_batch: int, seed: int, epoch: int = 0
+    lengths: Lengths, tokens_per_batch: int, seed: int, epoch: int = 0
 ) -> list[np.ndarray]:
-    """Group rows at random so that their own tokens stay within a budget: for batches without padding.
+    """Group rows at random so that their tokens are within a budget: for batches without padding.
 
-    Args:
-        lengths: (N,) tokens of each row.
-        tokens_per_batch: tokens of one batch at most; a longer row goes alone.
-        seed: and `epoch`: of the order.
-
-    Returns:
-        Row indices of each batch; every row once.
+    Arguments and result are those of `make_batches`.
     """
     packs: list[list[int]] = []
     n_tok = 0
@@ -83,21 +78,11 @@ def make_packs(
     return [np.array(pack) for pack in packs]
 
 
-def _fill(rows: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    batches, start = [], 0
-    while start < len(rows):
-        # Rows come longest first, so the first of a batch is the width of all.
-        n_rows = max(1, tokens_per_batch // max(int(lengths[rows[start]]), 1))
-        batches.append(rows[start : start + n_rows])
-        start += n_rows
-    return batches
-
-
 def collate(rows: Sequence[Sequence[int] | np.ndarray], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad rows on the right to their longest.
+    """Pad rows on the right to the longest.
 
-    Left padding would move the [CLS] that an encoder reads, and a missing mask lets
-    both models attend to padding; neither raises.
+    Left padding would move the [CLS] that an encoder reads, and without a mask both models would
+    attend to padding; neither raises an error.
 
     Returns:
         `input_ids` and `attention_mask`, both (rows, longest) int64.

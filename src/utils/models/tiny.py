@@ -1,15 +1,13 @@
-"""Tiny stand-ins for real checkpoints: made in minutes, without a download and without a vote.
+"""Make tiny checkpoints that stand in for real ones: within a minute, without download or votes.
 
-A real checkpoint can read before it is fine-tuned; random weights can not, and some
-ten thousand noisy votes do not teach it. So a tiny one is first set a task whose
-answers cost nothing and are measured in the texts: to say by how much the two
-answers differ in length, layout, use of the prompt's words, and in the words they are
-made of, and of every token whether it is the prompt's, A's or B's. Both heads of
-`heads` learn to read the differences, each for itself. What people prefer it is not told.
+A real checkpoint can read before it is fine-tuned; ten thousand noisy votes do not teach random
+weights to. So a tiny model is pretrained to predict what is measured in the texts: by how much two
+answers differ in length, layout, use of the prompt's words, and in the words themselves.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +20,10 @@ from tokenizers.models import BPE
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -34,342 +32,229 @@ from transformers import (
 from src.utils.battles.style import measure_style, style_differences
 from src.utils.config import FinetuneConfig
 from src.utils.models.batches import collate, make_batches
-from src.utils.models.checkpoints import TINY, head_names, load_classifier, quiet_transformers
-from src.utils.models.heads import find_answers, weigh_answers
+from src.utils.models.checkpoints import TINY
+from src.utils.models.hardware import choose_device
+from src.utils.models.heads import Pieces, contrast_weights
 from src.utils.models.template import (
     CUT_TEXT,
-    ENCODER_NAMES,
+    ENCODER_HEADINGS,
     INSTRUCTION,
     TEMPLATE_VERSION,
     TURN_TEXT,
     encode_both_orders,
-    make_template,
+    make_pieces,
     text_of,
 )
 from src.utils.runs import atomic_folder, hash_json, hash_pairs, read_json, write_json
 from src.utils.schema import TEXTS
 
-N_LESSONS = 1500  # optimiser steps of the task
-_TASK_VERSION = (
-    2  # raise it with every change of the task: a base is kept as long as it is the same
-)
-_LESSON_TOK = 2048  # padded tokens of one step
+N_STEPS = 700  # optimiser steps of pretraining
+STYLE_TARGETS = (
+    "n_chars n_lines n_list_items n_headers n_bold n_code_blocks punctuation_per_char "
+    "share_non_ascii lexical_diversity prompt_overlap is_refusal"
+).split()  # names of STYLE_FEATURES whose differences are predicted
+_VERSION = 3  # increase with every change of the task or the models: an up-to-date base is kept
+_N_WORD_TARGETS = 8  # directions in which the words of two answers differ most
+_N_BATTLES = 4000  # battles that tokenizer and model learn from at most
 _MAX_TOKENS = 256  # of one battle
+_TOKENS_PER_BATCH = 1024
 _LEARNING_RATE = 3e-3
-_N_BATTLES = 12_000  # battles of the task, at most
-_N_TOKENIZED = 4000  # battles that the tokenizer learns from, at most
-SURFACE = (
-    "n_chars",
-    "n_lines",
-    "n_list_items",
-    "n_headers",
-    "n_bold",
-    "n_code_blocks",
-    "punctuation_per_char",
-    "share_non_ascii",
-    "lexical_diversity",
-    "prompt_overlap",
-    "is_refusal",
-)  # what is measured of the answers, names of STYLE_FEATURES
-_N_DIRECTIONS = 8  # directions in which the words of two answers differ most
-_N_HASHED = 2**14  # width of the hashed words
-_LARGEST = 4.0  # standard deviations
-_N_FIELDS = 4  # pieces of the template, each with the text behind it
-_UNREAD = -100  # a label that cross entropy passes over
+_VOCABULARY = 3072
 
 
 def prepare_base(
-    config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_lessons: int = N_LESSONS
+    config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_steps: int = N_STEPS
 ) -> Path | None:
-    """Make the tiny checkpoint that a config asks for, unless it is there already, made from the same texts.
+    """Make the tiny checkpoint that a config names, unless it is up to date.
 
     Args:
-        config: `checkpoint` "tiny:modernbert" or "tiny:qwen3" asks for one.
-        pairs: battles whose texts (not votes) train the tokenizer and make up the task.
-        folder: where it lies, by custom `run_dir / "base"`.
-        n_lessons: steps of the task; 0 leaves the weights random.
+        config: `checkpoint` is "tiny:modernbert" (local and global attention), "tiny:qwen3"
+            (grouped-query attention, chat template) or a real one, for which nothing is made.
+        pairs: battles whose texts, not votes, train the tokenizer and the model.
+        folder: gets config, weights and tokenizer, e.g. `run_dir / "base"`.
+        n_steps: optimiser steps of pretraining; 0 keeps the weights random.
 
     Returns:
-        The folder, or None when `checkpoint` names a real one.
+        The folder, or None if `checkpoint` is a real one.
     """
     if not config.checkpoint.startswith(TINY):
         return None
-    made_of = [config.checkpoint, config.seed, n_lessons, _TASK_VERSION, TEMPLATE_VERSION]
-    key = hash_json([*made_of, hash_pairs(pairs[["id", *TEXTS]])])
-    if not (folder / "made_from.json").exists() or read_json(folder / "made_from.json") != key:
-        with atomic_folder(folder) as tmp:
-            _make_base(config, pairs, tmp, n_lessons)
-            write_json(tmp / "made_from.json", key)
-    return folder
-
-
-def _make_base(config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_lessons: int) -> None:
-    some = pairs[:: len(pairs) // _N_TOKENIZED + 1]
-    texts = [text_of(turn)[:4000] for name in TEXTS for turns in some[name] for turn in turns]
-    make_tiny_checkpoint(config.checkpoint.removeprefix(TINY), texts, folder, config.seed)
-    if n_lessons:
-        teach_comparing(
-            folder, pairs[:: len(pairs) // (_N_BATTLES + 1) + 1], config.seed, n_lessons
-        )
-
-
-def teach_comparing(
-    folder: Path, pairs: pd.DataFrame, seed: int, n_steps: int = N_LESSONS
-) -> float:
-    """Train a tiny checkpoint to say how the two answers of a battle differ; its head is thrown away.
-
-    Args:
-        folder: from `make_tiny_checkpoint`; its weights are replaced.
-        pairs: battles whose texts are read, each epoch in the other order.
-        seed: of the order and the new head.
-        n_steps: optimiser steps.
-
-    Returns:
-        Mean squared error of the last tenth of the steps, over the variance; 1 is chance.
-    """
-    model, tokenizer = load_classifier(
-        FinetuneConfig(checkpoint=str(folder), revision="", seed=seed), folder
-    )
-    differences = compare_answers(pairs, seed)
-    as_given, swapped = encode_both_orders(pairs, tokenizer, _MAX_TOKENS)
-    rows, targets = [*as_given, *swapped], np.concatenate([differences, -differences])
-    setattr(
-        model,
-        head_names(model)[-1],
-        nn.Linear(model.config.hidden_size, targets.shape[1]).to(model.device),
-    )
-    pieces = make_template(tokenizer).pieces
-    fields, weights = find_fields(rows, pieces), [weigh_answers(row, pieces) for row in rows]
-    batches = itertools.islice(_deal([len(row) for row in as_given], seed), n_steps)
-    losses = _train(model, rows, targets, fields, weights, list(batches), tokenizer.pad_token_id)
-    _save_without_head(model, folder)
-    return float(np.mean(losses[-max(1, n_steps // 10) :]))
-
-
-def compare_answers(pairs: pd.DataFrame, seed: int) -> np.ndarray:
-    """Measure how the answers of each battle differ, from the texts alone.
-
-    The first columns are differences of style (`SURFACE`). The others are latent: the
-    directions in which the words of two answers to the same prompt differ most.
-
-    Args:
-        pairs: N battles; labels, if any, are not looked at.
-        seed: of the search for directions.
-
-    Returns:
-        (N, M) float32, A less B, in standard deviations, at most 4.
-
-    Source: latent semantic analysis, Deerwester et al. 1990, JASIS 41(6):391-407; square
-        roots of shares (Hellinger), so that the most frequent words do not drown the others.
-    """
-    style, names = style_differences(measure_style(pairs))
-    hasher = HashingVectorizer(
-        n_features=_N_HASHED,
-        token_pattern=r"\w+",
-        norm="l1",
-        alternate_sign=False,
-        dtype=np.float64,
-    )
-    answers = ([" ".join(map(text_of, turns)) for turns in pairs[name]] for name in TEXTS[1:])
-    shares_a, shares_b = (hasher.transform(texts).sqrt() for texts in answers)
-    words = TruncatedSVD(_N_DIRECTIONS, random_state=seed).fit_transform(shares_a - shares_b)
-    measured = np.column_stack([style[:, [names.index(name) for name in SURFACE]], words])
-    spread = np.sqrt((measured**2).mean(axis=0))  # about 0, for A and B may be exchanged
-    return np.clip(measured / np.maximum(spread, 1e-9), -_LARGEST, _LARGEST).astype(np.float32)
-
-
-def find_fields(rows: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Say of each token behind which piece of the template it stands: 0 prompt, 1 A, 2 B, 3 the end.
-
-    Args:
-        rows: token ids of each battle.
-        pieces: of the battle's `Template`.
-    """
-    fields = []
-    for row in rows:
-        (start_a, end_a), (_, end_b) = find_answers(row, pieces)
-        places = np.searchsorted(
-            [start_a - len(pieces[1]), end_a, end_b], np.arange(len(row)), side="right"
-        )
-        fields.append(places.astype(np.int64))
-    return fields
-
-
-def _deal(lengths: Sequence[int], seed: int) -> Iterator[np.ndarray]:
-    """Batches without end: row i is battle i as given, row N + i is its mirror."""
-    orders = np.random.default_rng(seed).integers(0, 2, len(lengths))
-    for epoch in itertools.count():
-        for batch in make_batches(lengths, _LESSON_TOK, seed, epoch):
-            yield batch + len(lengths) * (orders[batch] ^ (epoch % 2))
-
-
-def _train(
-    model: nn.Module,
-    rows: list[list[int]],
-    targets: np.ndarray,
-    fields: list[np.ndarray],
-    weights: list[torch.Tensor],
-    batches: list[np.ndarray],
-    pad_id: int,
-) -> list[float]:
-    device, losses = model.device, []
-    probe = nn.Linear(model.config.hidden_size, _N_FIELDS).to(device)
-    contrast = nn.Linear(model.config.hidden_size, targets.shape[1], bias=False).to(device)
-    parameters = [*model.parameters(), *probe.parameters(), *contrast.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, _LEARNING_RATE, total_steps=len(batches) + 1
-    )
-    model.train()
-    for batch in batches:
-        inputs = collate([rows[row] for row in batch], pad_id)
-        field = pad_sequence([torch.from_numpy(fields[row]) for row in batch], True, _UNREAD).to(
-            device
-        )
-        weight = pad_sequence([weights[row] for row in batch], True).to(device)
-        target = torch.from_numpy(targets[batch]).to(device)
-        outputs = model(
-            **{name: tensor.to(device) for name, tensor in inputs.items()},
-            output_hidden_states=True,
-        )
-        loss = nn.functional.mse_loss(outputs.logits, target)
-        losses.append(loss.item())
-        # Both heads that a classifier may have learn to read, each from the state that it will get.
-        difference = torch.bmm(weight[:, None], outputs.hidden_states[-1]).squeeze(1)
-        loss = loss + nn.functional.mse_loss(contrast(difference), target)
-        # Before the last layer, which can then read A and B apart.
-        named = probe(outputs.hidden_states[-2])
-        (loss + nn.functional.cross_entropy(named.flatten(0, 1), field.flatten())).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return losses
-
-
-def _save_without_head(model: nn.Module, folder: Path) -> None:
-    # As language models, which is what real checkpoints are.
-    auto = AutoModelForCausalLM if model.config.model_type == "qwen3" else AutoModelForMaskedLM
-    with quiet_transformers():
-        language_model = auto.from_pretrained(folder, dtype=torch.float32)
-        language_model.load_state_dict(model.state_dict(), strict=False)
-        language_model.save_pretrained(folder)
-
-
-_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_TINY_TOKENS = {
-    "modernbert": {
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "pad_token": "[PAD]",
-        "mask_token": "[MASK]",
-    },
-    "qwen3": {"pad_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
-}
-_TINY_VOCABULARY = 3072
-
-
-def make_tiny_checkpoint(kind: str, texts: Iterable[str], folder: Path, seed: int) -> Path:
-    """Make a small checkpoint of a real architecture, with a tokenizer trained on the texts.
-
-    Weights are random; nothing about votes is in it.
-
-    Args:
-        kind: "modernbert" (local and global layers in turn) or "qwen3" (grouped-query
-            attention, chat template).
-        texts: what the tokenizer learns its vocabulary from.
-        folder: gets config, weights (safetensors) and tokenizer; replaced when there.
-        seed: of the weights.
-
-    Returns:
-        The folder.
-    """
-    if kind not in _TINY_TOKENS:
-        raise ValueError(f"checkpoint: expected tiny:modernbert or tiny:qwen3, got {TINY}{kind}")
-    tokenizer = _make_tiny_tokenizer(kind, texts)
+    made_from = [config.checkpoint, config.seed, n_steps, _VERSION, TEMPLATE_VERSION]
+    key = hash_json([*made_from, hash_pairs(pairs[["id", *TEXTS]])])
+    if (folder / "made_from.json").exists() and read_json(folder / "made_from.json") == key:
+        return folder
+    kind = config.checkpoint.removeprefix(TINY)
+    if kind not in _SPECIAL_TOKENS:
+        names = " or ".join(TINY + name for name in _SPECIAL_TOKENS)
+        raise ValueError(f"checkpoint: expected {names}, got {config.checkpoint}")
+    some = pairs[:: math.ceil(len(pairs) / _N_BATTLES)]
+    tokenizer = _make_tokenizer(kind, some)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _make_tiny_model(kind, tokenizer)
-    with atomic_folder(folder) as tmp, quiet_transformers():
+        torch.manual_seed(config.seed)
+        model = _make_model(kind, tokenizer)
+        if n_steps:
+            pretrain(model, tokenizer, some, config.seed, n_steps)
+    with atomic_folder(folder) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
+        write_json(tmp / "made_from.json", key)
     return folder
 
 
-def _make_tiny_tokenizer(kind: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    special = _TINY_TOKENS[kind]
+_SPECIAL_TOKENS = {
+    "modernbert": {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "unk": "[UNK]"},
+    "qwen3": {"pad": "<|endoftext|>", "bos": "<|im_start|>", "eos": "<|im_end|>"},
+}
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _make_tokenizer(kind: str, pairs: pd.DataFrame) -> PreTrainedTokenizerBase:
+    special = {f"{word}_token": token for word, token in _SPECIAL_TOKENS[kind].items()}
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_TINY_VOCABULARY,
+        vocab_size=_VOCABULARY,
         special_tokens=list(special.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so every script
         show_progress=False,
     )
+    texts = (text_of(turn)[:4000] for name in TEXTS for turns in pairs[name] for turn in turns)
     # Often enough for the words of the templates to become tokens of their own.
-    template_texts = [INSTRUCTION, CUT_TEXT, TURN_TEXT, *ENCODER_NAMES] * 100
-    backend.train_from_iterator(itertools.chain(map(text_of, texts), template_texts), trainer)
+    template_texts = [INSTRUCTION, CUT_TEXT, TURN_TEXT, *ENCODER_HEADINGS] * 100
+    backend.train_from_iterator(itertools.chain(texts, template_texts), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     if kind == "qwen3":
         tokenizer.chat_template = _CHATML
     return tokenizer
 
 
-def _make_tiny_model(kind: str, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-    model = _make_tiny_encoder(tokenizer) if kind == "modernbert" else _make_tiny_decoder(tokenizer)
-    # Attention that starts sharp can tell positions apart from the first step; the usual
-    # start is nearly uniform and takes thousands of steps to leave that.
+def _make_model(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    special = {
+        f"{word}_token_id": getattr(tokenizer, f"{word}_token_id")
+        for word in ("pad", "bos", "eos", "cls", "sep")
+    }
+    size = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.1,  # about 1 / sqrt(hidden_size)
+    }
+    if kind == "qwen3":
+        grouped = {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
+        model = Qwen3ForCausalLM(Qwen3Config(**size, **special, **grouped))
+    else:
+        rope = {"rope_type": "default", "rope_theta": 1000.0}  # for hundreds of tokens
+        config = ModernBertConfig(
+            **size,
+            **special,
+            layer_types=["sliding_attention", "full_attention"],  # [CLS] reads every token
+            local_attention=128,
+            rope_parameters={"full_attention": dict(rope), "sliding_attention": dict(rope)},
+            classifier_pooling="cls",
+        )
+        model = ModernBertForMaskedLM(config)
+    # Attention that starts sharp can tell positions apart from the first step; the usual start is
+    # nearly uniform and takes thousands of steps to change.
     for name, parameter in model.named_parameters():
-        if name.endswith("Wqkv.weight"):
-            parameter.data[: 2 * parameter.shape[1]] *= 2  # queries and keys, not values
-        elif name.endswith("q_norm.weight"):
+        if name.endswith("q_norm.weight"):
             parameter.data *= 2
+        elif name.endswith("Wqkv.weight"):
+            parameter.data[: 2 * parameter.shape[1]] *= 2  # queries and keys, not values
     return model
 
 
-def _make_tiny_encoder(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 1000.0,
-    }  # for texts of hundreds of tokens, not thousands
-    config = ModernBertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        global_attn_every_n_layers=2,
-        local_attention=128,
-        rope_parameters={"full_attention": dict(rope), "sliding_attention": dict(rope)},
-        initializer_range=0.1,  # about 1 / sqrt(hidden_size)
-        classifier_pooling="cls",
-        pad_token_id=tokenizer.pad_token_id,
-        cls_token_id=tokenizer.cls_token_id,
-        sep_token_id=tokenizer.sep_token_id,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
+def measure_differences(pairs: pd.DataFrame, seed: int) -> np.ndarray:
+    """Measure how the answers of each battle differ, from the texts alone.
+
+    The first columns are differences of style (`STYLE_TARGETS`). The others are the directions in
+    which the words of two answers to the same prompt differ most.
+
+    Returns:
+        (N, M) float32, A minus B, in standard deviations, within -4 to 4.
+
+    Source: latent semantic analysis, Deerwester et al. 1990, JASIS 41(6):391-407; square roots of
+        shares (Hellinger), so that the most frequent words do not hide the others.
+    """
+    style, names = style_differences(measure_style(pairs))
+    hasher = HashingVectorizer(
+        n_features=2**14, token_pattern=r"\w+", norm="l1", alternate_sign=False, dtype=np.float64
     )
-    return ModernBertForMaskedLM(config)
+    a, b = ([" ".join(map(text_of, turns)) for turns in pairs[name]] for name in TEXTS[1:])
+    shares = hasher.transform(a).sqrt() - hasher.transform(b).sqrt()
+    words = TruncatedSVD(_N_WORD_TARGETS, random_state=seed).fit_transform(shares)
+    columns = [names.index(name) for name in STYLE_TARGETS]
+    differences = np.column_stack([style[:, columns], words])
+    spread = np.sqrt((differences**2).mean(axis=0))  # around 0, as A and B may be exchanged
+    return np.clip(differences / np.maximum(spread, 1e-9), -4, 4).astype(np.float32)
 
 
-def _make_tiny_decoder(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
+def pretrain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: pd.DataFrame,
+    seed: int,
+    n_steps: int,
+) -> np.ndarray:
+    """Train a tiny language model in place to predict how the answers of a battle differ.
+
+    Two heads, which are dropped, read what the joint head and the contrast will read.
+
+    Returns:
+        (n_steps, 2) float losses: squared errors of the two over the variance; 1 is chance.
+    """
+    device = choose_device()
+    differences = torch.from_numpy(measure_differences(pairs, seed)).to(device)
+    targets = torch.cat([differences, -differences])
+    given, swapped = encode_both_orders(pairs, tokenizer, _MAX_TOKENS)
+    rows = given + swapped
+    pieces = make_pieces(tokenizer)
+    shape = (model.config.hidden_size, targets.shape[1])
+    joint = nn.Linear(*shape)
+    contrast = nn.Linear(*shape, bias=False)
+    parameters = [*nn.ModuleList([model, joint, contrast]).to(device).parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, n_steps + 1)
+    history = []
+    model.train()
+    for batch in itertools.islice(_draw_batches([len(row) for row in given], seed), n_steps):
+        drawn = [rows[place] for place in batch]
+        pooled, contrasts = _read(model, drawn, pieces, tokenizer.pad_token_id)
+        joint_loss = nn.functional.mse_loss(joint(pooled), targets[batch])
+        contrast_loss = nn.functional.mse_loss(contrast(contrasts), targets[batch])
+        # At equal weight the noise of the joint head halves what the contrast learns.
+        (0.1 * joint_loss + contrast_loss).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        history.append([joint_loss.item(), contrast_loss.item()])
+    return np.array(history)
+
+
+def _read(
+    model: PreTrainedModel, rows: list[list[int]], pieces: Pieces, pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the two heads of a classifier read: pooled states and contrasts."""
+    inputs = {name: tensor.to(model.device) for name, tensor in collate(rows, pad_id).items()}
+    states = model.base_model(**inputs).last_hidden_state
+    if isinstance(model, ModernBertForMaskedLM):
+        pooled = model.head(states[:, 0])
+    else:
+        pooled = states[torch.arange(len(rows)), inputs["attention_mask"].sum(1) - 1]
+    weights = pad_sequence([contrast_weights(row, pieces) for row in rows], batch_first=True)
+    contrasts = torch.bmm(weights.to(model.device)[:, None], states).squeeze(1)
+    return pooled, contrasts
+
+
+def _draw_batches(lengths: Sequence[int], seed: int) -> Iterator[np.ndarray]:
+    """Endless batches: row i is battle i as given, row N + i with A and B exchanged."""
+    orders = np.random.default_rng(seed).integers(0, 2, len(lengths))
+    for epoch in itertools.count():
+        for batch in make_batches(lengths, _TOKENS_PER_BATCH, seed, epoch):
+            yield batch + len(lengths) * ((orders[batch] + epoch) % 2)

@@ -200,7 +200,7 @@ def _fit_member(
         return done
     train_pairs, heldout = _split(pairs, member.fold, config)
     is_parted = False
-    model, tokenizer = load_classifier(config, base, torch.device("cpu") if is_parted else None)
+    model, tokenizer = load_classifier(config, base)
     _check_length(model, config)
     if is_parted:
         shard(model)

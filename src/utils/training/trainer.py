@@ -271,9 +271,7 @@ class FoldTrainer(SplittingTrainer):
     def _write(self, probs: np.ndarray | None, weights: dict[str, torch.Tensor] | None) -> None:
         # Weights and the predictions made with them replace the old ones in one step.
         with atomic_folder(self.model_dir) as folder:
-            write_model(
-                self.accelerator.unwrap_model(self.model), self.processing_class, folder, weights
-            )
+            write_model(self.accelerator.unwrap_model(self.model), self.processing_class, folder)
             if probs is not None:
                 write_table(
                     folder / "oof.parquet", probs_table(self.heldout["id"], probs, fold=self.fold)
