@@ -9,14 +9,14 @@ from src.utils.config import FinetuneConfig
 from src.utils.schema import LABELS, TEXTS, probs_table
 from src.utils.training.data import NO_VOTE, add_extra_battles, make_targets, plan_batches
 
-BY_TURNS = FinetuneConfig(
+ALTERNATING = FinetuneConfig(
     max_tokens=96, predict_tokens=96, tokens_per_batch=512, n_epochs=2.0, both_orders=False
 )
 
 
 def test_every_epoch_has_every_battle_once_and_the_next_has_it_mirrored():
     lengths = np.random.default_rng(0).integers(5, 90, 101)
-    plan = plan_batches(lengths, BY_TURNS)
+    plan = plan_batches(lengths, ALTERNATING)
     items = np.concatenate(plan)
     assert len(items) == 202
     first, second = items[:101], items[101:]
@@ -28,7 +28,7 @@ def test_every_epoch_has_every_battle_once_and_the_next_has_it_mirrored():
 
 def test_both_orders_of_a_battle_stand_side_by_side_within_the_budget():
     lengths = np.random.default_rng(0).integers(5, 97, 101)
-    plan = plan_batches(lengths, dataclasses.replace(BY_TURNS, both_orders=True, n_epochs=1.0))
+    plan = plan_batches(lengths, dataclasses.replace(ALTERNATING, both_orders=True, n_epochs=1.0))
     assert sorted(np.concatenate(plan)) == list(range(202))
     for batch in plan:
         items = np.array(batch)
@@ -38,7 +38,7 @@ def test_both_orders_of_a_battle_stand_side_by_side_within_the_budget():
 
 def test_a_packed_plan_spends_its_budget_on_real_tokens():
     lengths = np.random.default_rng(0).integers(5, 97, 101)
-    config = dataclasses.replace(BY_TURNS, both_orders=True, n_epochs=1.0)
+    config = dataclasses.replace(ALTERNATING, both_orders=True, n_epochs=1.0)
     packed, padded = plan_batches(lengths, config, is_packed=True), plan_batches(lengths, config)
     assert sorted(np.concatenate(packed)) == list(range(202))
     for batch in packed:
@@ -50,8 +50,8 @@ def test_a_packed_plan_spends_its_budget_on_real_tokens():
 
 def test_a_fraction_of_an_epoch_takes_that_share_of_its_batches():
     lengths = np.random.default_rng(0).integers(5, 90, 400)
-    whole = plan_batches(lengths, dataclasses.replace(BY_TURNS, n_epochs=1.0))
-    half = plan_batches(lengths, dataclasses.replace(BY_TURNS, n_epochs=0.5))
+    whole = plan_batches(lengths, dataclasses.replace(ALTERNATING, n_epochs=1.0))
+    half = plan_batches(lengths, dataclasses.replace(ALTERNATING, n_epochs=0.5))
     assert half == whole[: len(half)]
     assert abs(len(half) - len(whole) / 2) <= 1
 
@@ -120,7 +120,7 @@ def test_extra_battles_join_the_training_side_alone_and_none_whose_prompt_is_hel
     assert not set(train_pairs["group"]) & set(arena["group"][is_heldout])
     assert train_pairs["label"].tolist()[-39:] == extra["label"].tolist()[1:]
     assert (
-        "40 read, 39 added (39 with a vote); 0 stand in the arena, 1 have a held-out prompt"
+        "40 read, 39 added (39 with a vote); dropped 0 repeated and 1 with a held-out prompt"
         in capsys.readouterr().out
     )
     # A model that holds nothing out takes all.
