@@ -51,7 +51,6 @@ def test_two_processes_share_weights_gradients_rows_and_what_the_first_one_does(
 def test_one_process_is_a_world_of_one():
     assert (processes.world_size(), processes.rank()) == (1, 0)
     assert processes.on_first(lambda value: value + 1)(1) == 2
-    assert processes.gather("one") == ["one"]
     assert processes.gather_rows(np.eye(2)).tolist() == [[1, 0], [0, 1]]
 
 

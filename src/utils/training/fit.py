@@ -1,7 +1,6 @@
 """Train a classifier fold by fold; a run killed at any moment resumes where it was."""
 
 import dataclasses
-import gc
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
+from accelerate.utils import release_memory
 from torch import nn
 
 from src.utils.config import FinetuneConfig
@@ -27,26 +26,15 @@ _NOT_IN_KEY = ("folds", "n_seeds", "refit", "n_processes")
 
 @dataclass(frozen=True)
 class FitResult:
-    """Held-out probabilities, and how training went.
+    """Held-out probabilities, and how training went."""
 
-    Attributes:
-        oof: id, fold, one float32 column per label; every battle of `config.folds`, predicted
-            by models that did not see its fold.
-        history: one row per validation, columns `HISTORY_COLUMNS`; losses in nats per battle.
-        n_train_pairs: battles trained on, mean over the folds without the refit.
-        n_parameters: weights that were trained.
-        seconds: of training all models, without validation.
-        tokens_per_second: of training, without padding.
-        padding_share: of the tokens of training.
-    """
-
-    oof: pd.DataFrame
-    history: pd.DataFrame
-    n_train_pairs: int
-    n_parameters: int
-    seconds: float
-    tokens_per_second: float
-    padding_share: float
+    oof: pd.DataFrame  # id, fold, one float32 column per label; every battle of `config.folds`
+    history: pd.DataFrame  # one row per validation, `HISTORY_COLUMNS`; losses in nats per battle
+    n_train_pairs: int  # mean over the folds, without the refit
+    n_parameters: int  # that were trained
+    seconds: float  # of training all models, without validation
+    tokens_per_second: float  # of training, without padding
+    padding_share: float  # of the tokens of training
 
 
 def fit(
@@ -154,7 +142,7 @@ def _fit_member(
     }
     _write_done(folder, done)
     del trainer, model
-    free_gpu()
+    release_memory()
     return done
 
 
@@ -209,10 +197,3 @@ def _check_length(model: nn.Module, config: FinetuneConfig) -> None:
                 f"{name}: expected at most {limit}, the longest input of {config.checkpoint}, "
                 f"got {getattr(config, name)}; set {name.upper()} to {limit} or less"
             )
-
-
-def free_gpu() -> None:
-    """Return unused GPU memory to the driver."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -9,17 +9,18 @@ on every node, and the notebook that is run afterwards finds every fold trained:
 import argparse
 import dataclasses
 import os
-import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 
 import pandas as pd
 import psutil
 import torch
+from accelerate.utils import release_memory
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from src.utils.config import (
@@ -33,7 +34,7 @@ from src.utils.models.hardware import choose_device
 from src.utils.models.tiny import prepare_base
 from src.utils.paths import ROOT
 from src.utils.runs import read_json, read_pairs, write_json, write_pairs
-from src.utils.training.fit import FitResult, fit, free_gpu
+from src.utils.training.fit import FitResult, fit
 from src.utils.training.processes import join_world, leave_world, on_first, world_size
 
 CONFIGS = {"03_modernbert": FinetuneConfig, "04_qwen": DecoderConfig}
@@ -58,7 +59,7 @@ def fit_launched(
     """
     n_processes = count_processes(config)
     if n_processes > 1:
-        free_gpu()
+        release_memory()
         folder = run_dir / "launch"
         write_pairs(folder / "pairs.parquet", pairs)
         settings = dataclasses.replace(config, n_processes=n_processes)
@@ -87,9 +88,7 @@ def _run_torchrun(n_processes: int, options: list[str]) -> None:
     search_path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
     environment |= {"PYTHONUNBUFFERED": "1", _LAUNCHER: str(os.getpid())}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
-    )
+    process = Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, errors="replace")
     last_lines: deque[str] = deque(maxlen=40)
     try:
         for line in process.stdout or ():

@@ -1,7 +1,6 @@
-"""Train in several processes (data parallel): join them, divide the work, combine the results.
+"""Train in several processes (data parallel): join them, share weights, combine results.
 
-As in torch, the number of a process is its rank, and all processes together are the world. A
-process that was not started by torchrun is a world of one.
+As in torch, the number of a process is its rank, and all processes together are the world.
 """
 
 import datetime
@@ -68,17 +67,11 @@ def on_first(function: Callable[P, R]) -> Callable[P, R]:
     return call_on_first
 
 
-def gather(value: R) -> list[R]:
-    """Collect one value per process, in the order of ranks; every process gets all of them."""
-    values: list = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 def gather_rows(rows: np.ndarray) -> np.ndarray:
     """Join rows that each process computed of `table[rank()::world_size()]`, in table order."""
-    parts = gather(rows)
+    parts: list = [rows] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, rows)
     joined = np.empty((sum(map(len, parts)), *rows.shape[1:]), dtype=rows.dtype)
     for number, part in enumerate(parts):
         joined[number :: len(parts)] = part

@@ -59,11 +59,6 @@ class FoldTrainer:
         model: from `checkpoints.load_classifier`, like its tokenizer.
         stop_share: share of the steps after which to stop, above 0 to 1; the learning rate
             follows the schedule of all steps.
-
-    Attributes:
-        steps: batches of each optimizer step, items of each batch, see `data.plan_batches`.
-        step: optimizer steps taken so far.
-        history: one row per validation: `describe_interval`, log_loss and swap_gap.
     """
 
     def __init__(
@@ -110,19 +105,19 @@ class FoldTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.n_orders = 2 if config.both_orders else 1  # rows of a battle in a batch
         self.n_parts = 1  # that each batch is split into; more when memory runs out
-        self.step = 0
-        self.history: list[dict] = []
+        # Steps depend on both. Whether batches are packed depends on the version of transformers.
+        self._made_by = {"n_processes": world_size(), "packed": self.is_packed}
+        self.step = 0  # optimizer steps taken so far
+        self.history: list[dict] = []  # per validation: `describe_interval`, log_loss, swap_gap
         self._loss_sum = 0.0  # of the rows since the last validation
-        self._interval_start = time.perf_counter()
 
     def train(self, checkpoint: Path | None = None) -> None:
         """Train to the end, from the start or from a checkpoint of the same settings."""
-        torch.manual_seed(self.config.seed + rank())  # of dropout
         processes.copy_from_first(self.weights)
         if checkpoint:
             self._load(checkpoint)
         progress = None if rank() or self.is_finished else self._start_progress()
-        self._interval_start = time.perf_counter()
+        self._interval_start = time.perf_counter()  # of the steps since the last validation
         try:
             while not self.is_finished:
                 self.take_step()
@@ -133,7 +128,7 @@ class FoldTrainer:
                     if len(self.heldout):
                         self._validate(row)
                     self.history.append(row)
-                    self._save(processes.gather(_get_rng_state()))
+                    self._save()
                     if progress:
                         progress.show_validation(self.history)
                     self._loss_sum = 0.0
@@ -163,9 +158,11 @@ class FoldTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         batches = self.steps[self.step][rank() :: world_size()]
-        rng_state = _get_rng_state()
+        # Random numbers follow from the step, which is all that a resumed run has to know.
+        seed = np.random.SeedSequence((self.config.seed, self.step, rank())).generate_state(1)[0]
         self.model.train()
         while True:
+            torch.manual_seed(int(seed))
             try:
                 loss_sum = self._add_gradients(batches)
                 break
@@ -174,7 +171,6 @@ class FoldTrainer:
             # Not in the except block: there the error still holds the failed pass's memory.
             self.optimizer.zero_grad()
             self._split_further(batches, message)
-            _set_rng_state(rng_state)
         processes.sum_gradients(self.weights, loss_sum)
         self._loss_sum += loss_sum.item()
         self.scaler.unscale_(self.optimizer)
@@ -216,8 +212,7 @@ class FoldTrainer:
                 f"({self.config.max_tokens}) or turn on gradient_checkpointing. {message}"
             )
         self.n_parts *= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing without a GPU
         warnings.warn(
             f"step {self.step}: memory does not hold a batch of {self.config.tokens_per_batch} "
             f"tokens; from now on each is read in {self.n_parts} parts, with the same result",
@@ -301,13 +296,12 @@ class FoldTrainer:
         return Progress(title, folder, self.step, self.last_step, labels)
 
     @processes.on_first
-    def _save(self, rng_states: list[list[torch.Tensor]]) -> None:
+    def _save(self) -> None:
         state = {
             "weights": [weight.detach() for weight in self.weights],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng_states": rng_states,  # of each process
-            "packed": self.is_packed,
+            "made_by": self._made_by,
             "step": self.step,
             "history": self.history,
         }
@@ -320,19 +314,15 @@ class FoldTrainer:
 
     def _load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        # Steps count the batches of all processes, and each has random numbers of its own.
-        # Whether batches are packed depends on the version of transformers, too.
-        written = {"n_processes": len(state["rng_states"]), "packed": state["packed"]}
-        if written != {"n_processes": world_size(), "packed": self.is_packed}:
+        if state["made_by"] != self._made_by:
             raise ValueError(
-                f"{checkpoint}: expected n_processes={world_size()}, packed={self.is_packed}, got "
-                f"{written}; resume with these, or remove {checkpoint.parent} to start again"
+                f"{checkpoint}: made by {state['made_by']}, got {self._made_by}; resume with the "
+                f"former, or remove {checkpoint.parent} to start again"
             )
         for weight, saved in zip(self.weights, state["weights"], strict=True):
             weight.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        _set_rng_state(state["rng_states"][rank()])
         self.step, self.history = state["step"], state["history"]
 
 
@@ -359,14 +349,3 @@ def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Opti
             override = {"optim_bits": 32}
             GlobalOptimManager.get_instance().register_module_override(module, "weight", override)
     return AdamW8bit(groups, **options)
-
-
-def _get_rng_state() -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
-
-
-def _set_rng_state(states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state)
