@@ -137,7 +137,7 @@ def tiny_configs():
 
 @pytest.fixture
 def make_trainer(demo_pairs: pd.DataFrame, tiny_base, tiny_configs, tmp_path: Path):
-    """A function: battles and changes of the settings -> the trainer of the tiny encoder's fold 0."""
+    """A function: battles and changed settings -> the trainer of the tiny encoder's fold 0."""
     from src.utils.models.checkpoints import load_classifier
     from src.utils.training.trainer import FoldTrainer, Member
 

@@ -168,7 +168,7 @@ def test_logits_that_are_never_finite_stop_training_and_name_the_setting_to_lowe
 
 
 def limit_memory(model, n_tok, place="forward", n_spared=0):
-    """Make training fail above so many tokens per pass, as torch does; the first passes are spared."""
+    """Make training fail above so many tokens per pass, but not in the first `n_spared` passes."""
     passes = []
 
     def is_over():
