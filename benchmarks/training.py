@@ -1,14 +1,13 @@
-"""Train the same model on the same rows in four ways: ours, Trainer's default, and one or four rows at a time.
+"""Train one model on the same rows in four ways: ours, Trainer's default, 4 or 1 rows at a time.
 
     python -m benchmarks.training
 
-Rows have the lengths of real battles under real tokenizers where `../shared/data` is at hand,
-else those of demo battles with log-normal lengths. Models have real shapes and random
-weights: always a ModernBERT of 6 x 384 on the CPU, on a GPU ModernBERT-base and Qwen3-4B
-(NF4, LoRA), too. Each way runs in a process of its own and in the same precision, reads every
-row once, forward and backward, and makes a step of the optimiser after at least eight rows.
-Writes `benchmarks/results/training.json`, where what was measured on other devices stays,
-and `assets/training_throughput.png` and `assets/training_memory.png`.
+Rows have the lengths of real battles under real tokenizers where `../shared/data` exists, else of
+demo battles with log-normal lengths. Models have real shapes and random weights: always a
+ModernBERT of 6 x 384 on the CPU; on a GPU also ModernBERT-base and Qwen3-4B (NF4, LoRA). Each way
+runs in a process of its own and in the same precision, reads every row once, forward and backward,
+and takes an optimizer step after at least eight rows. Writes `benchmarks/results/training.json`,
+which keeps what was measured on other devices, and two figures `assets/training_*.png`.
 """
 
 import argparse
@@ -56,13 +55,11 @@ RESULT = ROOT / "benchmarks" / "results" / "training.json"
 SHARED = ROOT.parent / "shared" / "data"
 REAL = [SHARED / f"arena_{name}.csv" for name in ("sample", "extra")]
 MAX_TOKENS = 2048  # of one row, as in notebook 03
-ROWS_PER_STEP = 8  # of the optimiser, at least: alike for all ways
+ROWS_PER_STEP = 8  # of the optimizer, at least: the same for all ways
 N_WARMUP = 1  # batches before the clock starts
-TARGETS = {
-    "Trainer's default": 5.0,
-    "4 at a time": 1.4,
-    "1 at a time": 1.4,
-}  # rows/s of ours over theirs, CPU
+WAYS = {"ours": 0, "Trainer's default": 8, "4 at a time": 4, "1 at a time": 1}  # rows; 0: by tokens
+# Rows per second of ours over theirs, on a CPU.
+TARGETS = {"Trainer's default": 5.0, "4 at a time": 1.4, "1 at a time": 1.4}
 SEED = 20240501
 
 
@@ -81,89 +78,59 @@ class Setup:
     n_rows: int
 
 
-ROPE = {
-    name: {"rope_type": "default", "rope_theta": 160_000.0}
-    for name in ("full_attention", "sliding_attention")
-}
+ROPE = {"rope_type": "default", "rope_theta": 160_000.0}
+BASE = {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}
+SMALL = {"hidden_size": 384, "intermediate_size": 576}
+SMALL |= {"num_hidden_layers": 6, "num_attention_heads": 6}
+QWEN = {"vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128}
+QWEN |= {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
 SETUPS = {
-    "small": Setup(
-        ModernBertConfig(
-            hidden_size=384,
-            intermediate_size=576,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            rope_parameters=ROPE,
-        ),
-        FinetuneConfig(tokens_per_batch=8192),
-        n_rows=128,
-    ),
-    "base": Setup(ModernBertConfig(rope_parameters=ROPE), FinetuneConfig(), n_rows=800),
-    "qwen3-4b": Setup(
-        Qwen3Config(
-            vocab_size=151_936,
-            hidden_size=2560,
-            intermediate_size=9728,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            tie_word_embeddings=True,
-        ),
-        DecoderConfig(),
-        n_rows=160,
-    ),
+    "small": Setup(ModernBertConfig(**SMALL, **BASE), FinetuneConfig(tokens_per_batch=8192), 128),
+    "base": Setup(ModernBertConfig(**BASE), FinetuneConfig(), 800),
+    "qwen3-4b": Setup(Qwen3Config(**QWEN, tie_word_embeddings=True), DecoderConfig(), 160),
 }
-WAYS = {
-    "ours": 0,
-    "Trainer's default": 8,
-    "4 at a time": 4,
-    "1 at a time": 1,
-}  # rows of a batch; 0: by tokens
-
-
-# ── rows and models ───────────────────────────────────────────────────────────────────
+TITLES = {
+    "small": "ModernBERT, 6 layers × 384",
+    "base": "ModernBERT-base",
+    "qwen3-4b": "Qwen3-4B, NF4 + LoRA",
+}
 
 
 def read_battles(n_pairs: int, seed: int = SEED) -> tuple[pd.DataFrame, str]:
-    """Draw battles, real ones where they are at hand, and say which; real ones repeat when there are too few."""
+    """Draw battles: "real" ones where the files exist, repeated as needed, else "demo" ones."""
     rng = np.random.default_rng(seed)
     if all(path.exists() for path in REAL):
         real = load_pairs(REAL)[0]
-        order = np.concatenate(
-            [rng.permutation(len(real)) for _ in range(-(-n_pairs // len(real)))]
-        )
+        n_passes = -(-n_pairs // len(real))
+        order = np.concatenate([rng.permutation(len(real)) for _ in range(n_passes)])
         return real.iloc[order[:n_pairs]].reset_index(drop=True), "real"
     pairs = make_battles(n_pairs, seed=seed)[0]
     for name in ("response_a", "response_b"):
         repeats = np.exp(rng.normal(1.0, 0.9, n_pairs)).astype(int) + 1
-        pairs[name] = [
-            (" ".join([turns[0] or ""] * n),) for turns, n in zip(pairs[name], repeats, strict=True)
-        ]
+        texts = zip(pairs[name], repeats, strict=True)
+        pairs[name] = [(" ".join([turns[0] or ""] * n),) for turns, n in texts]
     return pairs, "demo"
 
 
 def read_tokenizer(
     kind: str, pairs: pd.DataFrame, folder: Path
 ) -> tuple[PreTrainedTokenizerFast, str]:
-    """The real tokenizer of "modernbert" or "qwen3" where it is at hand, else one learned from the battles."""
+    """The real tokenizer of a kind of model where it exists, else one learned from the battles."""
     real = SHARED / "tokenizers" / {"modernbert": "olmo_bpe", "qwen3": "qwen2_5"}[kind]
     if not real.exists():
         tiny = FinetuneConfig(checkpoint=f"tiny:{kind}", revision="")
-        return AutoTokenizer.from_pretrained(
-            prepare_base(tiny, pairs, folder, n_steps=0)
-        ), "learned from the battles"
+        base = prepare_base(tiny, pairs, folder, n_steps=0)
+        return AutoTokenizer.from_pretrained(base), "learned from the battles"
     if kind == "qwen3":
         return AutoTokenizer.from_pretrained(real), real.name
-    special = {
-        f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")
-    }
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(real / "tokenizer.json"), **special
-    ), real.name
+    names = ("cls", "sep", "pad", "unk", "mask")
+    special = {f"{name}_token": f"[{name.upper()}]" for name in names}
+    file = str(real / "tokenizer.json")
+    return PreTrainedTokenizerFast(tokenizer_file=file, **special), real.name
 
 
 def write_checkpoint(setup: Setup, tokenizer, folder: Path) -> Path:
-    """Write a model of the shape with random weights, and the tokenizer, where `load_classifier` finds them."""
+    """Write a model with random weights, and its tokenizer, for `load_classifier`."""
     shape = setup.shape
     shape.pad_token_id, shape.num_labels = tokenizer.pad_token_id, len(LABELS)
     torch.manual_seed(SEED)
@@ -174,13 +141,10 @@ def write_checkpoint(setup: Setup, tokenizer, folder: Path) -> Path:
     return folder
 
 
-# ── pure parts ────────────────────────────────────────────────────────────────────────
-
-
 def plan(
     lengths: np.ndarray, n_rows: int, tokens_per_batch: int, is_packed: bool = False
 ) -> list[np.ndarray]:
-    """Rows of each batch: under a budget of tokens when `n_rows` is 0, else so many in random order."""
+    """Rows of each batch: up to a budget of tokens if `n_rows` is 0, else `n_rows` at random."""
     if not n_rows:
         return (make_packs if is_packed else make_batches)(lengths, tokens_per_batch, SEED)
     order = np.random.default_rng(SEED).permutation(len(lengths))
@@ -189,52 +153,8 @@ def plan(
 
 def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:
     """Share of the tokens of padded batches that are padding."""
-    return 1 - float(lengths.sum()) / sum(
-        len(batch) * int(lengths[batch].max()) for batch in batches
-    )
-
-
-def count_weights(shape: PreTrainedConfig) -> int:
-    """Weights of all matrices that a token is multiplied with, embeddings and head aside."""
-    width, hidden = shape.hidden_size, shape.intermediate_size
-    if shape.model_type == "modernbert":
-        attention = 4 * width**2
-    else:
-        attention = (
-            2 * width * shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
-        )
-    return shape.num_hidden_layers * (attention + 3 * width * hidden)
-
-
-def count_training_flops(shape: PreTrainedConfig, lengths: np.ndarray, is_frozen: bool) -> float:
-    """Floating-point operations that training on rows needs, padding and recomputation aside.
-
-    Args:
-        shape: of the model.
-        lengths: (N,) tokens of each row.
-        is_frozen: the matrices are not trained, and get no gradient (LoRA's own are left out).
-
-    Source: 6 operations a weight and token, Kaplan et al. 2020, arXiv:2001.08361, section 2.1.
-    """
-    lengths = np.asarray(lengths, dtype=float)
-    products = (4 if is_frozen else 6) * count_weights(shape) * lengths.sum()
-    if shape.model_type == "modernbert":
-        types = shape.layer_types
-        seen = [
-            np.minimum(lengths, shape.local_attention + 1)
-            if kind == "sliding_attention"
-            else lengths
-            for kind in types
-        ]
-        width = shape.hidden_size
-    else:
-        seen = [(lengths + 1) / 2] * shape.num_hidden_layers
-        width = shape.num_attention_heads * shape.head_dim
-    # Queries times keys, and weights times values; once forward, twice backward.
-    return float(products + 3 * 4 * width * sum((lengths * keys).sum() for keys in seen))
-
-
-# ── one process each ──────────────────────────────────────────────────────────────────
+    n_padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return 1 - float(lengths.sum()) / n_padded
 
 
 def run_alone(device: str, act: Callable, *args: object):
@@ -251,33 +171,14 @@ def _hide_gpus(is_hidden: bool) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def measure_peak_flops(hidden_size: int) -> float:
-    """Floating-point operations a second of the best of many large matrix products, in the precision of the model."""
-    device = choose_device()
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (
-        torch.randn(n, n, device=device, dtype=choose_dtype(device, hidden_size)) for _ in range(2)
-    )
-    best_s = float("inf")
-    for _ in range(30):
-        watch = Stopwatch()
-        (a @ b)[0, 0].item()  # waits for the product
-        best_s = min(best_s, watch.seconds)
-    return 2 * n**3 / best_s
+def prepare(setup: Setup, tokenizer, folder: Path) -> tuple[Path, dict[str, object]]:
+    """Write the model; returns its folder and the device."""
+    base = write_checkpoint(setup, tokenizer, folder)
+    return base, describe_device(setup.shape.hidden_size)
 
 
-def prepare(setup: Setup, tokenizer, folder: Path) -> tuple[Path, float, dict[str, object]]:
-    """Write the model; where it is, the peak of matrix products, and what the device is."""
-    width = setup.shape.hidden_size
-    return (
-        write_checkpoint(setup, tokenizer, folder),
-        measure_peak_flops(width),
-        describe_device(width),
-    )
-
-
-class Lesson:
-    """A model, what it reads, and its optimiser."""
+class Loop:
+    """A model, how its rows are collated, and its optimizer."""
 
     def __init__(self, folder: Path, config: FinetuneConfig, is_ours: bool) -> None:
         if not is_ours:
@@ -295,85 +196,59 @@ class Lesson:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.model.train()
 
-    def train(self, batches: Sequence[Sequence[Sequence[int]]]) -> float:
-        """Pass forward and backward over batches of rows, step every `ROWS_PER_STEP` rows; the mean loss."""
-        total, n_open = torch.zeros((), device=self.device), 0
-        for place, rows in enumerate(batches, start=1):
-            inputs = {name: tensor.to(self.device) for name, tensor in self._collate(rows).items()}
-            targets = torch.arange(len(rows), device=self.device) % len(LABELS)
-            with torch.autocast(
-                self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-            ):
+    def train(self, batches: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Train on batches of rows, with a step every `ROWS_PER_STEP` rows."""
+        n_rows = 0
+        for batch in batches:
+            inputs = {name: tensor.to(self.device) for name, tensor in self._collate(batch).items()}
+            targets = torch.arange(len(batch), device=self.device) % len(LABELS)
+            is_mixed = self.dtype != torch.float32
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed):
                 logits = self.model(**inputs).logits
-            loss = (
-                nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-                / ROWS_PER_STEP
-            )
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-            n_open += len(rows)
-            if n_open >= ROWS_PER_STEP or place == len(batches):
-                self._step()
-                n_open = 0
-        return total.item() * ROWS_PER_STEP / sum(map(len, batches))  # waits for the device
+            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            self.scaler.scale(loss / ROWS_PER_STEP).backward()
+            n_rows += len(batch)
+            if n_rows >= ROWS_PER_STEP or batch is batches[-1]:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer.zero_grad()
+                n_rows = 0
+        loss.item()  # waits for the device
 
     def _collate(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         return collate_packed(rows) if self.is_packed else collate(rows, self.pad_id)
-
-    def _step(self) -> None:
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
 
 
 def measure(
     way: str, folder: Path, config: FinetuneConfig, rows: list[list[int]]
 ) -> dict[str, float | None]:
-    """Train in one way; the model has trained on some batches before, which are not timed."""
+    """Train in one way, timed after a warm-up."""
     lengths = np.array([len(row) for row in rows])
-    lesson = Lesson(folder, config, way == "ours")
-    batches = plan(lengths, WAYS[way], config.tokens_per_batch, lesson.is_packed)
-    if lesson.device.type == "cuda":
+    loop = Loop(folder, config, way == "ours")
+    batches = plan(lengths, WAYS[way], config.tokens_per_batch, loop.is_packed)
+    if loop.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seen = [[rows[row] for row in batch] for batch in batches]
+    seconds = cpu_seconds = peak_mib = None
     try:
-        lesson.train(seen[:N_WARMUP])
-        watch, before_s = Stopwatch(), time.process_time()
-        lesson.train(seen)
-        seconds, cpu_seconds, peak_mib = (
-            watch.seconds,
-            time.process_time() - before_s,
-            measure_peak_mib(),
-        )
+        loop.train(seen[:N_WARMUP])
+        watch = Stopwatch()
+        before_s = time.process_time()
+        loop.train(seen)
+        seconds = watch.seconds
+        cpu_seconds = time.process_time() - before_s
+        peak_mib = measure_peak_mib()
     except torch.OutOfMemoryError:
-        seconds = cpu_seconds = peak_mib = None
-    lesson.optimizer.zero_grad()
+        pass  # reported as None
+    loop.optimizer.zero_grad()
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,  # of all threads: other processes stretch it less
         "rows_per_second": seconds and len(rows) / seconds,
         "tokens_per_second": seconds and float(lengths.sum()) / seconds,
-        "padding_share": 0.0 if lesson.is_packed else padding_share(lengths, batches),
+        "padding_share": 0.0 if loop.is_packed else padding_share(lengths, batches),
         "peak_mib": peak_mib,
-        "longest_row_tok": find_longest(lesson, WAYS[way] or 1)
-        if lesson.device.type == "cuda"
-        else None,
     }
-
-
-def find_longest(lesson: Lesson, n_rows: int, most: int = 131_072) -> int:
-    """The longest row, in steps of an eighth, that a batch of so many such rows can have before memory is out."""
-    length = fits = 512
-    while length <= most:
-        try:
-            lesson.train([[[5] * length] * n_rows])
-        except torch.OutOfMemoryError:
-            break
-        fits, length = length, length + max(64, length // 8 // 64 * 64)
-    return fits
-
-
-# ── all of it ─────────────────────────────────────────────────────────────────────────
 
 
 def run(name: str, device: str, n_rows: int) -> dict[str, object]:
@@ -381,23 +256,17 @@ def run(name: str, device: str, n_rows: int) -> dict[str, object]:
     setup = SETUPS[name]
     pairs, source = read_battles(n_rows)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, origin = read_tokenizer(
-            setup.shape.model_type, pairs, Path(folder) / "tokenizer"
-        )
+        kind = setup.shape.model_type
+        tokenizer, origin = read_tokenizer(kind, pairs, Path(folder) / "tokenizer")
         rows = encode_pairs(pairs, tokenizer, MAX_TOKENS)
-        base, peak, described = run_alone(device, prepare, setup, tokenizer, Path(folder) / "base")
+        base, described = run_alone(device, prepare, setup, tokenizer, Path(folder) / "base")
         ways = {way: run_alone(device, measure, way, base, setup.config, rows) for way in WAYS}
     lengths = np.array([len(row) for row in rows])
-    flops = count_training_flops(setup.shape, lengths, is_frozen=setup.config.lora_rank > 0)
     for row in ways.values():
-        row["share_of_matmul_peak"] = row["seconds"] and flops / row["seconds"] / peak
         is_compared = row["seconds"] and ways["ours"]["seconds"]
         row["speed_of_ours"] = row["seconds"] / ways["ours"]["seconds"] if is_compared else None
     return {
         **described,
-        "matmul_tflops": peak / 1e12,
-        "n_weights": count_weights(setup.shape),
-        "training_tflop": flops / 1e12,
         "tokens_per_batch_of_ours": setup.config.tokens_per_batch,
         "rows": {
             "n": n_rows,
@@ -425,18 +294,11 @@ def describe_device(hidden_size: int) -> dict[str, object]:
 
 
 def plot_ways(ax: Axes, ways: dict[str, dict], name: str) -> Axes:
-    """Show one number of every way, ours first; a way that memory did not hold has no bar."""
+    """Show one number of every way, ours first; a way that ran out of memory has no bar."""
     values = [row[name] for row in ways.values()]
-    bars = ax.barh(
-        list(ways), [value or 0 for value in values], color=[ACCENT] + [MUTED] * (len(ways) - 1)
-    )
-    ours = values[0]
-    labels = [
-        "out of memory"
-        if value is None
-        else f"{value:,.{1 if value < 100 else 0}f}" + _compare(ours, value, name)
-        for value in values
-    ]
+    colors = [ACCENT] + [MUTED] * (len(ways) - 1)
+    bars = ax.barh(list(ways), [value or 0 for value in values], color=colors)
+    labels = [_describe(value, values[0], name) for value in values]
     ax.bar_label(bars, labels, padding=4)
     ax.invert_yaxis()
     ax.margins(x=0.35)
@@ -444,95 +306,70 @@ def plot_ways(ax: Axes, ways: dict[str, dict], name: str) -> Axes:
     return ax
 
 
-def _compare(ours: float | None, value: float, name: str) -> str:
+def _describe(value: float | None, ours: float | None, name: str) -> str:
+    if value is None:
+        return "out of memory"
+    text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
     if ours is None or value == ours:
-        return ""
-    return (
-        f"  (ours: {ours / value:.1f}×)"
-        if name == "rows_per_second"
-        else f"  (ours: {ours / value:.0%})"
-    )
+        return text
+    ratio = f"{ours / value:.1f}×" if name == "rows_per_second" else f"{ours / value:.0%}"
+    return f"{text}  (ours: {ratio})"
 
 
 def draw(runs: dict[str, dict], folder: Path) -> None:
     """Draw speed and memory of every run."""
     use_style()
+    size = (9, 2.9 * len(runs))
     for name, label, file in (
         ("rows_per_second", "battles trained on per second", "training_throughput.png"),
         ("peak_mib", "peak memory, MiB", "training_memory.png"),
     ):
-        fig, axes = plt.subplots(
-            len(runs), 1, figsize=(9, 2.9 * len(runs)), squeeze=False, layout="constrained"
-        )
-        for ax, (title, run_) in zip(axes[:, 0], runs.items(), strict=True):
-            plot_ways(ax, run_["ways"], name)
-            ax.set(title=f"{title}, {run_['dtype']}", xlabel=label)
+        fig, axes = plt.subplots(len(runs), figsize=size, squeeze=False, layout="constrained")
+        for ax, (title, result) in zip(axes[:, 0], runs.items(), strict=True):
+            plot_ways(ax, result["ways"], name)
+            ax.set(title=f"{title}, {result['dtype']}", xlabel=label)
         fig.savefig(folder / file, dpi=110)
         plt.close(fig)
 
 
 def choose_runs(name: str) -> list[tuple[str, str]]:
-    """Model and device of each run: the small one on the CPU always, the real ones where there is a GPU."""
+    """Model and device of each run: always the small one on the CPU, the real ones on a GPU."""
     has_gpu = choose_device().type == "cuda"
     if name != "all":
         return [(name, "cuda" if has_gpu and name != "small" else "cpu")]
     return [("small", "cpu")] + ([("base", "cuda"), ("qwen3-4b", "cuda")] if has_gpu else [])
 
 
-TITLES = {
-    "small": "ModernBERT, 6 layers × 384",
-    "base": "ModernBERT-base",
-    "qwen3-4b": "Qwen3-4B, NF4 + LoRA",
-}
-
-
 def main() -> None:
     """Measure, print, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model",
-        choices=["all", *SETUPS],
-        default="all",
-        help="all: what this machine is good for",
-    )
-    parser.add_argument(
-        "--rows", type=int, default=0, help="another number makes a trial that is not recorded"
-    )
+    add = parser.add_argument
+    add("--model", choices=["all", *SETUPS], default="all", help="all: those for this machine")
+    add("--rows", type=int, default=0, help="a trial with another number of rows, not recorded")
     options = parser.parse_args()
     runs = {}
     for name, device in choose_runs(options.model):
-        title = (
-            f"{TITLES[name]} on {device.upper().replace('CUDA', 'a GPU').replace('CPU', 'a CPU')}"
-        )
+        title = f"{TITLES[name]} on a {'CPU' if device == 'cpu' else 'GPU'}"
         runs[title] = run(name, device, options.rows or SETUPS[name].n_rows)
         report(title, runs[title])
     if not options.rows:
-        kept = read_json(RESULT)["runs"] if RESULT.exists() else {}
-        write_json(
-            RESULT,
-            {
-                "command": "python -m benchmarks.training",
-                "seed": SEED,
-                "targets": TARGETS,
-                "runs": kept | runs,
-            },
-        )
-        draw(kept | runs, ROOT / "assets")
+        runs = (read_json(RESULT)["runs"] if RESULT.exists() else {}) | runs
+        command = "python -m benchmarks.training"
+        write_json(RESULT, {"command": command, "seed": SEED, "targets": TARGETS, "runs": runs})
+        draw(runs, ROOT / "assets")
 
 
 def report(title: str, result: dict) -> None:
     """Print one run."""
-    print(
-        f"{title}: {result['device']}, {result['dtype']}, matrix products {result['matmul_tflops']:.2f} TFLOP/s"
-    )
+    print(f"{title}: {result['device']}, {result['dtype']}")
     for way, row in result["ways"].items():
         if row["seconds"] is None:
             print(f"  {way:18} out of memory")
             continue
         print(
-            f"  {way:18} {row['rows_per_second']:8.2f} rows/s {row['tokens_per_second']:9.0f} tokens/s   "
-            f"padding {row['padding_share']:5.1%}   {row['peak_mib']:6.0f} MiB   "
-            f"{row['share_of_matmul_peak']:4.0%} of peak   ours is {row['speed_of_ours'] or 0:.2f} times as fast"
+            f"  {way:18} {row['rows_per_second']:8.2f} rows/s "
+            f"{row['tokens_per_second']:9.0f} tokens/s   padding {row['padding_share']:5.1%}   "
+            f"{row['peak_mib']:6.0f} MiB   ours is {row['speed_of_ours'] or 0:.2f} times as fast"
         )
 
 

@@ -1,5 +1,6 @@
 """Battles for the tests: demo ones, hand-made ugly ones, and real ones where they are at hand."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -100,5 +101,54 @@ def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactor
         prepared = prepare_base(config, _demo_pairs, folder, n_steps=0)
         assert prepared is not None
         return prepared
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_configs():
+    """Kind ("modernbert", "qwen3") -> settings that train the tiny checkpoint in seconds."""
+    from src.utils.config import DecoderConfig, FinetuneConfig
+
+    shared = {"revision": "", "batches_per_step": 2, "both_orders": False, "n_evals": 2}
+    return {
+        "modernbert": FinetuneConfig(
+            checkpoint="tiny:modernbert",
+            max_tokens=96,
+            predict_tokens=96,
+            tokens_per_batch=512,
+            learning_rate=1e-3,
+            n_epochs=2.0,
+            **shared,
+        ),
+        "qwen3": DecoderConfig(
+            checkpoint="tiny:qwen3",
+            lora_rank=8,
+            lora_alpha=8.0,
+            max_tokens=160,
+            predict_tokens=160,
+            tokens_per_batch=640,
+            learning_rate=5e-3,
+            n_epochs=1.0,
+            **shared,
+        ),
+    }
+
+
+@pytest.fixture
+def make_trainer(demo_pairs: pd.DataFrame, tiny_base, tiny_configs, tmp_path: Path):
+    """A function: battles and changed settings -> the trainer of the tiny encoder's fold 0."""
+    from src.utils.models.checkpoints import load_classifier
+    from src.utils.training.trainer import FoldTrainer, Member
+
+    def make(pairs: pd.DataFrame | None = None, **changes):
+        pairs = demo_pairs[:60] if pairs is None else pairs
+        config = dataclasses.replace(tiny_configs["modernbert"], **changes)
+        is_heldout = pairs["fold"] == 0
+        train_pairs = pairs[~is_heldout].reset_index(drop=True)
+        heldout = pairs[is_heldout].reset_index(drop=True)
+        model, tokenizer = load_classifier(config, tiny_base("modernbert"))
+        member = Member("fold_0", 0, config)
+        return FoldTrainer(model, tokenizer, train_pairs, heldout, member, tmp_path)
 
     return make

@@ -1,227 +1,236 @@
-import dataclasses
-import re
-
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.utils.config import FinetuneConfig
-from src.utils.models.checkpoints import load_classifier
 from src.utils.models.predict import predict_probs
 from src.utils.schema import swap_pairs
 from src.utils.stats.scores import swap_gap
-from src.utils.training.trainer import FoldTrainer, _validation_steps
-
-ENCODER = FinetuneConfig(
-    checkpoint="tiny:modernbert",
-    revision="",
-    max_tokens=96,
-    predict_tokens=96,
-    tokens_per_batch=512,
-    batches_per_step=2,
-    n_epochs=2.0,
-    both_orders=False,
-    learning_rate=1e-3,
-    n_evals=2,
-)
+from src.utils.training.trainer import HISTORY_COLUMNS, list_checkpoints, make_optimizer
 
 
-def make_trainer(pairs, base, folder, **changes):
-    options = {name: changes.pop(name) for name in ("log_dir", "stop_share") if name in changes}
-    config = dataclasses.replace(ENCODER, **changes)
-    model, tokenizer = load_classifier(config, base)
-    heldout = pairs["fold"] == 0
-    return FoldTrainer(
-        model,
-        tokenizer,
-        pairs[~heldout].reset_index(drop=True),
-        pairs[heldout].reset_index(drop=True),
-        0,
-        config,
-        model_dir=folder / "model" / "fold_0",
-        checkpoint_dir=folder / "checkpoints" / "fold_0",
-        **options,
-    )
+def flat(weights):
+    return torch.cat([weight.detach().flatten() for weight in weights])
 
 
-@pytest.fixture
-def pairs(demo_pairs):
-    return demo_pairs[:60].reset_index(drop=True)
-
-
-# ---- optimizers --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
-def test_an_8bit_optimizer_keeps_its_state_in_bytes_and_learns(
-    pairs, tiny_base, tmp_path, optimizer
-):
-    trainer = make_trainer(
-        pairs, tiny_base("modernbert"), tmp_path, optimizer=optimizer, n_epochs=4.0
-    )
+def test_an_8bit_optimizer_keeps_its_state_in_bytes_and_learns(make_trainer):
+    trainer = make_trainer(optimizer="adamw_8bit", n_epochs=4.0)
     trainer.train()
-    layer = trainer.model.model.layers[0].mlp.Wi.weight
-    state = trainer.optimizer.optimizer.state[layer]
+    state = trainer.optimizer.state[trainer.model.model.layers[0].mlp.Wi.weight]
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
-    assert trainer.optimizer.optimizer.is_paged == (optimizer == "paged_adamw_8bit")
-    history = trainer.describe()["history"]
-    assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.2
+    embeddings = trainer.optimizer.state[trainer.model.model.embeddings.tok_embeddings.weight]
+    assert embeddings["state1"].dtype == torch.float32
+    assert trainer.history[-1]["train_loss"] < trainer.history[0]["train_loss"] - 0.2
 
 
-def test_layers_learn_at_rates_of_their_own_and_only_matrices_decay(pairs, tiny_base, tmp_path):
-    trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path, layer_decay=0.5)
-    groups, model = trainer.create_optimizer().param_groups, trainer.model
-    group_of = {
-        id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
-    }
-    assert group_of[id(model.classifier.weight)] == (1e-3, 0.01)
-    assert group_of[id(model.classifier.bias)] == (1e-3, 0.0)
-    assert group_of[id(model.model.layers[0].attn.Wo.weight)] == (1e-3 / 8, 0.01)
-    assert group_of[id(model.model.layers[1].attn_norm.weight)] == (1e-3 / 4, 0.0)
-    assert group_of[id(model.model.final_norm.weight)] == (1e-3 / 2, 0.0)
-    assert group_of[id(model.model.embeddings.tok_embeddings.weight)] == (1e-3 / 16, 0.01)
+def test_matrices_decay_norms_and_biases_do_not(make_trainer):
+    trainer = make_trainer(weight_decay=0.1)
+    groups = make_optimizer(trainer.model, trainer.config).param_groups
+    decay_of = {id(weight): group["weight_decay"] for group in groups for weight in group["params"]}
+    assert len(decay_of) == len(list(trainer.model.parameters()))
+    model = trainer.model.model
+    assert decay_of[id(trainer.model.classifier.weight)] == 0.1
+    assert decay_of[id(trainer.model.classifier.bias)] == 0
+    assert decay_of[id(model.layers[0].attn.Wo.weight)] == 0.1
+    assert decay_of[id(model.embeddings.tok_embeddings.weight)] == 0.1
+    assert (
+        decay_of[id(model.final_norm.weight)] == decay_of[id(model.layers[1].mlp_norm.weight)] == 0
+    )
 
 
 # ---- logs --------------------------------------------------------------------
 
 
-def test_tensorboard_reads_what_was_logged_and_nothing_that_a_killed_run_logged_too_late(
-    pairs, tiny_base, tmp_path
+def test_tensorboard_shows_the_history_without_what_a_killed_run_logged_too_late(
+    make_trainer, tmp_path
 ):
     def curve(name):
-        events = EventAccumulator(str(tmp_path / "logs"))
+        events = EventAccumulator(str(tmp_path / "tensorboard" / "fold_0"))
         events.Reload()
         return [(point.step, pytest.approx(point.value)) for point in events.Scalars(name)]
 
-    options = {"log_dir": tmp_path / "logs", "n_epochs": 1.0, "n_evals": 3}
-    trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path, **options)
-    trainer.go_on(None)
-    history = trainer.describe()["history"]
-    assert len(history) == 3
-    for shown, name in (
-        ("held_out", "log_loss"),
-        ("train_loss", "train_loss"),
-        ("padding_share", "padding_share"),
-    ):
-        assert curve(shown) == [(row["step"], row[name]) for row in history]
-    oldest = min(
-        (tmp_path / "checkpoints" / "fold_0").iterdir(),
-        key=lambda path: int(path.name.split("-")[1]),
-    )
-    again = make_trainer(pairs, tiny_base("modernbert"), tmp_path, **options)
-    again.go_on(oldest)
-    assert curve("held_out") == [(row["step"], row["log_loss"]) for row in history]
-
-
-def test_swap_gap_is_that_of_the_two_readings(pairs, tiny_base, tmp_path):
-    trainer = make_trainer(pairs, tiny_base("modernbert"), tmp_path, n_epochs=1.0, n_evals=1)
+    trainer = make_trainer(n_epochs=1.0, n_evals=3)
     trainer.train()
-    reader = {"max_tokens": 96, "tokens_per_batch": 512, "swap": False}
-    given, swapped = (
-        predict_probs(trainer.model, trainer.processing_class, battles, **reader)
-        for battles in (trainer.heldout, swap_pairs(trainer.heldout))
+    assert len(trainer.history) == 3 and set(HISTORY_COLUMNS) <= trainer.history[0].keys()
+    for shown, name in (("held_out", "log_loss"), ("train_loss", "train_loss")):
+        assert curve(shown) == [(row["step"], row[name]) for row in trainer.history]
+    resumed = make_trainer(n_epochs=1.0, n_evals=3)
+    resumed.train(list_checkpoints(tmp_path / "checkpoints" / "fold_0")[-1])
+    assert curve("held_out") == [(row["step"], row["log_loss"]) for row in resumed.history]
+
+
+def test_the_swap_gap_compares_the_readings_in_both_orders(make_trainer):
+    trainer = make_trainer(n_epochs=1.0, n_evals=1)
+    trainer.train()
+    options = {"max_tokens": 96, "tokens_per_batch": 512, "swap": False}
+    given = predict_probs(trainer.model, trainer.tokenizer, trainer.heldout, **options)
+    swapped = predict_probs(
+        trainer.model, trainer.tokenizer, swap_pairs(trainer.heldout), **options
     )
-    (row,) = trainer.describe()["history"]
+    (row,) = trainer.history
     assert row["swap_gap"] == pytest.approx(swap_gap(given, swapped), abs=1e-6) and given.std() > 0
     assert row["peak_mib"] > 50
-
-
-def test_the_bar_tells_throughput_memory_losses_and_time_left(pairs, tiny_base, tmp_path, capsys):
-    make_trainer(pairs, tiny_base("modernbert"), tmp_path, n_epochs=1.0, n_evals=1).train()
-    line = capsys.readouterr().out.split("\r")[-1]
-    found = r"fold 0: 100%.*\[\d+:\d+<\d+:\d+, .*train \d\.\d{4}, held out \d\.\d{4}, [\d.]+k tok/s, \d+ % padding, \d+ MiB"
-    assert re.search(found, line)
 
 
 # ---- steps -------------------------------------------------------------------
 
 
-def test_validations_are_spread_evenly_and_the_last_step_has_one():
-    assert _validation_steps(ENCODER, 100) == {25, 50, 75, 100}
-    assert _validation_steps(ENCODER, 2) == {1, 2}
-    assert _validation_steps(dataclasses.replace(ENCODER, n_epochs=0.1, n_evals=1), 7) == {7}
+@pytest.mark.parametrize(
+    ("n_epochs", "n_evals", "expected"), [(1.0, 4, [0.25, 0.5, 0.75, 1]), (0.5, 1, [1])]
+)
+def test_validations_are_spread_evenly_and_the_last_step_has_one(
+    make_trainer, n_epochs, n_evals, expected
+):
+    trainer = make_trainer(n_epochs=n_epochs, n_evals=n_evals, batches_per_step=1)
+    n_steps = len(trainer.steps)
+    assert n_steps > 4 and trainer.last_step == n_steps
+    assert sorted(trainer.validation_steps) == [round(share * n_steps) for share in expected]
+    few = make_trainer(n_epochs=1.0, n_evals=100, batches_per_step=10)
+    assert few.validation_steps == set(range(1, len(few.steps) + 1))
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_gradient_does_not_depend_on_how_rows_fall_into_batches(
-    packing, demo_pairs, tiny_base, tmp_path
-):
-    pairs = demo_pairs[:6].assign(fold=[0, 1, 1, 1, 1, 1]).reset_index(drop=True)
+def test_a_step_does_not_depend_on_how_rows_fall_into_batches(packing, demo_pairs, make_trainer):
+    pairs = demo_pairs[:6].assign(fold=[0, 1, 1, 1, 1, 1])
 
     def gradient(tokens_per_batch, batches_per_step):
-        config = dataclasses.replace(
-            ENCODER,
-            tokens_per_batch=tokens_per_batch,
-            batches_per_step=batches_per_step,
-            n_epochs=1.0,
-            packing=packing,
-        )
-        model, tokenizer = load_classifier(config, tiny_base("modernbert"))
-        folders = {"model_dir": tmp_path / "model", "checkpoint_dir": tmp_path / "checkpoints"}
-        trainer = FoldTrainer(model, tokenizer, pairs[1:], pairs[:1], 0, config, **folders)
-        batches = list(trainer.get_train_dataloader())
-        trainer.current_gradient_accumulation_steps = len(batches)
-        trainer.model_wrapped = model
-        for batch in batches:
-            trainer.training_step(model, batch)
-        return len(batches), torch.cat([p.grad.flatten() for p in model.parameters()])
+        options = {"tokens_per_batch": tokens_per_batch, "batches_per_step": batches_per_step}
+        options |= {"packing": packing, "n_epochs": 1.0, "warmup_share": 0.0, "learning_rate": 1.0}
+        trainer = make_trainer(pairs, **options)
+        trainer.optimizer = torch.optim.SGD(trainer.weights)
+        before = flat(trainer.weights)
+        trainer.take_step()
+        assert trainer.is_finished
+        return len(trainer.steps[0]), before - flat(trainer.weights)
 
-    n_whole, whole = gradient(96 * 5, 1)
-    n_parts, parts = gradient(96 * 2, 3)
-    assert n_whole == 1 and n_parts > 2
-    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-3)
+    n_batches, expected = gradient(96 * 5, 1)
+    n_parts, found = gradient(96 * 2, 3)
+    assert n_batches == 1 and n_parts > 2 and expected.norm() > 0.5
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_batches_are_packed_where_the_settings_ask_for_it(packing, demo_pairs, tiny_base, tmp_path):
-    config = dataclasses.replace(ENCODER, packing=packing)
-    model, tokenizer = load_classifier(config, tiny_base("modernbert"))
-    folders = {"model_dir": tmp_path / "model", "checkpoint_dir": tmp_path / "checkpoints"}
-    trainer = FoldTrainer(model, tokenizer, demo_pairs[:20], demo_pairs[20:], 0, config, **folders)
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert ("cu_seq_lens" in batch) is packing and ("attention_mask" in batch) is not packing
-    assert trainer.is_packed is packing and trainer._make_reader().is_packed is packing
-    assert (trainer.n_padded[-1] == trainer.n_tok[-1]) == packing
+def test_batches_are_packed_where_the_settings_ask_for_it(packing, make_trainer):
+    trainer = make_trainer(packing=packing, n_epochs=1.0, n_evals=1)
+    seen = []
+    note = lambda module, args, inputs: seen.append((module.training, set(inputs)))  # noqa: E731
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    assert {is_training for is_training, _ in seen} == {True, False}
+    for _, names in seen:
+        assert ("cu_seq_lens" in names) is packing and ("attention_mask" in names) is not packing
+    (row,) = trainer.history
+    assert (row["n_padded"] == row["n_tok"]) is (row["padding_share"] == 0) is packing
 
 
-def test_a_wide_model_computes_in_bf16_on_a_cpu_that_has_it_and_says_so(
-    demo_pairs, tiny_base, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def trainer_in_bf16(make_trainer, demo_pairs, monkeypatch):
     monkeypatch.setattr("src.utils.models.hardware.cpu_has_bf16", lambda: True)
     monkeypatch.setattr("src.utils.models.hardware.MIN_BF16_HIDDEN_SIZE", 64)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config = dataclasses.replace(ENCODER, n_epochs=1.0, n_evals=1)
-    pairs = demo_pairs[:8].assign(fold=[0, 0] + [1] * 6).reset_index(drop=True)
-    model, tokenizer = load_classifier(config, tiny_base("modernbert"))
+    pairs = demo_pairs[:8].assign(fold=[0, 0] + [1] * 6)
+    return make_trainer(pairs, n_epochs=1.0, n_evals=1)
+
+
+def test_a_wide_model_computes_in_bf16_on_a_cpu_that_has_it_and_prints_so(trainer_in_bf16, capsys):
     seen = set()
-    model.classifier.register_forward_hook(lambda _, inputs, outputs: seen.add(outputs.dtype))
-    folders = {"model_dir": tmp_path / "model", "checkpoint_dir": tmp_path / "checkpoints"}
-    FoldTrainer(model, tokenizer, pairs[2:], pairs[:2], 0, config, **folders).train()
-    assert seen == {torch.bfloat16}  # in training and in validation
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    trainer_in_bf16.model.classifier.register_forward_hook(
+        lambda module, inputs, outputs: seen.add((module.training, outputs.dtype))
+    )
+    trainer_in_bf16.train()
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert {weight.dtype for weight in trainer_in_bf16.model.parameters()} == {torch.float32}
     assert "fold 0: cpu, bfloat16 (this CPU has bf16 instructions)" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_consistency_brings_the_two_orders_together(demo_pairs, tiny_base, tmp_path):
-    pairs = demo_pairs[:60].reset_index(drop=True)
-    heldout, options = (
-        pairs[pairs["fold"] == 0],
-        {"max_tokens": 96, "tokens_per_batch": 512, "swap": False},
+def test_a_validation_reads_again_in_32_bit_what_overflows_in_16(trainer_in_bf16):
+    def overflow(module, inputs, outputs):
+        is_lost = not module.training and outputs.dtype == torch.bfloat16
+        return outputs * torch.inf if is_lost else outputs
+
+    trainer_in_bf16.model.classifier.register_forward_hook(overflow)
+    trainer_in_bf16.train()
+    assert np.isfinite(trainer_in_bf16.history[-1]["log_loss"])
+
+
+def test_logits_that_are_never_finite_stop_training_and_name_the_setting_to_lower(make_trainer):
+    trainer = make_trainer(n_epochs=0.5)
+    trainer.model.classifier.register_forward_hook(
+        lambda module, inputs, outputs: outputs * torch.nan
     )
+    with pytest.raises(
+        FloatingPointError, match=r"fold_0.*8 of 8 battles.*learning_rate \(0\.001\)"
+    ):
+        trainer.train()
 
-    def inconsistency(weight):
-        config = dataclasses.replace(
-            ENCODER, both_orders=True, consistency=weight, n_evals=1, n_epochs=4.0
-        )
-        model, tokenizer = load_classifier(config, tiny_base("modernbert"))
-        folders = {"model_dir": tmp_path / f"{weight}", "checkpoint_dir": tmp_path / "checkpoints"}
-        FoldTrainer(
-            model, tokenizer, pairs[pairs["fold"] != 0], heldout, 0, config, **folders
-        ).train()
-        given, swapped = (
-            predict_probs(model, tokenizer, p, **options) for p in (heldout, swap_pairs(heldout))
-        )
-        return swap_gap(given, swapped)
 
-    assert inconsistency(10.0) < 0.5 * inconsistency(0.0)
+# ---- memory ------------------------------------------------------------------
+
+
+def limit_memory(model, n_tok, place="forward", n_spared=0):
+    """Make training fail above so many tokens per pass, but not in the first `n_spared` passes."""
+    passes = []
+
+    def is_over():
+        return model.training and len(passes) > n_spared and passes[-1] > n_tok
+
+    def refuse(gradient):
+        raise torch.OutOfMemoryError(f"CUDA out of memory, {place}")
+
+    def note(module, args, inputs):
+        passes.append(inputs["input_ids"].numel())
+        if place == "forward" and is_over():
+            refuse(None)
+
+    def trap(module, args, output):
+        # The head has its gradients by then: a step that continued here would count them twice.
+        if place == "backward" and is_over():
+            (output[0] if isinstance(output, tuple) else output).register_hook(refuse)
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    model.model.layers[0].register_forward_hook(trap)
+    return passes
+
+
+# Adam makes much of the last bit of a small gradient, so steps are small here.
+SMALL_STEPS = {"batches_per_step": 3, "n_epochs": 1.0, "n_evals": 1, "learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize("both_orders", [True, False])
+@pytest.mark.parametrize(("place", "n_spared"), [("forward", 0), ("backward", 0), ("backward", 2)])
+def test_a_batch_that_memory_does_not_hold_is_split_and_the_weights_are_the_same(
+    make_trainer, both_orders, place, n_spared
+):
+    unlimited = make_trainer(both_orders=both_orders, **SMALL_STEPS)
+    unlimited.train()
+    limited = make_trainer(both_orders=both_orders, **SMALL_STEPS)
+    passes = limit_memory(limited.model, 300, place, n_spared)
+    with pytest.warns(UserWarning, match="batch of 512 tokens; .* in [24] parts"):
+        limited.train()
+    assert limited.n_parts >= 2 and max(passes) > 300
+    # A twentieth of a step of Adam, which the last bit of a small gradient can be worth.
+    expected, found = flat(unlimited.weights), flat(limited.weights)
+    torch.testing.assert_close(found, expected, atol=5e-6, rtol=0)
+    assert (found - expected).abs().mean() < 1e-9
+    losses = [trainer.history[0]["train_loss"] for trainer in (unlimited, limited)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_both_orders_of_a_battle_stay_in_one_part_of_a_batch(make_trainer):
+    trainer = make_trainer(both_orders=True, packing=False, **SMALL_STEPS | {"n_epochs": 0.5})
+    seen = []
+    note = lambda module, args, inputs: seen.append(len(inputs["input_ids"]))  # noqa: E731
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.n_parts = 3
+    trainer.take_step()
+    assert all(n_rows % 2 == 0 for n_rows in seen) and max(seen) < max(map(len, trainer.steps[0]))
+
+
+def test_a_battle_that_memory_does_not_hold_names_the_setting_to_lower(make_trainer):
+    trainer = make_trainer(**SMALL_STEPS)
+    limit_memory(trainer.model, 10)
+    with (
+        pytest.warns(UserWarning, match="batch of 512 tokens"),
+        pytest.raises(torch.OutOfMemoryError, match=r"max_tokens \(96\)"),
+    ):
+        trainer.train()

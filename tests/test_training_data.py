@@ -9,14 +9,14 @@ from src.utils.config import FinetuneConfig
 from src.utils.schema import LABELS, TEXTS, probs_table
 from src.utils.training.data import NO_VOTE, add_extra_battles, make_targets, plan_batches
 
-BY_TURNS = FinetuneConfig(
+ALTERNATING = FinetuneConfig(
     max_tokens=96, predict_tokens=96, tokens_per_batch=512, n_epochs=2.0, both_orders=False
 )
 
 
-def test_every_epoch_has_every_battle_once_and_the_next_has_it_mirrored():
+def test_without_both_orders_an_epoch_has_every_battle_once_and_the_next_in_the_other_order():
     lengths = np.random.default_rng(0).integers(5, 90, 101)
-    plan = plan_batches(lengths, BY_TURNS)
+    plan = plan_batches(lengths, ALTERNATING)
     items = np.concatenate(plan)
     assert len(items) == 202
     first, second = items[:101], items[101:]
@@ -26,9 +26,9 @@ def test_every_epoch_has_every_battle_once_and_the_next_has_it_mirrored():
     assert 30 < sum(order.values()) < 70
 
 
-def test_both_orders_of_a_battle_stand_side_by_side_within_the_budget():
+def test_both_orders_of_a_battle_share_a_batch_within_the_budget():
     lengths = np.random.default_rng(0).integers(5, 97, 101)
-    plan = plan_batches(lengths, dataclasses.replace(BY_TURNS, both_orders=True, n_epochs=1.0))
+    plan = plan_batches(lengths, dataclasses.replace(ALTERNATING, both_orders=True, n_epochs=1.0))
     assert sorted(np.concatenate(plan)) == list(range(202))
     for batch in plan:
         items = np.array(batch)
@@ -38,7 +38,7 @@ def test_both_orders_of_a_battle_stand_side_by_side_within_the_budget():
 
 def test_a_packed_plan_spends_its_budget_on_real_tokens():
     lengths = np.random.default_rng(0).integers(5, 97, 101)
-    config = dataclasses.replace(BY_TURNS, both_orders=True, n_epochs=1.0)
+    config = dataclasses.replace(ALTERNATING, both_orders=True, n_epochs=1.0)
     packed, padded = plan_batches(lengths, config, is_packed=True), plan_batches(lengths, config)
     assert sorted(np.concatenate(packed)) == list(range(202))
     for batch in packed:
@@ -50,10 +50,10 @@ def test_a_packed_plan_spends_its_budget_on_real_tokens():
 
 def test_a_fraction_of_an_epoch_takes_that_share_of_its_batches():
     lengths = np.random.default_rng(0).integers(5, 90, 400)
-    whole = plan_batches(lengths, dataclasses.replace(BY_TURNS, n_epochs=1.0))
-    half = plan_batches(lengths, dataclasses.replace(BY_TURNS, n_epochs=0.5))
-    assert half == whole[: len(half)]
-    assert abs(len(half) - len(whole) / 2) <= 1
+    full = plan_batches(lengths, dataclasses.replace(ALTERNATING, n_epochs=1.0))
+    half = plan_batches(lengths, dataclasses.replace(ALTERNATING, n_epochs=0.5))
+    assert half == full[: len(half)]
+    assert abs(len(half) - len(full) / 2) <= 1
 
 
 def soft_file(folder, pairs, probs):
@@ -82,6 +82,21 @@ def test_soft_labels_of_other_battles_or_of_no_file_are_refused(demo_pairs, tmp_
         make_targets(demo_pairs.tail(5), FinetuneConfig(soft_labels=str(path)))
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda table: table.drop(columns="winner_tie"), "winner_tie"),
+        (lambda table: table.assign(id=1), "one row per id"),
+        (lambda table: table.assign(winner_tie=2.0), "row 0"),
+    ],
+)
+def test_a_file_that_holds_no_soft_labels_is_named(demo_pairs, tmp_path, damage, message):
+    path = soft_file(tmp_path, demo_pairs, np.full((300, 3), 1 / 3))
+    damage(pd.read_parquet(path)).to_parquet(path)
+    with pytest.raises(ValueError, match=rf"soft_labels.parquet.*{message}"):
+        make_targets(demo_pairs, FinetuneConfig(soft_labels=str(path)))
+
+
 # ---- extra battles -----------------------------------------------------------
 
 
@@ -105,7 +120,7 @@ def arena_and_extra(demo_pairs):
     return arena, extra.assign(id=range(10_000, 10_040), prompt=pd.Series(prompts, dtype=object))
 
 
-def test_extra_battles_join_the_training_side_alone_and_none_whose_prompt_is_held_out(
+def test_extra_battles_are_only_trained_on_and_dropped_where_their_prompt_is_held_out(
     arena_and_extra, tmp_path, capsys
 ):
     arena, extra = arena_and_extra
@@ -120,7 +135,7 @@ def test_extra_battles_join_the_training_side_alone_and_none_whose_prompt_is_hel
     assert not set(train_pairs["group"]) & set(arena["group"][is_heldout])
     assert train_pairs["label"].tolist()[-39:] == extra["label"].tolist()[1:]
     assert (
-        "40 read, 39 added (39 with a vote); 0 stand in the arena, 1 have a held-out prompt"
+        "40 read, 39 added (39 with a vote); dropped 0 repeated and 1 with a held-out prompt"
         in capsys.readouterr().out
     )
     # A model that holds nothing out takes all.
@@ -142,7 +157,7 @@ def test_battles_without_votes_learn_from_a_submission(arena_and_extra, tmp_path
     np.testing.assert_allclose(targets[200:], soft, atol=1e-6)
 
 
-def test_a_battle_that_has_nothing_to_teach_is_named(arena_and_extra, tmp_path):
+def test_a_battle_without_a_vote_or_a_soft_label_is_named(arena_and_extra, tmp_path):
     arena, extra = arena_and_extra
     files = (battle_file(tmp_path / "extra.csv", extra, labelled=False),)
     with pytest.raises(

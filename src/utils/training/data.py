@@ -1,30 +1,31 @@
-"""What a model is trained on: battles in both orders, what it is to say of each, and the plan of batches.
-
-The whole plan is laid out before the first step, so that a resumed run enters it at
-any batch.
-"""
+"""Make the training data: battles in both orders, their targets, and the plan of batches."""
 
 import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from src.utils.battles.readers import hash_prompt, load_pairs, read_table
 from src.utils.config import FinetuneConfig
 from src.utils.models.batches import make_batches, make_packs
 from src.utils.models.template import encode_both_orders
-from src.utils.schema import LABELS, MODELS, TEXTS, UNKNOWN_MODEL, check_probs, swap_probs
+from src.utils.schema import LABELS, MODELS, TEXTS, UNKNOWN_MODEL, probs_of, swap_probs
 from src.utils.training.processes import rank
 
-NO_VOTE = -1  # label of a battle that soft labels alone teach
+NO_VOTE = -1  # label of a battle that has a soft label only
 
 
-class Examples(Dataset):
-    """Every battle twice: item 2i is battle i as given, item 2i + 1 is its mirror."""
+class Examples:
+    """Every battle twice: item 2i is battle i as given, item 2i + 1 has its answers exchanged.
 
-    def __init__(self, pairs: pd.DataFrame, tokenizer, config: FinetuneConfig) -> None:
+    An item has token ids, (tokens,) int32, and a target, (C,) float32; `lengths` is (N,) int.
+    """
+
+    def __init__(
+        self, pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig
+    ) -> None:
         orders = encode_both_orders(pairs, tokenizer, config.max_tokens)
         # A Python int takes 36 bytes in a list, here 4.
         self.rows = [[np.array(row, dtype=np.int32) for row in rows] for rows in orders]
@@ -32,21 +33,16 @@ class Examples(Dataset):
         self.targets = np.stack([targets, swap_probs(targets)])
         self.lengths = np.array([max(len(a), len(b)) for a, b in zip(*self.rows, strict=True)])
 
-    def __len__(self) -> int:
-        return 2 * len(self.lengths)
-
     def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-        row, order = divmod(int(item), 2)
+        row, order = divmod(item, 2)
         return self.rows[order][row], self.targets[order, row]
 
 
 def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
-    """What the model is to say of each battle: the vote, mixed with soft labels where there are some.
+    """Mix votes with soft labels, where there are any; without a vote the soft label counts alone.
 
-    A battle without a vote has its soft label alone.
-
-    The teachers of soft labels were fitted to votes that are held out here, so what a
-    student of theirs scores is faintly optimistic.
+    The teachers of soft labels were fitted to votes that are held out here, so their student's
+    score is slightly optimistic.
 
     Args:
         pairs: N battles with `id` and `label`, which may be `NO_VOTE`.
@@ -56,40 +52,36 @@ def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
         (N, C) float32, rows sum to 1.
 
     Raises:
-        FileNotFoundError: no such file of soft labels.
-        ValueError: it holds something else, or none of these battles, or a battle has
-            neither a vote nor a soft label.
+        FileNotFoundError: the file of soft labels does not exist.
+        ValueError: it does not fit these battles, or a battle has neither vote nor soft label.
 
     Source: distillation, Hinton et al. 2015, arXiv:1503.02531.
     """
     labels = pairs["label"].to_numpy(dtype=np.int64)
-    has_vote = (labels != NO_VOTE)[:, None]
-    votes = np.eye(len(LABELS))[labels] * has_vote
+    has_vote = labels != NO_VOTE
+    votes = np.eye(len(LABELS))[labels]
     soft = np.full_like(votes, np.nan)
     if config.soft_labels:
         soft = _read_soft_labels(find_file(config.soft_labels), pairs["id"])
-    known = np.isfinite(soft).all(axis=1, keepdims=True)
-    untaught = ~(has_vote | known)[:, 0]
-    if untaught.any():
-        battle = pairs[untaught].iloc[0]
+    has_soft = np.isfinite(soft).all(axis=1)
+    has_neither = ~has_vote & ~has_soft
+    if has_neither.any():
+        battle = pairs[has_neither].iloc[0]
         raise ValueError(
-            f"{battle['source'] if 'source' in pairs else 'pairs'}, id {battle['id']}: expected a vote or a soft "
-            f"label, got neither, as {int(untaught.sum())} battles; name predictions of these battles in soft_labels"
+            f"{battle.get('source', 'pairs')}, id {battle['id']}: expected a vote or a soft label, "
+            f"found neither, as in {has_neither.sum()} battles; add them to the file of soft_labels"
         )
-    weight = np.where(known, np.where(has_vote, config.soft_weight, 1.0), 0.0)
-    return ((1 - weight) * votes + weight * np.where(known, soft, 0.0)).astype(np.float32)
+    weight = np.where(has_vote, config.soft_weight, 1.0)[:, None]
+    mixed = (1 - weight) * votes + weight * soft
+    return np.where(has_soft[:, None], mixed, votes).astype(np.float32)
 
 
 def find_file(name: str) -> Path:
-    """The path of a file that a setting names; `~` is the home folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The path of a file that a setting names, which must exist; `~` is the home folder."""
     path = Path(name).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: not found; 05 writes soft labels with WRITE_SOFT_LABELS=True, 06 a submission.csv"
+            f"{path}: not found; 05 writes soft labels with WRITE_SOFT_LABELS=True"
         )
     return path
 
@@ -97,16 +89,13 @@ def find_file(name: str) -> Path:
 def _read_soft_labels(path: Path, ids: pd.Series) -> np.ndarray:
     """(N, C) float64 in the order of the ids; NaN where a battle has none."""
     table = read_table(path)
-    missing = [name for name in ("id", *LABELS) if name not in table.columns]
-    if missing or table["id"].duplicated().any():
-        raise ValueError(
-            f"soft_labels: {path}: expected one row an id and columns {LABELS}, lacks {missing}"
-        )
     try:
-        probs = check_probs(table[list(LABELS)].to_numpy(dtype=np.float64))
-    except ValueError as error:
-        raise ValueError(f"soft_labels: {path}: {error}") from error
-    rows = pd.Index(table["id"].astype(str)).get_indexer(ids.astype(str))
+        probs = probs_of(table)
+        rows = pd.Index(table["id"].astype(str)).get_indexer(pd.Index(ids.astype(str)))
+    except (KeyError, ValueError, pd.errors.InvalidIndexError) as error:
+        raise ValueError(
+            f"soft_labels: {path}: expected columns id and {LABELS}, one row per id: {error}"
+        ) from error
     if (rows < 0).all():
         raise ValueError(
             f"soft_labels: {path}: expected some of the {len(ids)} training battles, found none"
@@ -114,53 +103,43 @@ def _read_soft_labels(path: Path, ids: pd.Series) -> np.ndarray:
     return np.where(rows[:, None] < 0, np.nan, probs[rows])
 
 
-# ---- battles from elsewhere ------------------------------------------------------
-
-
 def add_extra_battles(
     pairs: pd.DataFrame, is_heldout: np.ndarray, config: FinetuneConfig
 ) -> pd.DataFrame:
-    """Take the battles to train on: those of the arena that are not held out, and those of `extra_battles`.
+    """Take the battles to train on: those of the arena not held out, and `extra_battles`.
 
-    An extra battle is never held out. It is left out where its prompt occurs in the
-    held-out battles (as `data.hash_prompt` compares prompts), or where it is a battle of
-    the arena over again (same id, same texts).
+    An extra battle is dropped when its prompt occurs in the held-out battles (compared by
+    `readers.hash_prompt`), or when it repeats a battle of the arena (same id, same texts).
 
     Args:
         pairs: all battles of the arena, with `group`.
         is_heldout: (N,) bool, which of them this model must not see.
-        config: `extra_battles` names files in the competition's layout, with votes or without;
-            `soft_labels` must know those without.
-
-    Returns:
-        Battles; those without a vote have the label `NO_VOTE`. How many came from where is printed.
+        config: `extra_battles` names files in the competition's layout; battles without votes
+            get the label `NO_VOTE` and need a row in `soft_labels`.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: an id stands for another battle already, or a battle has neither a vote
-            nor a soft label; file, row and id are named.
+        FileNotFoundError: a file does not exist.
+        ValueError: an id belongs to another battle already, or a battle has neither a vote
+            nor a soft label; the file, row and id are named.
     """
     train_pairs = pairs[~is_heldout]
     if not config.extra_battles:
         return train_pairs
-    extra = pd.concat(
-        [_read_extra(find_file(name)) for name in config.extra_battles], ignore_index=True
-    )
-    is_known = _find_repeated(extra, pairs)
-    leaks = (extra["group"].isin(pairs.loc[is_heldout, "group"]) & ~is_known).to_numpy()
-    added = extra[~is_known & ~leaks]
+    tables = [_read_extra(find_file(name)) for name in config.extra_battles]
+    extra = pd.concat(tables, ignore_index=True)
+    is_repeated = _find_repeated(extra, pairs)
+    is_leak = extra["group"].isin(pairs.loc[is_heldout, "group"]).to_numpy() & ~is_repeated
+    added = extra[~is_repeated & ~is_leak]
     if len(added):
-        make_targets(
-            added, config
-        )  # which refuses a battle that has nothing to teach, before a model is loaded
+        make_targets(added, config)  # refuses a battle without a target before a model is loaded
     if rank() == 0:
+        n_votes = (added["label"] != NO_VOTE).sum()
         print(
-            f"extra battles: {len(extra):,} read, {len(added):,} added ({(added['label'] != NO_VOTE).sum():,} with a "
-            f"vote); {is_known.sum():,} stand in the arena, {leaks.sum():,} have a held-out prompt"
+            f"extra battles: {len(extra):,} read, {len(added):,} added ({n_votes:,} with a vote); "
+            f"dropped {is_repeated.sum():,} repeated and {is_leak.sum():,} with a held-out prompt"
         )
-    return pd.concat(
-        [train_pairs.astype({"id": object}), added.astype({"id": object})], ignore_index=True
-    )
+    tables = [train_pairs.astype({"id": object}), added.astype({"id": object})]
+    return pd.concat(tables, ignore_index=True)
 
 
 def _read_extra(path: Path) -> pd.DataFrame:
@@ -174,56 +153,46 @@ def _read_extra(path: Path) -> pd.DataFrame:
 
 
 def _find_repeated(extra: pd.DataFrame, pairs: pd.DataFrame) -> np.ndarray:
-    """(M,) bool, which extra battles stand in the arena, or above, under the same id."""
-    texts_of = dict(
-        zip(
-            pairs["id"].astype(str), zip(*(pairs[name] for name in TEXTS), strict=True), strict=True
+    """(M,) bool, which extra battles are in the arena, or further up, with the same id."""
+    battles = pd.concat([pairs, extra])[["id", *TEXTS]].astype({"id": str})
+    has_known_id = battles.duplicated("id").to_numpy()[len(pairs) :]
+    has_known_texts = battles.duplicated().to_numpy()[len(pairs) :]
+    clashes = extra[has_known_id & ~has_known_texts]
+    if len(clashes):
+        raise ValueError(
+            f"{clashes['source'].iloc[0]}, id {clashes['id'].iloc[0]}: expected an id of its own, "
+            "got the id of another battle; give the extra battles other ids, in soft_labels too"
         )
-    )
-    is_known = np.zeros(len(extra), dtype=bool)
-    for place, (key, *texts) in enumerate(
-        zip(extra["id"].astype(str), *(extra[name] for name in TEXTS), strict=True)
-    ):
-        is_known[place] = key in texts_of
-        if texts_of.setdefault(key, tuple(texts)) != tuple(texts):
-            raise ValueError(
-                f"{extra['source'].iloc[place]}, id {key}: expected an id of its own, "
-                "got that of another battle; give the extra battles other ids, in soft_labels too"
-            )
-    return is_known
+    return has_known_id
 
 
 def plan_batches(
     lengths: np.ndarray, config: FinetuneConfig, is_packed: bool = False
 ) -> list[list[int]]:
-    """Lay out every batch of a training run.
+    """Plan every batch of a training run, so that a resumed run can start at any of them.
 
     Args:
         lengths: (N,) tokens of each battle.
         config: n_epochs, both_orders, tokens_per_batch and seed are read.
-        is_packed: batches have no padding: they are filled at random to the budget. Else
-            battles of like length share a batch.
+        is_packed: batches have no padding and are filled at random up to the budget; else
+            battles of similar length share a batch.
 
     Returns:
-        Items of each batch: 2i is battle i as given, 2i + 1 is its mirror. With
-        `both_orders` every epoch has each battle in both, side by side in one batch. Else it
-        has each battle once; epochs 2k and 2k + 1 have it in opposite orders. A fraction of
-        an epoch takes that share of its batches.
+        Items of each batch, see `Examples`. With `both_orders` every epoch has each battle in
+        both, side by side in one batch; else in one, and epochs 2k and 2k + 1 in opposite ones.
+        A fraction of an epoch takes this share of its batches.
     """
     plan: list[list[int]] = []
     make = make_packs if is_packed else make_batches
+    budget = config.tokens_per_batch // (2 if config.both_orders else 1)
     for epoch in range(math.ceil(config.n_epochs)):
-        orders = np.random.default_rng((config.seed, epoch // 2)).integers(0, 2, len(lengths)) ^ (
-            epoch % 2
-        )
-        budget = config.tokens_per_batch // (2 if config.both_orders else 1)
+        rng = np.random.default_rng((config.seed, epoch // 2))
+        orders = rng.integers(0, 2, len(lengths)) ^ (epoch % 2)
         batches = make(lengths, budget, config.seed, epoch)
         n_batches = math.ceil(min(1.0, config.n_epochs - epoch) * len(batches))
         for rows in batches[:n_batches]:
             items = 2 * rows + orders[rows]
-            plan.append(
-                (
-                    np.stack([items, items ^ 1], axis=1).ravel() if config.both_orders else items
-                ).tolist()
-            )
+            if config.both_orders:
+                items = np.stack([items, items ^ 1], axis=1).ravel()
+            plan.append(items.tolist())
     return plan

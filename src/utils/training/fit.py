@@ -1,7 +1,6 @@
-"""Train a classifier fold by fold, so that it can be killed at any moment and goes on where it was."""
+"""Train a classifier fold by fold; a run killed at any moment resumes where it was."""
 
 import dataclasses
-import gc
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
+from accelerate.utils import release_memory
 from torch import nn
 
 from src.utils.config import FinetuneConfig
@@ -18,164 +17,152 @@ from src.utils.models.template import TEMPLATE_VERSION
 from src.utils.runs import find_damage, hash_file, hash_json, hash_pairs, read_json, write_json
 from src.utils.schema import FROZEN_COLUMNS, check_pairs, probs_of, probs_table
 from src.utils.training.data import add_extra_battles, find_file
-from src.utils.training.processes import on_first, shard, world_size
-from src.utils.training.trainer import HISTORY_COLUMNS, FoldTrainer
+from src.utils.training.processes import on_first
+from src.utils.training.trainer import HISTORY_COLUMNS, FoldTrainer, Member, list_checkpoints
+
+# They decide which models there are and who trains them, not what a model becomes.
+_NOT_IN_KEY = ("folds", "n_seeds", "refit", "n_processes")
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What training left behind.
+    """Held-out probabilities, and how training went."""
 
-    Attributes:
-        oof: id, fold, one float32 column per label: every battle of the folds in
-            `config.folds`, predicted by the model that did not see its fold.
-        history: one row a validation, columns `HISTORY_COLUMNS`; losses in nats per battle,
-            `train_loss` over the steps since the row before.
-        n_train_pairs: battles trained on, mean over folds, the refit aside.
-        n_parameters: weights that were trained.
-        seconds: of training, validation aside, all models.
-        tokens_per_second: real tokens (no padding) of training.
-        padding_share: share of the tokens of training that were padding.
-    """
-
-    oof: pd.DataFrame
-    history: pd.DataFrame
-    n_train_pairs: int
-    n_parameters: int
-    seconds: float
-    tokens_per_second: float
-    padding_share: float
+    oof: pd.DataFrame  # id, fold, one float32 column per label; every battle of `config.folds`
+    history: pd.DataFrame  # one row per validation, `HISTORY_COLUMNS`; losses in nats per battle
+    n_train_pairs: int  # mean over the folds, without the refit
+    n_parameters: int  # that were trained
+    seconds: float  # of training all models, without validation
+    tokens_per_second: float  # of training, without padding
+    padding_share: float  # of the tokens of training
 
 
 def fit(
     pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None = None
 ) -> FitResult:
-    """Train one model per held-out fold, or several, and predict that fold.
+    """Train one or several models per held-out fold, and predict that fold.
 
-    The best weights of fold k, by log loss on it, lie in `run_dir / "model" / "fold_k"`,
-    those of its further seeds in `fold_k_seed_1` and so on. With `config.refit` one more
-    model learns from every battle, for the share of the steps that served the others best
-    on average, and lies in `refit`. Each epoch reads every battle once, in an order drawn
-    at random; the next epoch reads it in the other order. A model that was finished, or
-    begun, with the same settings and battles is taken up again; anything else found there
-    is removed. `run_dir / "tensorboard"` has the curves of each.
+    `run_dir / "model" / "fold_k"` gets the weights that had the lowest log loss on fold k, and
+    `fold_k_seed_1` and so on those of further seeds. With `config.refit` one more model, `refit`,
+    learns from every battle, for the average share of steps at which the others were best. Every
+    epoch reads each battle in both orders; with `both_orders=False` it reads one order, drawn at
+    random, and the next epoch the other. A model that was finished or begun with the same
+    settings and battles is kept or resumed; all other models in `run_dir` are removed.
 
     Args:
         pairs: battles with label, group and fold.
-        config: settings; `config.folds` are held out one after the other.
+        config: settings.
         run_dir: gets `model/`, `checkpoints/` and `tensorboard/`.
-        base: folder of the base, in place of what `config.checkpoint` names.
-
-    Returns:
-        Held-out probabilities and how training went.
+        base: folder of the base model, in place of `config.checkpoint`.
 
     Raises:
-        ValueError: a fold of the config is empty or is all there is.
+        ValueError: a fold of the config is empty, or holds all battles.
         FloatingPointError: validation gave logits that are not finite.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
-    members, refit = _plan_members(pairs, config)
-    _remove_stale(run_dir, {member.name: member.key for member in (*members, *refit)})
-    folds = [_fit_member(pairs, member, run_dir, base) for member in members]
-    stop_share = float(np.mean([done["best_share"] for done in folds]))
-    whole = [_fit_member(pairs, member, run_dir, base, stop_share) for member in refit]
-    seconds, n_tok, n_padded = (
-        sum(done[name] for done in folds + whole) for name in ("seconds", "n_tok", "n_padded")
-    )
+    members = plan_members(pairs, config)
+    _remove_stale(run_dir, members)
+    folds = [member for member in members if member.fold is not None]
+    results = [_fit_member(pairs, member, run_dir, base) for member in folds]
+    n_train_pairs = float(np.mean([result["n_train_pairs"] for result in results]))
+    if config.refit:
+        best = [min(one["history"], key=lambda row: row["log_loss"]) for one in results]
+        stop_share = float(np.mean([row["epoch"] for row in best])) / config.n_epochs
+        results.append(_fit_member(pairs, members[-1], run_dir, base, stop_share))
+    rows = [row for result in results for row in result["history"]]
+    of_folds = [row for row in rows if row["fold"] is not None]
+    seconds = sum(row["seconds"] for row in rows)
+    n_tok = sum(row["n_tok"] for row in rows)
     return FitResult(
-        oof=pd.concat(
-            [_read_oof(run_dir, members, fold) for fold in config.folds], ignore_index=True
-        ),
-        history=pd.DataFrame(
-            [row for done in folds for row in done["history"]], columns=list(HISTORY_COLUMNS)
-        ),
-        n_train_pairs=round(np.mean([done["n_train_pairs"] for done in folds])),
-        n_parameters=folds[0]["n_parameters"],
+        oof=pd.concat([_read_oof(run_dir, folds, k) for k in config.folds], ignore_index=True),
+        history=pd.DataFrame(of_folds, columns=list(HISTORY_COLUMNS)),
+        n_train_pairs=round(n_train_pairs),
+        n_parameters=results[0]["n_parameters"],
         seconds=seconds,
         tokens_per_second=n_tok / max(seconds, 1e-9),
-        padding_share=1 - n_tok / n_padded,
+        padding_share=1 - n_tok / sum(row["n_padded"] for row in rows),
     )
 
 
-@dataclass(frozen=True)
-class _Member:
-    """One model to train."""
-
-    name: str  # of its folders
-    fold: int | None  # held out; None of the refit
-    config: FinetuneConfig  # with a seed of its own
-    key: str  # of all that it follows from
-
-
-def _plan_members(
-    pairs: pd.DataFrame, config: FinetuneConfig
-) -> tuple[list[_Member], list[_Member]]:
-    """The models of the folds, and that of the refit where it is asked for."""
-    configs = [
-        dataclasses.replace(config, seed=config.seed + place) for place in range(config.n_seeds)
-    ]
-    keys = [_make_key(pairs, one) for one in configs]
-    members = [
-        _Member(
-            f"fold_{fold}" + (f"_seed_{place}" if place else ""), fold, configs[place], keys[place]
-        )
-        for fold in config.folds
-        for place in range(config.n_seeds)
-    ]
-    # When the refit stops follows from all the others.
-    refit = _Member("refit", None, config, hash_json([keys, list(config.folds)]))
-    return members, [refit] if config.refit else []
-
-
-def _read_oof(run_dir: Path, members: list[_Member], fold: int) -> pd.DataFrame:
-    tables = [
-        pd.read_parquet(_model_dir(run_dir, one.name) / "oof.parquet")
-        for one in members
-        if one.fold == fold
-    ]
-    return probs_table(
-        tables[0]["id"], np.mean([probs_of(table) for table in tables], axis=0), fold=fold
-    )
-
-
-# ---- what lies where ---------------------------------------------------------
-
-
-def _model_dir(run_dir: Path, name: str) -> Path:
-    return run_dir / "model" / name
-
-
-def _checkpoint_dir(run_dir: Path, name: str) -> Path:
-    return run_dir / "checkpoints" / name
-
-
-def _make_key(pairs: pd.DataFrame, config: FinetuneConfig) -> str:
-    # What other models there are changes none of them; one that several processes trained is taken by one.
-    apart = ("folds", "n_seeds", "refit", "n_processes")
-    settings = {name: value for name, value in config.to_json().items() if name not in apart}
+def plan_members(pairs: pd.DataFrame, config: FinetuneConfig) -> list[Member]:
+    """The models of all folds and seeds, then the refit if it is asked for."""
     files = [*config.extra_battles, *([config.soft_labels] if config.soft_labels else [])]
-    hashes = [hash_file(find_file(file)) for file in files]
-    return hash_json([settings, hash_pairs(pairs), TEMPLATE_VERSION, *hashes])
+    data = [hash_pairs(pairs), TEMPLATE_VERSION, *(hash_file(find_file(file)) for file in files)]
+    members, keys = [], []
+    for number in range(config.n_seeds):
+        seeded = dataclasses.replace(config, seed=config.seed + number)
+        settings = {k: v for k, v in seeded.to_json().items() if k not in _NOT_IN_KEY}
+        keys.append(hash_json([settings, *data]))
+        for fold in config.folds:
+            name = f"fold_{fold}_seed_{number}" if number else f"fold_{fold}"
+            members.append(Member(name, fold, seeded, keys[-1]))
+    if config.refit:  # where it stops depends on all other models
+        members.append(Member("refit", None, config, hash_json([keys, list(config.folds)])))
+    return members
 
 
 @on_first
-def _remove_stale(run_dir: Path, keys: dict[str, str]) -> None:
-    # Whoever predicts with this run takes every model that lies here.
-    kept = {name for name, key in keys.items() if _has_key(_checkpoint_dir(run_dir, name), key)}
-    for kind in ("model", "checkpoints", "tensorboard"):
-        for folder in (*(run_dir / kind).glob("fold_*"), *(run_dir / kind).glob("refit")):
-            if folder.name not in kept:
+def _remove_stale(run_dir: Path, members: list[Member]) -> None:
+    """Remove the models of other settings: whoever predicts with this run uses all it finds."""
+    keys = {member.name: member.key for member in members}
+    for kind in ("model", "tensorboard", "checkpoints"):  # which hold the keys: last
+        for folder in [*(run_dir / kind).glob("fold_*"), *(run_dir / kind).glob("refit")]:
+            path = run_dir / "checkpoints" / folder.name / "key.json"
+            if not path.exists() or read_json(path) != keys.get(folder.name):
                 shutil.rmtree(folder)
 
 
-def _has_key(folder: Path, key: str) -> bool:
-    return (folder / "key.json").exists() and read_json(folder / "key.json") == key
+def _read_oof(run_dir: Path, members: list[Member], fold: int) -> pd.DataFrame:
+    """The held-out probabilities of a fold, the mean over its seeds."""
+    names = [member.name for member in members if member.fold == fold]
+    tables = [pd.read_parquet(run_dir / "model" / name / "oof.parquet") for name in names]
+    probs = np.mean([probs_of(table) for table in tables], axis=0)
+    return probs_table(tables[0]["id"], probs, fold=fold)
+
+
+def _fit_member(
+    pairs: pd.DataFrame, member: Member, run_dir: Path, base: Path | None, stop_share: float = 1.0
+) -> dict:
+    """Train a model unless it is finished; returns history, n_parameters and n_train_pairs."""
+    folder = run_dir / "checkpoints" / member.name
+    done = _read_done(folder, run_dir / "model" / member.name)
+    if done:
+        return done
+    train_pairs, heldout = _split(pairs, member.fold, member.config)
+    model, tokenizer = load_classifier(member.config, base)
+    _check_length(model, member.config)
+    on_first(write_json)(folder / "key.json", member.key)
+    trainer = FoldTrainer(model, tokenizer, train_pairs, heldout, member, run_dir, stop_share)
+    with quiet_transformers():
+        trainer.train(find_checkpoint(folder))
+    done = {
+        "history": trainer.history,
+        "n_parameters": sum(weight.numel() for weight in trainer.weights),
+        "n_train_pairs": len(train_pairs),
+    }
+    _write_done(folder, done)
+    del trainer, model
+    release_memory()
+    return done
 
 
 @on_first
-def _last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is what was written; damaged and half-written ones are named and removed."""
-    for path in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
+def _read_done(folder: Path, model_dir: Path) -> dict | None:
+    is_done = (folder / "done.json").exists() and (model_dir / "origin.json").exists()
+    return read_json(folder / "done.json") if is_done else None
+
+
+@on_first
+def _write_done(folder: Path, done: dict) -> None:
+    write_json(folder / "done.json", done)
+    for path in list_checkpoints(folder):
+        shutil.rmtree(path)
+
+
+@on_first
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest intact checkpoint in a folder; damaged ones are named and removed."""
+    for path in list_checkpoints(folder):
         damage = find_damage(path)
         if damage is None:
             return path
@@ -184,103 +171,21 @@ def _last_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
-
-
-# ---- one model ----------------------------------------------------------------
-
-
-def _fit_member(
-    pairs: pd.DataFrame, member: _Member, run_dir: Path, base: Path | None, stop_share: float = 1.0
-) -> dict[str, object]:
-    folder, config = _checkpoint_dir(run_dir, member.name), member.config
-    done = _read_done(run_dir, member.name)
-    if done:
-        return done
-    train_pairs, heldout = _split(pairs, member.fold, config)
-    is_parted = False
-    model, tokenizer = load_classifier(config, base)
-    _check_length(model, config)
-    if is_parted:
-        shard(model)
-    trainer = FoldTrainer(
-        model,
-        tokenizer,
-        train_pairs,
-        heldout,
-        member.fold,
-        config,
-        model_dir=_model_dir(run_dir, member.name),
-        checkpoint_dir=folder,
-        log_dir=run_dir / "tensorboard" / member.name,
-        stop_share=stop_share,
-    )
-    world = {"n_processes": world_size(), "packed": trainer.is_packed}
-    _begin(folder, member.key, world)
-    with quiet_transformers():
-        trainer.go_on(_last_whole_checkpoint(folder))
-    done = trainer.describe() | {"n_train_pairs": len(train_pairs)}
-    _finish(folder, done)
-    del trainer, model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return done
-
-
-@on_first
-def _read_done(run_dir: Path, name: str) -> dict[str, object] | None:
-    path = _checkpoint_dir(run_dir, name) / "done.json"
-    is_done = path.exists() and (_model_dir(run_dir, name) / "origin.json").exists()
-    return read_json(path) if is_done else None
-
-
-@on_first
-def _begin(folder: Path, key: str, world: dict[str, object]) -> None:
-    if any(folder.glob("checkpoint-*")):
-        _check_same_world(folder, world)
-    write_json(folder / "world.json", world)
-    write_json(folder / "key.json", key)
-
-
-def _check_same_world(folder: Path, world: dict[str, object]) -> None:
-    # Steps are counted in the batches of all processes, and each has dice and weights of its own. Whether
-    # batches are packed is up to the version of transformers, too.
-    begun = read_json(folder / "world.json")
-    if begun != world:
-        raise ValueError(
-            f"{folder}: begun with {_name_values(begun)}, got {_name_values(world)}; go on with the former, "
-            "or remove the folder to begin anew"
-        )
-
-
-def _name_values(values: dict[str, object]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in values.items())
-
-
-@on_first
-def _finish(folder: Path, done: dict[str, object]) -> None:
-    write_json(folder / "done.json", done)
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
-
-
 def _split(
     pairs: pd.DataFrame, fold: int | None, config: FinetuneConfig
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Battles to train on, and those held out."""
     is_heldout = (pairs["fold"] == fold).to_numpy()
     if fold is not None and (is_heldout.all() or not is_heldout.any()):
         raise ValueError(
             f"folds: expected fold {fold} to hold some of the {len(pairs)} battles and not all, "
-            f"got {int(is_heldout.sum())}; there are folds {sorted(pairs['fold'].unique().tolist())}"
+            f"got {int(is_heldout.sum())}; the folds are {sorted(pairs['fold'].unique().tolist())}"
         )
     train_pairs = add_extra_battles(pairs, is_heldout, config)
     if config.max_pairs and len(train_pairs) > config.max_pairs:
         rng = np.random.default_rng(config.seed)
-        train_pairs = train_pairs.iloc[
-            np.sort(rng.choice(len(train_pairs), config.max_pairs, replace=False))
-        ]
+        rows = np.sort(rng.choice(len(train_pairs), config.max_pairs, replace=False))
+        train_pairs = train_pairs.iloc[rows]
     return train_pairs.reset_index(drop=True), pairs[is_heldout].reset_index(drop=True)
 
 
@@ -289,6 +194,6 @@ def _check_length(model: nn.Module, config: FinetuneConfig) -> None:
     for name in ("max_tokens", "predict_tokens"):
         if limit and getattr(config, name) > limit:
             raise ValueError(
-                f"{name}: expected at most {limit}, what {config.checkpoint} reads, got {getattr(config, name)}; "
-                f"set {name.upper()} to {limit} or less"
+                f"{name}: expected at most {limit}, the longest input of {config.checkpoint}, "
+                f"got {getattr(config, name)}; set {name.upper()} to {limit} or less"
             )

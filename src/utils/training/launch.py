@@ -1,29 +1,27 @@
-"""Train in several processes: one a GPU, on one machine or more, from a notebook or by torchrun.
+"""Train in several processes, one per GPU: started by a notebook, or by torchrun on a cluster.
 
-A notebook calls `fit_launched`, which starts torchrun and takes the result from the
-run folder. On a cluster torchrun is started by hand, on every node:
+A notebook calls `fit_launched`, which starts torchrun. On a cluster, torchrun is started by hand
+on every node, and the notebook that is run afterwards finds every fold trained:
 
     torchrun --nproc-per-node 8 -m src.utils.training.launch artifacts/04_qwen --profile full
-
-and the notebook that is run afterwards finds every fold trained.
 """
 
 import argparse
-import codecs
-import gc
+import dataclasses
 import os
-import subprocess
 import sys
 import threading
 import time
-import traceback
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from subprocess import PIPE, STDOUT, Popen
 
 import pandas as pd
 import psutil
 import torch
+from accelerate.utils import release_memory
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from src.utils.config import (
     DecoderConfig,
@@ -34,208 +32,126 @@ from src.utils.config import (
 )
 from src.utils.models.hardware import choose_device
 from src.utils.models.tiny import prepare_base
-from src.utils.runs import read_json, read_pairs, write_json, write_pairs, write_text
+from src.utils.paths import ROOT
+from src.utils.runs import read_json, read_pairs, write_json, write_pairs
 from src.utils.training.fit import FitResult, fit
-from src.utils.training.processes import join_world, leave_world, on_first, rank, world_size
+from src.utils.training.processes import join_world, leave_world, on_first, world_size
 
-ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = {"03_modernbert": FinetuneConfig, "04_qwen": DecoderConfig}
-_N_LAST_WORDS = 3000  # characters of a process that failed
+PROGRAM = ("-m", "src.utils.training.launch")  # what torchrun starts in each process
 _LAUNCHER = "ARENA_LAUNCHER_PID"
-
-
-# ---- from a notebook -----------------------------------------------------------
 
 
 def fit_launched(
     pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None = None
 ) -> FitResult:
-    """Train as `train.fit` does, in as many processes as `config.n_processes` asks for.
+    """Train as `fit.fit` does, in `config.n_processes` processes, and show their output.
 
-    Their progress is shown here. What they leave is what one process would: the same
-    folders, and the same model but for the order in which numbers are added. A step
-    takes at least `config.batches_per_step` batches, so that each process gets equally many.
+    The result is that of one process, up to rounding; `batches_per_step` is raised to a multiple
+    of the number of processes.
 
     Args:
-        pairs: and the other arguments: as for `train.fit`.
-
-    Returns:
-        What `train.fit` returns.
+        pairs: as for `fit.fit`, like the other arguments.
 
     Raises:
         ValueError: more processes than GPUs.
-        RuntimeError: a process failed; its last words are in the message.
+        RuntimeError: a process failed; the message quotes its error.
     """
     n_processes = count_processes(config)
-    if n_processes == 1:
-        return fit(pairs, config, run_dir, base)
-    folder = run_dir / "launch"
-    for left_behind in folder.glob("*.*"):
-        left_behind.unlink()
-    write_pairs(folder / "pairs.parquet", pairs)
-    write_json(folder / "config.json", config.to_json())
-    _free_gpu()
-    command = [*_torchrun(n_processes), str(run_dir), "--settings", str(folder / "config.json")]
-    command += ["--pairs", str(folder / "pairs.parquet")] + (["--base", str(base)] if base else [])
-    _run(command, folder, n_processes)
-    return fit(pairs, config, run_dir, base)  # finds every fold trained
+    if n_processes > 1:
+        release_memory()
+        folder = run_dir / "launch"
+        write_pairs(folder / "pairs.parquet", pairs)
+        settings = dataclasses.replace(config, n_processes=n_processes)
+        write_json(folder / "config.json", settings.to_json())
+        options = [run_dir, "--settings", folder / "config.json"]
+        options += ["--pairs", folder / "pairs.parquet", *(["--base", base] if base else [])]
+        _run_torchrun(n_processes, [str(option) for option in options])
+    return fit(pairs, config, run_dir, base)  # after a launch it finds every fold trained
 
 
 def count_processes(config: FinetuneConfig) -> int:
-    """How many processes train: `config.n_processes`, where 0 stands for one a GPU.
-
-    Raises:
-        ValueError: there are GPUs, but fewer than processes.
-    """
+    """How many processes train: `config.n_processes`, where 0 stands for one per GPU."""
     n_gpus = torch.cuda.device_count() if choose_device().type == "cuda" else 0
     if n_gpus and config.n_processes > n_gpus:
         raise ValueError(
-            f"n_processes: expected at most {n_gpus}, one a GPU of this machine, got {config.n_processes}"
+            f"n_processes: expected at most {n_gpus}, the number of GPUs, got {config.n_processes}"
         )
     return config.n_processes or max(n_gpus, 1)
 
 
-def _torchrun(n_processes: int) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(n_processes), "-m", "src.utils.training.launch"]
-
-
-def _free_gpu() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _run(command: list[str], folder: Path, n_processes: int) -> None:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": os.environ.get(
-            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes))
-        ),
-        _LAUNCHER: str(os.getpid()),
-    }
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def _run_torchrun(n_processes: int, options: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(n_processes), *PROGRAM, *options]
+    n_threads = max(1, (os.cpu_count() or 1) // n_processes)
+    environment = {"OMP_NUM_THREADS": str(n_threads)} | os.environ
+    search_path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
+    environment |= {"PYTHONUNBUFFERED": "1", _LAUNCHER: str(os.getpid())}
+    process = Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, errors="replace")
+    last_lines: deque[str] = deque(maxlen=40)
     try:
-        said = _show(process.stdout)
-        code = process.wait()
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            last_lines.append(line)
     finally:
-        process.terminate()  # where the notebook was interrupted
-        process.wait()
-    if code or not (folder / "world.json").exists():
+        process.terminate()  # in case the notebook was interrupted
+        code = process.wait()
+    if code:
         raise RuntimeError(
-            f"training in {n_processes} processes failed (exit {code}): {_last_words(folder) or said}"
+            f"training in {n_processes} processes failed (exit code {code}):\n{''.join(last_lines)}"
         )
-    n_joined = read_json(folder / "world.json")["n_processes"]
-    if n_joined != n_processes:
-        raise RuntimeError(f"expected {n_processes} processes to train together, got {n_joined}")
 
 
-def _show(output: IO[bytes]) -> str:
-    """Print what processes say as they say it, and hand back its end."""
-    decoder, said = codecs.getincrementaldecoder("utf-8")("replace"), ""
-    while chunk := os.read(output.fileno(), 4096):
-        text = decoder.decode(chunk)
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        said = (said + text)[-_N_LAST_WORDS:]
-    return said
-
-
-def _last_words(folder: Path) -> str:
-    # The process that failed first is the one to hear: the others fail for want of it.
-    files = sorted(folder.glob("error_*.txt"), key=lambda path: path.stat().st_mtime_ns)
-    return files[0].read_text(encoding="utf-8")[-_N_LAST_WORDS:] if files else ""
-
-
-# ---- in each process ------------------------------------------------------------
-
-
+@record  # makes torchrun report the error of the process that failed first
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as one of the processes that torchrun started."""
-    options = _parse(arguments)
-    join_world()
-    threading.Thread(target=_die_with_parents, daemon=True).start()
-    folder = options.run / "launch"
-    try:
-        config = _read_config(options)
-        _check_world_size(config)
-        pairs = read_pairs(options.pairs)
-        base = options.base or on_first(prepare_base)(config, pairs, options.run / "base")
-        fit(pairs, config, options.run, base)
-        on_first(write_json)(folder / "world.json", {"n_processes": world_size()})
-    except BaseException:
-        write_text(
-            folder / f"error_{rank()}.txt",
-            f"process {rank()} of {world_size()}\n{traceback.format_exc()}",
-        )
-        raise
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="torchrun … -m src.utils.training.launch", description=main.__doc__
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, e.g. artifacts/04_qwen")
-    parser.add_argument(
-        "--pairs", type=Path, help="battles; by custom those of 01_eda beside the run folder"
-    )
-    parser.add_argument(
-        "--base", type=Path, help="folder of the base, in place of what CHECKPOINT names"
-    )
-    parser.add_argument(
-        "--profile",
-        default="full",
-        help="profile, read with the notebook named as the run folder is",
-    )
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="parameters, e.g. N_SEEDS=3"
-    )
-    parser.add_argument(
-        "--settings", type=Path, help="a config.json, in place of notebook, profile and --set"
-    )
+    parser = argparse.ArgumentParser(prog=f"torchrun … {' '.join(PROGRAM)}", description=__doc__)
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder, e.g. artifacts/04_qwen")
+    add("--pairs", type=Path, help="battles; default: those of 01_eda beside the run folder")
+    add("--base", type=Path, help="folder of the base model, in place of CHECKPOINT")
+    add("--profile", default="full", help="its section for the run folder's notebook is read")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="parameters, e.g. N_SEEDS=2")
+    add("--settings", type=Path, help="a config.json, in place of profile and parameters")
     options = parser.parse_args(arguments)
-    options.pairs = options.pairs or options.run.parent / "01_eda" / "pairs.parquet"
-    return options
+    join_world()
+    threading.Thread(target=_exit_with_parents, daemon=True).start()
+    config = read_config(options.run, options.settings, options.profile, options.set)
+    if config.n_processes not in (0, world_size()):
+        raise RuntimeError(
+            f"n_processes: expected {config.n_processes} processes, torchrun started {world_size()}"
+        )
+    pairs = read_pairs(options.pairs or options.run.parent / "01_eda" / "pairs.parquet")
+    base = options.base or on_first(prepare_base)(config, pairs, options.run / "base")
+    fit(pairs, config, options.run, base)
 
 
-def _read_config(options: argparse.Namespace) -> FinetuneConfig:
-    notebook = options.run.resolve().name
-    if options.settings:
-        return CONFIGS.get(notebook, FinetuneConfig).from_json(read_json(options.settings))
+def read_config(
+    run_dir: Path, settings: Path | None, profile: str, changes: Sequence[str]
+) -> FinetuneConfig:
+    """Read the settings from a file, or as the notebook named like the run folder would."""
+    notebook = run_dir.resolve().name
+    if settings:
+        return CONFIGS.get(notebook, FinetuneConfig).from_json(read_json(settings))
     if notebook not in CONFIGS:
         raise ValueError(
-            f"RUN: expected a folder named {' or '.join(CONFIGS)}, or --settings, got {options.run}"
+            f"RUN: expected a folder named {' or '.join(CONFIGS)}, or --settings, got {run_dir}"
         )
     defaults = read_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
-    profile = (
-        {notebook: read_profile(options.profile).get(notebook, {})}
-        if options.profile != "none"
-        else {}
-    )
-    chosen = make_parameters({notebook: defaults}, profile=profile, settings=options.set)
+    section = {} if profile == "none" else read_profile(profile).get(notebook, {})
+    chosen = make_parameters({notebook: defaults}, profile={notebook: section}, settings=changes)
     return CONFIGS[notebook].from_parameters(defaults | chosen[notebook], notebook)
 
 
-def _check_world_size(config: FinetuneConfig) -> None:
-    if config.n_processes not in (0, world_size()):
-        raise RuntimeError(
-            f"n_processes: expected {config.n_processes} processes, got {world_size()} from the launcher"
-        )
-
-
-def _die_with_parents() -> None:
-    """End this process when torchrun, or the notebook that started it, was killed.
-
-    Training on by itself it would write into the folder of the run that takes its place.
-    """
-    torchrun, launcher = os.getppid(), os.environ.get(_LAUNCHER)
+def _exit_with_parents() -> None:
+    # Else it would go on writing into the folder of the run that takes its place.
+    torchrun = os.getppid()
+    launcher = os.environ.get(_LAUNCHER)
     try:
-        while os.getppid() == torchrun and (
-            launcher is None or psutil.Process(torchrun).ppid() == int(launcher)
-        ):
+        while os.getppid() == torchrun:
+            if launcher and psutil.Process(torchrun).ppid() != int(launcher):
+                break
             time.sleep(0.5)
     finally:
         os._exit(1)

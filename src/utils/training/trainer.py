@@ -1,383 +1,351 @@
-"""The Trainer of one fold: transformers' own, with some things of ours.
+"""Train the model of one fold: a training loop in plain PyTorch that resumes exactly.
 
-Batches under a token budget, a loss that does not depend on how rows fall into
-batches, validation through `predict.predict_probs`, and the whole schedule of
-batches known before the first step, which makes resuming exact.
+All batches of all epochs are planned before the first step, so a checkpoint needs only the
+number of the step to know what comes next.
 """
 
 import math
+import shutil
 import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 
 from src.utils.config import FinetuneConfig
 from src.utils.models.batches import collate
 from src.utils.models.checkpoints import hidden_size, write_model
 from src.utils.models.hardware import choose_device, choose_precision
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
-from src.utils.models.predict import LocalReader, Prediction, predict_pairs
+from src.utils.models.predict import LocalReader, predict_pairs
 from src.utils.runs import atomic_folder, measure_peak_mib, write_manifest, write_table
 from src.utils.schema import probs_table
-from src.utils.stats.scores import class_prior, log_loss
-from src.utils.training.callbacks import (
-    LiveCurve,
-    Progress,
-    TensorBoard,
-    ValidateAt,
-    has_stalled,
-    is_interval,
-)
+from src.utils.stats.scores import log_loss
+from src.utils.training import processes
 from src.utils.training.data import Examples, plan_batches
-from src.utils.training.processes import (
-    TeamReader,
-    deal,
-    on_first,
-    raise_to_world,
-    sum_over_ranks,
-    whole_weights,
-    world_size,
-)
-from src.utils.training.splitting import SplittingTrainer
+from src.utils.training.processes import rank, world_size
+from src.utils.training.progress import Progress
 
 MAX_GRAD_NORM = 1.0
-_OPTIMIZERS = {  # what transformers calls them
-    "adamw": "adamw_torch_fused",
-    "adamw_8bit": "adamw_8bit",
-}
+N_CHECKPOINTS = 2  # that are kept: should the newest be damaged, the one before it serves
 HISTORY_COLUMNS = (
-    "fold",
-    "seed",
-    "step",
-    "epoch",
-    "train_loss",
-    "log_loss",
-    "swap_gap",
-    "learning_rate",
-    "tokens_per_second",
-    "padding_share",
-    "peak_mib",
+    *("fold", "seed", "step", "epoch", "train_loss", "log_loss", "swap_gap", "learning_rate"),
+    *("tokens_per_second", "padding_share", "peak_mib"),
 )
 
 
-class FoldTrainer(SplittingTrainer):
-    """The Trainer of one fold, or of the refit, which holds none out.
+@dataclass(frozen=True)
+class Member:
+    """One model to train."""
+
+    name: str  # of its folders, e.g. "fold_0"
+    fold: int | None  # held out; None for the refit
+    config: FinetuneConfig  # with a seed of its own
+    key: str = ""  # hash of everything that determines the model
+
+
+class FoldTrainer:
+    """Trains one model and validates it on the held-out battles of its fold.
+
+    `run_dir` gets the best weights, with their predictions of `heldout`, in `model/NAME`, and
+    `checkpoints/NAME` and `tensorboard/NAME`. Without held-out battles the last weights are kept.
 
     Args:
-        model: and `tokenizer`: from `models.load_classifier`.
-        train_pairs: battles to learn from.
-        heldout: battles to validate on; where there is none, the last weights are kept.
-        fold: number of the fold, for messages and tables; None of the refit.
-        config: settings.
-        model_dir: gets the best weights so far, and what they say of `heldout`.
-        checkpoint_dir: gets the Trainer's checkpoints.
-        log_dir: gets TensorBoard's event files; None writes none.
+        model: from `checkpoints.load_classifier`, like its tokenizer.
         stop_share: share of the steps after which to stop, above 0 to 1; the learning rate
-            goes as if it were 1.
+            follows the schedule of all steps.
     """
-
-    loss_is_scaled_for_ga = False  # `compute_loss` gives the loss of one batch
 
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         train_pairs: pd.DataFrame,
         heldout: pd.DataFrame,
-        fold: int | None,
-        config: FinetuneConfig,
-        *,
-        model_dir: Path,
-        checkpoint_dir: Path,
-        log_dir: Path | None = None,
+        member: Member,
+        run_dir: Path,
         stop_share: float = 1.0,
     ) -> None:
-        self.fold, self.config, self.heldout = fold, config, heldout
-        self.model_dir = model_dir
-        items = Examples(train_pairs, tokenizer, config)
+        self.model, self.tokenizer = model, tokenizer
+        self.heldout, self.member, self.run_dir = heldout, member, run_dir
+        self.config = config = member.config
+        self.device = choose_device()
+        self.dtype, self._dtype_reason = choose_precision(self.device, hidden_size(model))
         self.is_packed = config.packing and can_pack(model)
         if self.is_packed:
             enable_packing(model)
-        self.plan = plan_batches(items.lengths, config, self.is_packed)
-        lengths = [items.lengths[np.array(batch) // 2] for batch in self.plan]
-        self.n_tok = np.cumsum([row_lengths.sum() for row_lengths in lengths])
-        n_padded = np.cumsum([len(row_lengths) * row_lengths.max() for row_lengths in lengths])
-        self.n_padded = self.n_tok if self.is_packed else n_padded
-        self.n_rows = np.cumsum([len(row_lengths) for row_lengths in lengths])
-        self.batches_per_step = raise_to_world(config.batches_per_step)
-        self.rows_together = 2 if config.both_orders else 1
-        self.n_steps = math.ceil(len(self.plan) / self.batches_per_step)
-        self.last_step = max(1, round(stop_share * self.n_steps))
-        dtype, reason = choose_precision(choose_device(), hidden_size(model))
-        self.start = self._describe_start(dtype, reason)
-        super().__init__(
-            model,
-            _training_arguments(config, self.n_steps, checkpoint_dir, dtype),
-            train_dataset=items,
-            processing_class=tokenizer,
-            callbacks=self._make_callbacks(log_dir),
-        )
-        self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = False
-        self._start_interval()
+
+        self.examples = Examples(train_pairs, tokenizer, config)
+        plan = plan_batches(self.examples.lengths, config, self.is_packed)
+        # A multiple of the processes, so that all have equally much to do in a step.
+        self.batches_per_step = math.ceil(config.batches_per_step / world_size()) * world_size()
+        starts = range(0, len(plan), self.batches_per_step)
+        self.steps = [plan[start : start + self.batches_per_step] for start in starts]
+        counts = np.zeros((len(self.steps) + 1, 3), dtype=np.int64)
+        for number, batch in enumerate(plan):
+            lengths = self.examples.lengths[np.array(batch) // 2]
+            n_padded = lengths.sum() if self.is_packed else len(batch) * lengths.max()
+            counts[number // self.batches_per_step + 1] += len(batch), lengths.sum(), n_padded
+        # Rows, tokens, and tokens with padding, that are read before each step and in all.
+        self._totals = np.cumsum(counts, axis=0)
+        self._rows_per_batch = self._totals[-1, 0] / len(plan)
+
+        self.last_step = max(1, round(stop_share * len(self.steps)))
+        n_validations = min(max(1, round(config.n_evals * config.n_epochs)), len(self.steps))
+        ends = np.linspace(0, len(self.steps), n_validations + 1)[1:].round()
+        self.validation_steps = {int(end) for end in ends if end < self.last_step}
+        self.validation_steps.add(self.last_step)
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizer = make_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.n_orders = 2 if config.both_orders else 1  # rows of a battle in a batch
+        self.n_parts = 1  # that each batch is split into; more when memory runs out
+        # Steps depend on both. Whether batches are packed depends on the version of transformers.
+        self._made_by = {"n_processes": world_size(), "packed": self.is_packed}
+        self.step = 0  # optimizer steps taken so far
+        self.history: list[dict] = []  # per validation: `describe_interval`, log_loss, swap_gap
+        self._loss_sum = 0.0  # of the rows since the last validation
+
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Train to the end, from the start or from a checkpoint of the same settings."""
+        processes.copy_from_first(self.weights)
+        if checkpoint:
+            self._load(checkpoint)
+        progress = None if rank() or self.is_finished else self._start_progress()
+        self._interval_start = time.perf_counter()  # of the steps since the last validation
+        try:
+            while not self.is_finished:
+                self.take_step()
+                row = self.describe_interval()
+                if progress:
+                    progress.show_step(row)
+                if self.step in self.validation_steps:
+                    if len(self.heldout):
+                        self._validate(row)
+                    self.history.append(row)
+                    self._save()
+                    if progress:
+                        progress.show_validation(self.history)
+                    self._loss_sum = 0.0
+                    self._interval_start = time.perf_counter()
+        finally:
+            if progress:
+                progress.close()
+        if not len(self.heldout):
+            self._write_model(None)
 
     @property
-    def _title(self) -> str:
-        return "refit" if self.fold is None else f"fold {self.fold}"
+    def is_finished(self) -> bool:
+        """Whether the last step is taken, or the best loss is `patience` validations old."""
+        losses = self._losses()
+        n_since_best = len(losses) - 1 - int(np.argmin(losses)) if losses else 0
+        return self.step >= self.last_step or 0 < self.config.patience <= n_since_best
 
-    def _describe_start(self, dtype: torch.dtype, reason: str) -> str:
-        config = self.config
-        base = "" if config.quantization == "none" else f"{config.quantization} base, "
-        batches = "packed" if self.is_packed else "padded"
-        return (
-            f"{self._title}: {choose_device()}, {str(dtype).removeprefix('torch.')} ({reason}), {base}"
-            f"{batches} batches of at most {config.tokens_per_batch:,} tokens, {self.batches_per_step} a step, "
-            f"{self.last_step:,} steps, {config.optimizer}"
-        )
+    def _losses(self) -> list[float]:
+        return [row["log_loss"] for row in self.history if "log_loss" in row]
 
-    def _make_callbacks(self, log_dir: Path | None) -> list[TrainerCallback]:
-        config = self.config
-        steps = {
-            step for step in _validation_steps(config, self.n_steps) if step < self.last_step
-        } | {self.last_step}
-        callbacks = [
-            ValidateAt(steps, config.patience),
-            Progress(self._title, self.start, self._measure_pace),
-        ]
-        if log_dir:
-            callbacks.append(TensorBoard(log_dir))
-        if len(self.heldout):
-            labels = self.heldout["label"].to_numpy()
-            prior = log_loss(np.tile(class_prior(labels), (len(labels), 1)), labels)
-            callbacks.append(LiveCurve(self._title, prior, config.n_epochs))
-        return callbacks
+    def take_step(self) -> None:
+        """Take one optimizer step on the next batches of the plan.
 
-    def go_on(self, checkpoint: Path | None) -> None:
-        """Train from the start, or from a checkpoint, to where training stops."""
-        if checkpoint:
-            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if not self._is_over():
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-    def _is_over(self) -> bool:
-        losses = [row["log_loss"] for row in self._validations()]
-        return self.state.global_step >= self.last_step or has_stalled(losses, self.config.patience)
-
-    def get_optimizer_cls_and_kwargs(self, args, model=None) -> tuple[type, dict[str, object]]:
-        """That of transformers, told how fast each layer learns where they do not all learn alike."""
-        optimizer, options = super().get_optimizer_cls_and_kwargs(args, model)
-        return optimizer, options
-
-    def get_train_dataloader(self) -> DataLoader:
-        """All batches of all epochs as one pass, which a resumed run enters at any batch."""
-        batches = deal(self.plan, self.batches_per_step)
-        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self._collate)
-
-    def _collate(self, items: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
-        if (
-            not items
-        ):  # a pass must be made, but counts for nothing: it has no vote to be right about
-            items = [
-                (row, np.zeros_like(target))
-                for row, target in map(self.train_dataset.__getitem__, (0, 1))
-            ]
-        rows, targets = zip(*items, strict=True)
-        batch = (
-            collate_packed(rows)
-            if self.is_packed
-            else collate(rows, self.processing_class.pad_token_id)
-        )
-        return batch | {"labels": torch.from_numpy(np.stack(targets))}
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Sum of the rows' cross entropies (and divergences between orders) over the mean number of rows a batch.
-
-        A mean over the rows of each batch would count a battle of a small batch (a long
-        one) for more than a battle of a large batch.
+        When memory runs out, the whole step is repeated in smaller parts and with the same
+        random numbers, as some of its gradients may have been added already.
         """
-        inputs = dict(inputs)
-        targets = inputs.pop("labels")
-        outputs = model(**inputs)
-        loss = nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum")
-        self.loss_sum += loss.detach()
-        loss = loss * (len(self.plan) / self.n_rows[-1]) * self._share_of_step(targets)
-        return (loss, outputs) if return_outputs else loss
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        batches = self.steps[self.step][rank() :: world_size()]
+        # Random numbers follow from the step, which is all that a resumed run has to know.
+        seed = np.random.SeedSequence((self.config.seed, self.step, rank())).generate_state(1)[0]
+        self.model.train()
+        while True:
+            torch.manual_seed(int(seed))
+            try:
+                loss_sum = self._add_gradients(batches)
+                break
+            except torch.OutOfMemoryError as error:
+                message = str(error)
+            # Not in the except block: there the error still holds the failed pass's memory.
+            self.optimizer.zero_grad()
+            self._split_further(batches, message)
+        processes.sum_gradients(self.weights, loss_sum)
+        self._loss_sum += loss_sum.item()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.weights, MAX_GRAD_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
 
-    def _share_of_step(self, targets: torch.Tensor) -> float:
-        """Makes the last step's mean over all places in it one over its batches: some places stand empty."""
-        step = self.state.global_step
-        n_batches = self._batches_at(step + 1) - self._batches_at(step)
-        n_places = (
-            self.current_gradient_accumulation_steps * world_size()
-            if world_size() > 1
-            else n_batches
+    def _add_gradients(self, batches: list[list[int]]) -> torch.Tensor:
+        """Add the gradients of batches; returns the sum of the row losses."""
+        # The mean loss of a batch's own rows would give a battle in a small batch (of long
+        # battles) more weight than one in a large batch: divide by the mean rows per batch.
+        n_rows = self._rows_per_batch * len(self.steps[self.step])
+        is_mixed = self.dtype != torch.float32
+        loss_sum = torch.zeros((), device=self.device)
+        for batch in batches:
+            size = math.ceil(len(batch) / self.n_orders / self.n_parts) * self.n_orders
+            for start in range(0, len(batch), size):
+                inputs, targets = self._collate(batch[start : start + size])
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed):
+                    logits = self.model(**inputs).logits
+                loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+                self.scaler.scale(loss / n_rows).backward()
+                loss_sum += loss.detach()
+        return loss_sum
+
+    def _collate(self, items: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rows, targets = zip(*(self.examples[item] for item in items), strict=True)
+        pad_id = self.tokenizer.pad_token_id
+        inputs = collate_packed(rows) if self.is_packed else collate(rows, pad_id)
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return inputs, torch.from_numpy(np.stack(targets)).to(self.device)
+
+    def _split_further(self, batches: list[list[int]], message: str) -> None:
+        if self.n_parts >= max(map(len, batches)) / self.n_orders:
+            raise torch.OutOfMemoryError(
+                f"step {self.step}: memory does not hold a single battle; lower max_tokens "
+                f"({self.config.max_tokens}) or turn on gradient_checkpointing. {message}"
+            )
+        self.n_parts *= 2
+        torch.cuda.empty_cache()  # does nothing without a GPU
+        warnings.warn(
+            f"step {self.step}: memory does not hold a batch of {self.config.tokens_per_batch} "
+            f"tokens; from now on each is read in {self.n_parts} parts, with the same result",
+            stacklevel=3,
         )
-        return n_places / n_batches * bool(targets.any()) if n_places > n_batches else 1.0
 
-    def evaluate(
-        self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"
-    ) -> dict[str, float]:
-        """Predict the held-out fold as the submission does; keep the weights when they are the best so far."""
-        row = self._describe_interval()
-        if not len(self.heldout):
-            self.log(row)
-            if self.state.global_step == self.last_step:
-                self._keep(None)
-            self._start_interval()
-            return {}
-        prediction = self._predict_heldout()
-        row["log_loss"] = log_loss(prediction.probs, self.heldout["label"].to_numpy())
-        row["swap_gap"] = float(np.nanmean(prediction.swap_gap))
-        is_best = row["log_loss"] < min(
-            (past["log_loss"] for past in self._validations()), default=math.inf
-        )
-        self.log(row)
-        if is_best:
-            self._keep(prediction.probs)
-        self._start_interval()
-        return {"eval_log_loss": row["log_loss"]}
+    def _learning_rate(self) -> float:
+        """Of the next step: a linear warm-up, then half a cosine down to 0."""
+        n_warm = math.ceil(self.config.warmup_share * len(self.steps))
+        if self.step < n_warm:
+            return self.config.learning_rate * self.step / n_warm
+        progress = (self.step - n_warm) / max(1, len(self.steps) - n_warm)
+        return self.config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
-    def _predict_heldout(self) -> Prediction:
+    def _validate(self, row: dict) -> None:
+        """Predict the held-out battles; keep the weights when they are the best so far."""
         prediction = predict_pairs(
-            self._make_reader(),
-            self.processing_class,
-            self.heldout,
+            LocalReader(self.model, self.tokenizer.pad_token_id, packing=self.config.packing),
+            self.tokenizer,
+            self.heldout[rank() :: world_size()],  # each process predicts its share
             max_tokens=self.config.predict_tokens,
             tokens_per_batch=self.config.tokens_per_batch,
         )
-        n_lost = int(np.isnan(prediction.probs).any(axis=1).sum())
+        probs = processes.gather_rows(prediction.probs)
+        n_lost = int(np.isnan(probs).any(axis=1).sum())
         if n_lost:
             raise FloatingPointError(
-                f"fold {self.fold}, step {self.state.global_step}: {n_lost} of {len(self.heldout)} held-out battles "
-                f"have logits that are not finite; lower learning_rate ({self.config.learning_rate})"
+                f"{self.member.name}, step {self.step}: expected finite logits, {n_lost} of "
+                f"{len(probs)} battles have others; lower learning_rate "
+                f"({self.config.learning_rate})"
             )
-        return prediction
+        row["log_loss"] = log_loss(probs, self.heldout["label"].to_numpy())
+        row["swap_gap"] = float(np.nanmean(processes.gather_rows(np.asarray(prediction.swap_gap))))
+        if row["log_loss"] < min(self._losses(), default=math.inf):
+            self._write_model(probs)
 
-    def _make_reader(self) -> LocalReader | TeamReader:
-        reader = LocalReader(
-            self.model, self.processing_class.pad_token_id, packing=self.config.packing
-        )
-        return TeamReader(reader.read) if world_size() > 1 else reader
-
-    def _keep(self, probs: np.ndarray | None) -> None:
-        self._write(probs, whole_weights(self.model))
-
-    @on_first
-    def _write(self, probs: np.ndarray | None, weights: dict[str, torch.Tensor] | None) -> None:
+    @processes.on_first
+    def _write_model(self, probs: np.ndarray | None) -> None:
         # Weights and the predictions made with them replace the old ones in one step.
-        with atomic_folder(self.model_dir) as folder:
-            write_model(self.accelerator.unwrap_model(self.model), self.processing_class, folder)
+        with atomic_folder(self.run_dir / "model" / self.member.name) as folder:
+            write_model(self.model, self.tokenizer, folder)
             if probs is not None:
-                write_table(
-                    folder / "oof.parquet", probs_table(self.heldout["id"], probs, fold=self.fold)
-                )
+                table = probs_table(self.heldout["id"], probs, fold=self.member.fold)
+                write_table(folder / "oof.parquet", table)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        on_first(write_manifest)(
-            Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        )
+    def describe_interval(self) -> dict:
+        """Describe training since the last validation.
 
-    def _start_interval(self) -> None:
-        self.loss_sum = torch.zeros((), device=self.args.device)
-        self.interval_start = time.perf_counter()
-
-    def _describe_interval(self) -> dict[str, float]:
-        n_rows = _between(self.n_rows, *self._interval())
+        Returns:
+            `HISTORY_COLUMNS` without log_loss and swap_gap; seconds, tokens, and tokens with
+            padding. Losses are in nats per battle, the learning rate is the next step's.
+        """
+        seconds = time.perf_counter() - self._interval_start
+        last_step = self.history[-1]["step"] if self.history else 0
+        n_rows, n_tok, n_padded = self._totals[self.step] - self._totals[last_step]
         return {
-            "train_loss": sum_over_ranks(self.loss_sum).item() / n_rows,
-            "learning_rate": self._get_learning_rate(),
-            "seconds": time.perf_counter() - self.interval_start,
-            **self._measure_pace(),
-        }
-
-    def _measure_pace(self) -> dict[str, float]:
-        n_tok, n_padded = (
-            _between(counts, *self._interval()) for counts in (self.n_tok, self.n_padded)
-        )
-        return {
-            "tokens_per_second": n_tok / (time.perf_counter() - self.interval_start),
-            "padding_share": 1 - n_tok / n_padded,
+            "fold": self.member.fold,
+            "seed": self.config.seed,
+            "step": self.step,
+            "epoch": self.step / len(self.steps) * self.config.n_epochs,
+            "train_loss": float(self._loss_sum / n_rows),
+            "learning_rate": self._learning_rate(),
+            "tokens_per_second": float(n_tok / seconds),
+            "padding_share": float(1 - n_tok / n_padded),
             "peak_mib": measure_peak_mib(),
+            "seconds": seconds,
+            "n_tok": int(n_tok),
+            "n_padded": int(n_padded),
         }
 
-    def _interval(self) -> tuple[int, int]:
-        """Batches since the last validation: first, and the one after the last."""
-        last_step = max((past["step"] for past in self._intervals()), default=0)
-        return self._batches_at(last_step), self._batches_at(self.state.global_step)
+    def _start_progress(self) -> Progress:
+        title = self.member.name.replace("_", " ")
+        print(
+            f"{title}: {self.device}, {str(self.dtype).removeprefix('torch.')} "
+            f"({self._dtype_reason}), {'packed' if self.is_packed else 'padded'} batches of at "
+            f"most {self.config.tokens_per_batch:,} tokens, {self.batches_per_step} per step, "
+            f"{self.last_step:,} steps"
+        )
+        folder = self.run_dir / "tensorboard" / self.member.name
+        labels = self.heldout["label"].to_numpy()
+        return Progress(title, folder, self.step, self.last_step, labels)
 
-    def _batches_at(self, step: int) -> int:
-        return min(step * self.batches_per_step, len(self.plan))
-
-    def _intervals(self) -> list[dict[str, float]]:
-        return [row for row in self.state.log_history if is_interval(row)]
-
-    def _validations(self) -> list[dict[str, float]]:
-        return [row for row in self._intervals() if "log_loss" in row]
-
-    def describe(self) -> dict[str, object]:
-        """What `done.json` keeps of a finished fold."""
-        names = {"fold": self.fold, "seed": self.config.seed}
-        rows = [
-            row | names | {"epoch": row["step"] / self.n_steps * self.config.n_epochs}
-            for row in self._validations()
-        ]
-        last_batch = self._batches_at(self.state.global_step) - 1
-        return {
-            "history": [{name: row[name] for name in HISTORY_COLUMNS} for row in rows],
-            "best_share": min(rows, key=lambda row: row["log_loss"])["step"] / self.n_steps
-            if rows
-            else None,
-            "n_steps": self.state.global_step,
-            "seconds": sum(row["seconds"] for row in self._intervals()),
-            "n_tok": int(self.n_tok[last_batch]),
-            "n_padded": int(self.n_padded[last_batch]),
-            "n_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+    @processes.on_first
+    def _save(self) -> None:
+        state = {
+            "weights": [weight.detach() for weight in self.weights],
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "made_by": self._made_by,
+            "step": self.step,
+            "history": self.history,
         }
+        parent = self.run_dir / "checkpoints" / self.member.name
+        with atomic_folder(parent / f"checkpoint-{self.step}") as folder:
+            torch.save(state, folder / "state.pt")
+            write_manifest(folder)
+        for old in list_checkpoints(parent)[N_CHECKPOINTS:]:
+            shutil.rmtree(old)
+
+    def _load(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        if state["made_by"] != self._made_by:
+            raise ValueError(
+                f"{checkpoint}: made by {state['made_by']}, got {self._made_by}; resume with the "
+                f"former, or remove {checkpoint.parent} to start again"
+            )
+        for weight, saved in zip(self.weights, state["weights"], strict=True):
+            weight.data.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.history = state["step"], state["history"]
 
 
-def _between(cumulative: np.ndarray, start: int, end: int) -> float:
-    return float(cumulative[end - 1] - (cumulative[start - 1] if start else 0))
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    paths = folder.glob("checkpoint-*")
+    return sorted(paths, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
-def _training_arguments(
-    config: FinetuneConfig, n_steps: int, folder: Path, dtype: torch.dtype
-) -> TrainingArguments:
-    on_gpu = choose_device().type == "cuda"
-    args = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=1,  # the plan holds all epochs
-        gradient_accumulation_steps=raise_to_world(config.batches_per_step) // world_size(),
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(config.warmup_share * n_steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=MAX_GRAD_NORM,
-        optim=_OPTIMIZERS[config.optimizer],
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=not on_gpu,
-        ddp_find_unused_parameters=False,
-        eval_strategy="no",  # `ValidateAt` says when
-        save_strategy="no",
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        save_total_limit=2,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        seed=config.seed,
-    )
-    # Two GPUs in one process would mean DataParallel, which splits our batches again.
-    args._n_gpu = min(args.n_gpu, 1)
-    return args
+def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """AdamW over the trained weights, with 32- or 8-bit state; norms and biases do not decay."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim > 1]},
+        {"params": [weight for weight in weights if weight.ndim == 1], "weight_decay": 0.0},
+    ]
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
 
-
-def _validation_steps(config: FinetuneConfig, n_steps: int) -> set[int]:
-    n_validations = min(max(1, round(config.n_evals * config.n_epochs)), n_steps)
-    return {round(n_steps * place / n_validations) for place in range(1, n_validations + 1)}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):  # keeps 32-bit state, as bitsandbytes advises
+            override = {"optim_bits": 32}
+            GlobalOptimManager.get_instance().register_module_override(module, "weight", override)
+    return AdamW8bit(groups, **options)
