@@ -419,7 +419,7 @@ def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
     order = worth["family"].tolist()[::-1]
     for of, odds, color in (("A against B", "A or B", ACCENT), ("tie", "a tie", LABEL_COLORS[TIE])):
         rows = worth[worth["of"] == of]
-        look = {"color": color, "label": f"in the odds of {odds}"}
+        look: dict[str, Any] = {"color": color, "label": f"in the odds of {odds}"}
         _draw_intervals(ax, rows, "difference", rows["family"].map(order.index), **look)
     ax.set_yticks(range(len(order)), order)
     ax.axvline(0, **_BLACK)
