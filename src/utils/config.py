@@ -85,7 +85,6 @@ def _explain(error: ValidationError, place: str) -> str:
 
 # Texts are read by `check_parameter` alone: here "3" is not a number.
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-_settings = dataclass(frozen=True, config=_STRICT)
 Head = Literal["joint", "contrast"]
 Quantization = Literal["none", "8bit", "4bit"]
 
@@ -95,7 +94,7 @@ def field(default: Any, meaning: str, unit: str = "", **limits: Any) -> Any:
     return Field(default, description=meaning, json_schema_extra={"unit": unit}, **limits)
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class EdaConfig(Config):
     """Settings of 01."""
 
@@ -108,7 +107,7 @@ class EdaConfig(Config):
     seed: int = field(20240501, "seed of the demo arena and of the folds")
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class BaselineConfig(Config):
     """Settings of 02, the CPU baseline."""
 
@@ -120,7 +119,7 @@ class BaselineConfig(Config):
     seed: int = field(20240501, "seed of the trees and the intervals")
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class EnsembleConfig(Config):
     """Settings of 05."""
 
@@ -133,7 +132,7 @@ class EnsembleConfig(Config):
     )
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class FinetuneConfig(Config):
     """Settings of 03, an encoder; reads the runs of 03 and 04."""
 
@@ -180,7 +179,7 @@ class FinetuneConfig(Config):
             raise SuiteError(f"tokens_per_batch: {expected}, got {self.tokens_per_batch}")
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class DecoderConfig(FinetuneConfig):
     """Settings of 04, a quantised decoder with LoRA: the fields of 03, some other defaults."""
 
