@@ -425,7 +425,7 @@ def test_the_timing_is_json_and_says_what_the_battles_got(pairs, trained, submis
 
 @pytest.mark.parametrize("layout", ["", "models/wowfattie"])
 def test_an_attached_base_is_found_in_both_layouts_and_checked(
-    trained, tmp_path, monkeypatch, layout
+    pairs, trained, tmp_path, monkeypatch, layout
 ):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.setattr(paths, "KAGGLE_WORKING", tmp_path)
@@ -439,7 +439,7 @@ def test_an_attached_base_is_found_in_both_layouts_and_checked(
     assert find_base(folder, config) == right
     wrong = tmp_path / "input" / layout / name / "1"
     shutil.copytree(right, wrong)
-    tiny.make_tiny_checkpoint("qwen3", ["some words"], wrong, 7)
+    tiny.prepare_base(dataclasses.replace(CONFIGS[DECODER], seed=7), pairs, wrong, n_steps=0)
     assert find_base(folder, config) == right
     shutil.rmtree(right)
     with pytest.raises(ValueError, match=f"{wrong}.*hash"):

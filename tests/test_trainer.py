@@ -14,7 +14,7 @@ def flat(weights):
 
 
 def test_an_8bit_optimizer_keeps_its_state_in_bytes_and_learns(make_trainer):
-    trainer = make_trainer(optimizer="adamw_8bit", n_epochs=4.0)
+    trainer = make_trainer(optimizer="adamw_8bit", n_epochs=8.0)
     trainer.train()
     state = trainer.optimizer.state[trainer.model.model.layers[0].mlp.Wi.weight]
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
