@@ -245,41 +245,43 @@ def choose_least_certain(uncertainty: np.ndarray, share: float) -> np.ndarray:
     return np.sort(np.argsort(-uncertainty, kind="stable")[:n_chosen])
 
 
+@dataclass
 class _Readings:
     """The token rows of N battles in one or both orders, and the probabilities read so far.
 
     Order 0 is the canonical one with `swap`, else the given one; order 1 exchanges the answers.
     """
 
-    def __init__(
-        self,
-        pairs: pd.DataFrame,
-        tokenizer: PreTrainedTokenizerBase,
-        max_tokens: int,
-        swap: bool,
-        uncertainty: np.ndarray | None,
-        twice_share: float,
-    ) -> None:
-        n_pairs = len(pairs)
-        self._pairs, self._tokenizer, self._max_tokens = pairs, tokenizer, max_tokens
-        self._uncertainty, self._twice_share = uncertainty, twice_share
-        self._is_as_given = is_canonical(pairs) if swap else np.ones(n_pairs, dtype=bool)
-        self.orders = (0, 1) if swap else (0,)
-        self.rows = [[np.zeros(0, dtype=np.int32)] * n_pairs for _ in range(2)]
+    pairs: pd.DataFrame
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+    swap: bool
+    given_uncertainty: np.ndarray | None
+    twice_share: float
+
+    def __post_init__(self) -> None:
+        n_pairs = len(self.pairs)
+        self.orders = (0, 1) if self.swap else (0,)
+        self._is_as_given = np.ones(n_pairs, dtype=bool)
+        if self.swap:
+            self._is_as_given = is_canonical(self.pairs)
+        self.rows = [[np.zeros(0, dtype=np.int32)] * n_pairs for _ in self.orders]
         self.probs = np.full((2, n_pairs, len(LABELS)), np.nan)
         self.is_cut = np.zeros(n_pairs, dtype=bool)
-        self._encode(np.arange(n_pairs), max_tokens)
+        self._encode(np.arange(n_pairs), self.max_tokens)
         # Two answers that read the same need no second reading to be made symmetric.
-        is_same = [np.array_equal(a, b) for a, b in zip(*self.rows, strict=True)]
-        self._is_same = np.array(is_same, dtype=bool) & swap
+        self._is_same = np.zeros(n_pairs, dtype=bool)
+        if self.swap:
+            is_same = [np.array_equal(*both) for both in zip(*self.rows, strict=True)]
+            self._is_same = np.array(is_same, dtype=bool)
 
     def _encode(self, rows: np.ndarray, max_tokens: int) -> None:
-        given, swapped = encode_both_orders(self._pairs.iloc[rows], self._tokenizer, max_tokens)
-        for row, ids, ids_swapped in zip(rows, given, swapped, strict=True):
-            order = 0 if self._is_as_given[row] else 1
-            # A list of Python integers would take eight times the memory.
-            self.rows[order][row] = np.asarray(ids, dtype=np.int32)
-            self.rows[1 - order][row] = np.asarray(ids_swapped, dtype=np.int32)
+        given, swapped = encode_both_orders(self.pairs.iloc[rows], self.tokenizer, max_tokens)
+        for row, *both in zip(rows, given, swapped, strict=True):
+            for order in self.orders:
+                ids = both[order if self._is_as_given[row] else 1 - order]
+                # A list of Python integers would take eight times the memory.
+                self.rows[order][row] = np.asarray(ids, dtype=np.int32)
 
     def lengths(self, order: int) -> np.ndarray:
         """(N,) int, tokens of each battle."""
@@ -288,20 +290,20 @@ class _Readings:
     def wanted(self, order: int) -> np.ndarray:
         """Battles to read in this order, indices."""
         if order == 0:
-            return np.arange(len(self._pairs))
-        chosen = choose_least_certain(self.uncertainty(order), self._twice_share)
+            return np.arange(len(self.pairs))
+        chosen = choose_least_certain(self.uncertainty(order), self.twice_share)
         return chosen[~self._is_same[chosen]]
 
     def uncertainty(self, order: int) -> np.ndarray:
         """(N,) float, from the first reading once it is there; shortness where nothing is known."""
         if order == 1:
             return measure_entropy(self.probs[0])
-        return -self.lengths(0) if self._uncertainty is None else self._uncertainty
+        return -self.lengths(0) if self.given_uncertainty is None else self.given_uncertainty
 
     def cut(self, rows: np.ndarray, limit_tok: float, tokens_per_batch: int) -> None:
         """Cut these battles until they have `limit_tok` padded tokens or are at `MIN_TOKENS`."""
         lengths = self.lengths(0)[rows]
-        max_tokens = self._max_tokens
+        max_tokens = self.max_tokens
         while max_tokens > MIN_TOKENS:
             cut_lengths = np.minimum(lengths, max_tokens)
             if _count_padded(cut_lengths, tokens_per_batch) <= limit_tok:
@@ -311,7 +313,7 @@ class _Readings:
         if len(longer):
             self._encode(longer, max_tokens)
             self.is_cut[longer] = True
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
 
     def result(self, note: str = "") -> Prediction:
         """What was read so far, with A and B as in the given battles."""
@@ -335,20 +337,18 @@ def _count_padded(lengths: np.ndarray, tokens_per_batch: int) -> int:
     return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
 
 
+@dataclass
 class _Loop:
     """Sends batches to a reader and collects them, replanning by the measured pace."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        readings: _Readings,
-        tokens_per_batch: int,
-        deadline: float,
-        bar: tqdm,
-        keep: Callable[[Prediction], None] | None,
-    ) -> None:
-        self._reader, self._readings, self._tokens_per_batch = reader, readings, tokens_per_batch
-        self._deadline, self._bar, self._keep = deadline, bar, keep
+    reader: Reader
+    readings: _Readings
+    tokens_per_batch: int
+    deadline: float
+    bar: tqdm
+    keep: Callable[[Prediction], None] | None
+
+    def __post_init__(self) -> None:
         self._kept_at = self._received_at = time.monotonic()
         self._n_sent = self._n_received = 0
         # (seconds, padded tokens) of the last batches
@@ -357,23 +357,23 @@ class _Loop:
 
     def read(self, order: int) -> None:
         """Read the wanted battles in this order, as far as time allows."""
-        self._plan(order, self._readings.wanted(order), postponed=np.zeros(0, dtype=int))
+        self._plan(order, self.readings.wanted(order), postponed=np.zeros(0, dtype=int))
         while True:
-            while len(self._under_way) < self._reader.capacity:
+            while len(self._under_way) < self.reader.capacity:
                 batch = self._next_batch(order)
                 if batch is None:
                     break
                 self._n_sent += 1
                 self._under_way[self._n_sent] = batch
-                token_rows = [self._readings.rows[order][row] for row in batch]
-                self._reader.send(self._n_sent, token_rows)
+                token_rows = [self.readings.rows[order][row] for row in batch]
+                self.reader.send(self._n_sent, token_rows)
             if not self._under_way or not self._receive(order):
                 return
 
     def _plan(self, order: int, rows: np.ndarray, postponed: np.ndarray) -> None:
         """Plan to read these rows, longest first; for the postponed ones time seems too short."""
-        self._lengths = self._readings.lengths(order)
-        batches = make_batches(self._lengths[rows], self._tokens_per_batch)
+        self._lengths = self.readings.lengths(order)
+        batches = make_batches(self._lengths[rows], self.tokens_per_batch)
         self._planned = deque(rows[batch] for batch in batches)
         self._planned_tok = sum(map(self._padded, self._planned))
         self._postponed = postponed
@@ -398,7 +398,7 @@ class _Loop:
 
     def _affordable_tok(self) -> float:
         """Padded tokens that can still be read in time, beside those under way."""
-        left_s = self._deadline - time.monotonic()
+        left_s = self.deadline - time.monotonic()
         if left_s < 0:
             return 0.0
         if not self._measured:
@@ -416,15 +416,15 @@ class _Loop:
         # A little time stays free, so that a batch that is a little slow does not change the plan.
         limit_tok = _FILL * affordable_tok
         if order == 0:
-            self._readings.cut(unread, limit_tok, self._tokens_per_batch)
-        lengths = self._readings.lengths(order)
-        by_certainty = np.argsort(-self._readings.uncertainty(order)[unread], kind="stable")
+            self.readings.cut(unread, limit_tok, self.tokens_per_batch)
+        lengths = self.readings.lengths(order)
+        by_certainty = np.argsort(-self.readings.uncertainty(order)[unread], kind="stable")
         rows = unread[by_certainty]
         rows = rows[lengths[rows] <= affordable_tok]  # a longer one would block all others
         while True:
             n_rows = np.searchsorted(np.cumsum(lengths[rows]), limit_tok, side="right")
             chosen = rows[: max(1, n_rows)]
-            padded_tok = _count_padded(lengths[chosen], self._tokens_per_batch)
+            padded_tok = _count_padded(lengths[chosen], self.tokens_per_batch)
             if len(chosen) <= 1 or padded_tok <= affordable_tok:
                 break
             limit_tok *= _FILL
@@ -432,22 +432,22 @@ class _Loop:
 
     def _receive(self, order: int) -> bool:
         """Wait for a batch; False when the deadline passes first."""
-        received = self._reader.receive(self._deadline)
+        received = self.reader.receive(self.deadline)
         if received is None:
             self._under_way.clear()
             return False
         key, probs = received
         batch = self._under_way.pop(key)
-        self._readings.probs[order, batch] = probs
-        self._bar.update(int(self._lengths[batch].sum()))
+        self.readings.probs[order, batch] = probs
+        self.bar.update(int(self._lengths[batch].sum()))
         now = time.monotonic()
         self._measured.append((now - self._received_at, self._padded(batch)))
         self._received_at = now
         self._n_received += 1
         if self._n_received == _N_WARMUP:
             self._measured.popleft()
-        if self._keep and now - self._kept_at > _KEEP_S:
-            self._keep(self._readings.result())
+        if self.keep and now - self._kept_at > _KEEP_S:
+            self.keep(self.readings.result())
             self._kept_at = now
         return True
 
