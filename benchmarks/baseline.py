@@ -27,6 +27,7 @@ from src.utils.battles.readers import add_groups_and_folds, load_pairs
 from src.utils.battles.style import measure_style, style_differences
 from src.utils.config import BaselineConfig
 from src.utils.models import baseline
+from src.utils.paths import REAL_DATA
 from src.utils.runs import measure_peak_mib, measure_versions, read_json, write_json
 from src.utils.schema import LABELLED_COLUMNS, TEXTS, Turns, average_over_swap
 from src.utils.stats import scores
@@ -34,7 +35,6 @@ from src.utils.stats.blend import cross_fit_blend
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "baseline.json"
-REAL_DATA = Path(os.environ.get("ARENA_REAL_DATA", ROOT / "data" / "real"))
 REAL = [REAL_DATA / f"arena_{name}.csv" for name in ("sample", "extra")]
 N_TRAIN, N_TEST = 57_477, 25_000  # the competition's
 SEEDS = (11, 12, 13, 14, 15)  # of the splits; none of them chose a setting

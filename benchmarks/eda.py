@@ -2,7 +2,7 @@
 
     python benchmarks/eda.py
 
-Makes the battles (real rows resampled and perturbed where `../shared/data` exists, else demo
+Makes the battles (real rows resampled and perturbed where `ARENA_REAL_DATA` names some, else demo
 answers stretched to the same lengths), then runs, in one process each: all of notebook 01,
 `style.measure_style`, and the row-wise counts, which must agree with the latter. Writes
 `benchmarks/results/eda.json`.
@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 
 from src.utils.battles import demo, readers, style
+from src.utils.paths import REAL_DATA
 from src.utils.runs import (
     Stopwatch,
     encode_turns,
@@ -37,7 +38,7 @@ from src.utils.runs import (
 from src.utils.schema import LABELS, TEXTS, Turns
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = [ROOT.parent / "shared" / "data" / name for name in ("arena_sample.csv", "arena_extra.csv")]
+REAL = [REAL_DATA / name for name in ("arena_sample.csv", "arena_extra.csv")]
 N_BATTLES, N_MODELS, SEED = 57_477, 64, 20240501  # the competition's training rows and chatbots
 TARGET_S, TARGET_MIB = 60, 2048
 # Characters of a prompt and an answer in the competition: median and spread of their logarithm.

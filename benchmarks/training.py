@@ -2,7 +2,7 @@
 
     python -m benchmarks.training
 
-Rows have the lengths of real battles under real tokenizers where `../shared/data` exists, else of
+Rows have the lengths of real battles under real tokenizers (`ARENA_REAL_DATA`), else of
 demo battles with log-normal lengths. Models have real shapes and random weights: always a
 ModernBERT of 6 x 384 on the CPU; on a GPU also ModernBERT-base and Qwen3-4B (NF4, LoRA). Each way
 runs in a process of its own and in the same precision, reads every row once, forward and backward,
@@ -46,14 +46,14 @@ from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
 from src.utils.models.template import encode_pairs
 from src.utils.models.tiny import prepare_base
+from src.utils.paths import REAL_DATA
 from src.utils.runs import Stopwatch, measure_peak_mib, measure_versions, read_json, write_json
 from src.utils.schema import LABELS
 from src.utils.stats.plots import ACCENT, MUTED, use_style
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "training.json"
-SHARED = ROOT.parent / "shared" / "data"
-REAL = [SHARED / f"arena_{name}.csv" for name in ("sample", "extra")]
+REAL = [REAL_DATA / f"arena_{name}.csv" for name in ("sample", "extra")]
 MAX_TOKENS = 2048  # of one row, as in notebook 03
 ROWS_PER_STEP = 8  # of the optimizer, at least: the same for all ways
 N_WARMUP = 1  # batches before the clock starts
@@ -116,7 +116,7 @@ def read_tokenizer(
     kind: str, pairs: pd.DataFrame, folder: Path
 ) -> tuple[PreTrainedTokenizerFast, str]:
     """The real tokenizer of a kind of model where it exists, else one learned from the battles."""
-    real = SHARED / "tokenizers" / {"modernbert": "olmo_bpe", "qwen3": "qwen2_5"}[kind]
+    real = REAL_DATA / "tokenizers" / {"modernbert": "olmo_bpe", "qwen3": "qwen2_5"}[kind]
     if not real.exists():
         tiny = FinetuneConfig(checkpoint=f"tiny:{kind}", revision="")
         base = prepare_base(tiny, pairs, folder, n_steps=0)

@@ -12,9 +12,10 @@ import pytest
 
 from src.utils.battles.demo import make_battles
 from src.utils.battles.readers import add_groups_and_folds, load_pairs
+from src.utils.paths import REAL_DATA
 from src.utils.schema import LABELLED_COLUMNS
 
-REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+NO_REAL_DATA = f"no real battles: set ARENA_REAL_DATA to their folder (looked in {REAL_DATA})"
 REAL_TRAIN = [REAL_DATA / "arena_sample.csv", REAL_DATA / "arena_extra.csv"]
 
 # Longest first: with two files at a time, none of these is begun when the others are done.
@@ -67,7 +68,7 @@ def demo_pairs(_demo_pairs: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.fixture
 def ugly_pairs() -> pd.DataFrame:
-    """Twelve battles with nulls, empty answers, lone surrogates, 50,000 characters, HTML, special tokens, scripts."""
+    """Twelve battles: nulls, empty answers, lone surrogates, long texts, HTML, special tokens."""
     pairs = pd.DataFrame(_UGLY, columns=["prompt", "response_a", "response_b"], dtype=object)
     pairs.insert(0, "id", range(1, len(pairs) + 1))
     labels = [row % 3 for row in range(len(pairs))]
@@ -79,19 +80,19 @@ def ugly_pairs() -> pd.DataFrame:
 @pytest.fixture(scope="session")
 def _real_pairs() -> pd.DataFrame:
     if not all(path.exists() for path in REAL_TRAIN):
-        pytest.skip(f"real battles are not at hand: {REAL_DATA} is missing")
+        pytest.skip(NO_REAL_DATA)
     return add_groups_and_folds(load_pairs(REAL_TRAIN)[0])
 
 
 @pytest.fixture
 def real_pairs(_real_pairs: pd.DataFrame) -> pd.DataFrame:
-    """898 real battles with label, group and fold; skips where the shared data folder is missing."""
+    """898 real battles with label, group and fold; skips where there are none."""
     return _real_pairs.copy()
 
 
 @pytest.fixture(scope="session")
 def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
-    """A function: kind ("modernbert", "qwen3") -> folder of a tiny checkpoint, made once a session."""
+    """A function: kind ("modernbert", "qwen3") -> folder of a tiny checkpoint, made once."""
     from src.utils.config import FinetuneConfig
     from src.utils.models.tiny import prepare_base
 

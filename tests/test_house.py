@@ -1,4 +1,4 @@
-"""The house itself: imports only go down, notebooks obey the river and the cell style, every name exists."""
+"""The repository as a whole: light imports, the style of notebooks, names that exist."""
 
 import ast
 import csv
@@ -12,7 +12,9 @@ import nbformat
 import pytest
 
 from src.utils.config import CONFIGS, PROFILES, make_parameters, read_parameters, read_profile
+from src.utils.paths import REAL_DATA
 from src.utils.suite.pipeline import STAGES
+from tests.conftest import NO_REAL_DATA
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "src" / "utils"
@@ -44,7 +46,6 @@ class Block:
 sys.meta_path.insert(0, Block())
 """
 IGNORED = {".git", *(ROOT / ".gitignore").read_text().replace("/\n", "\n").split()}
-REAL_DATA = ROOT.parent / "shared" / "data"
 
 every_module = pytest.mark.parametrize("module", MODULES)
 every_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS)
@@ -154,7 +155,7 @@ def test_a_cell_is_one_act(notebook):
 
 
 def run_folders(cell):
-    """Variable -> notebook whose run folder it holds, for `x = paths.run_dir("NN_name")`, also in tuples."""
+    """Variable -> notebook whose run folder it holds, for `x = paths.run_dir("NN_name")`."""
     for node in ast.walk(parse(cell)):
         if not isinstance(node, ast.Assign):
             continue
@@ -249,8 +250,6 @@ def tree_entries(text):
 
 
 def test_the_tree_in_the_readme_exists():
-    if not (ROOT / "README.md").exists():
-        pytest.skip("README.md is not written yet")
     entries = list(tree_entries((ROOT / "README.md").read_text(encoding="utf-8")))
     assert len(entries) > 10
     missing = [
@@ -286,7 +285,7 @@ def test_no_file_names_the_place_where_it_was_written():
 
 def test_no_real_battle_is_in_the_repository():
     if not REAL_DATA.is_dir():
-        pytest.skip(f"real battles are not at hand: {REAL_DATA} is missing")
+        pytest.skip(NO_REAL_DATA)
     csv.field_size_limit(10**7)
     starts = set()
     for path in REAL_DATA.glob("*.csv"):

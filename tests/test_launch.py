@@ -131,7 +131,7 @@ def test_a_run_that_lost_a_process_resumes_and_ends_with_the_same_weights(
     last = int(unbroken.history["step"].iloc[-1])
     with pytest.raises(RuntimeError, match="2 processes failed"):
         launched(tmp_path, kill_at=last - 1)
-    with pytest.raises(ValueError, match="'n_processes': 2.*'n_processes': 1"):
+    with pytest.raises(ValueError, match=r"'n_processes': 2.*'n_processes': 1"):
         three = dataclasses.replace(config, batches_per_step=3)
         fit_launched(pairs, three, tmp_path, tiny_base("modernbert"))
     resumed, noted = launched(tmp_path)
@@ -153,7 +153,7 @@ def test_one_process_per_gpu_unless_another_number_is_asked_for(monkeypatch):
     monkeypatch.setattr(launch, "choose_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert count_processes(FinetuneConfig()) == 2
-    with pytest.raises(ValueError, match="n_processes: .* 2, .* 3"):
+    with pytest.raises(ValueError, match=r"n_processes: .* 2, .* 3"):
         count_processes(FinetuneConfig(n_processes=3))
 
 
@@ -166,5 +166,5 @@ def test_the_settings_are_those_of_the_notebook_the_profile_and_the_command_line
 
 
 def test_a_run_folder_that_no_notebook_has_is_named():
-    with pytest.raises(ValueError, match="RUN: .*03_modernbert.*04_qwen.*artifacts/other"):
+    with pytest.raises(ValueError, match=r"RUN: .*03_modernbert.*04_qwen.*artifacts/other"):
         read_config(Path("artifacts/other"), None, "full", [])

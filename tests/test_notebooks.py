@@ -1,4 +1,4 @@
-"""All seven notebooks through the runner, small: promises kept, a valid submission, and symmetric."""
+"""All seven notebooks through the runner, small: complete outputs, a valid submission, symmetry."""
 
 import json
 import shutil
@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 
 from src.utils.delivery.submit import check_submission
-from src.utils.paths import ROOT
+from src.utils.paths import REAL_DATA, ROOT
 from src.utils.schema import LABELS
 from src.utils.suite.pipeline import STAGES, files_under
+from tests.conftest import NO_REAL_DATA
 
 pytestmark = pytest.mark.slow
 
-REAL_DATA = ROOT.parent / "shared" / "data"
 TINY = ["02_baseline.N_TREES=20", "N_EPOCHS=0.5", "MAX_PAIRS=60", "FOLDS=[0]", "N_EVALS=1"]
 MINI_ARENA = ["01_eda.N_DEMO_BATTLES=300", "01_eda.N_DEMO_TEST=24"]
 SUBMISSION = Path("06_kaggle_inference") / "submission.csv"
@@ -35,7 +35,7 @@ def run_suite(artifacts, *arguments, settings=()):
 
 @pytest.fixture(scope="module")
 def tiny_models(tiny_base):
-    """Settings that give 03 and 04 tiny checkpoints with random weights, in place of making their own."""
+    """Settings that give 03 and 04 tiny checkpoints with random weights instead of pretraining."""
     bases = {"03_modernbert": "modernbert", "04_qwen": "qwen3"}
     return [
         *TINY,
@@ -96,7 +96,7 @@ def test_exchanging_the_answers_exchanges_the_columns(demo_run, tmp_path):
 
 def test_real_battles_go_through(tmp_path, tiny_models):
     if not (REAL_DATA / "arena_sample.csv").exists():
-        pytest.skip(f"real battles are not at hand: {REAL_DATA} is missing")
+        pytest.skip(NO_REAL_DATA)
     pd.read_csv(REAL_DATA / "arena_sample.csv").head(60).to_csv(tmp_path / "rows.csv", index=False)
     run_suite(
         tmp_path / "artifacts",

@@ -56,5 +56,5 @@ def test_one_process_is_a_world_of_one():
 
 def test_a_process_that_torchrun_did_not_start_does_not_train_alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(RuntimeError, match="torchrun.*RANK"):
+    with pytest.raises(RuntimeError, match=r"torchrun.*RANK"):
         processes.join_world()

@@ -1,7 +1,5 @@
 """Ranking: published leagues, coverage of the intervals, symmetry, and what cannot be estimated."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +7,7 @@ from scipy.special import softmax
 
 from src.utils.battles import demo
 from src.utils.battles.readers import add_groups_and_folds, load_pairs
+from src.utils.paths import REAL_DATA
 from src.utils.schema import swap_labels
 from src.utils.stats import ranking
 
@@ -43,7 +42,6 @@ PUDDING = np.array(
 # parameters as Davidson".
 PUDDING_WORTHS = (0.1388005, 0.1729985, 0.1617420, 0.1653930, 0.1586805, 0.2023855)
 PUDDING_NU = 0.7468147
-REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def draw_votes(n, seed, slope=0.5, position=0.2, log_nu=-0.1):

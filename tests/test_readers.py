@@ -12,8 +12,8 @@ from src.utils.battles.readers import (
     describe_health,
     load_pairs,
 )
+from src.utils.paths import REAL_DATA
 from src.utils.schema import LABELS, TEXTS, swap_pairs
-from tests.conftest import REAL_DATA
 
 # Frozen: other values would mean that existing folds have changed.
 FIRST_GROUP = 8439179984319139980

@@ -19,8 +19,8 @@ from src.utils.battles.style import (
     style_differences,
     style_shared,
 )
+from src.utils.paths import REAL_DATA
 from src.utils.schema import TEXTS, swap_pairs
-from tests.conftest import REAL_DATA
 
 
 def make_pairs(*battles):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# Real battles for tests and benchmarks; their text is never committed.
+REAL_DATA = Path(os.environ.get("ARENA_REAL_DATA", ROOT / "data" / "real")).expanduser()
 KAGGLE = Path(os.environ.get("ARENA_KAGGLE_ROOT", "/kaggle"))  # the rehearsal moves it
 KAGGLE_INPUT = KAGGLE / "input"
 KAGGLE_WORKING = KAGGLE / "working"
