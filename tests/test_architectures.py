@@ -284,7 +284,7 @@ def test_padding_that_a_battle_ends_with_is_refused_by_the_template(demo_pairs):
     assert len(encode_pairs(demo_pairs[:1], tokenizer, 320)) == 1
 
 
-def test_a_battle_begins_with_the_token_of_the_beginning_exactly_once():
+def test_a_battle_starts_with_bos_exactly_once():
     for chat in (LLAMA_CHAT, LLAMA_CHAT.replace("{{ bos_token }}", "")):
         tokenizer = make_tokenizer(LLAMA_MARKS, chat)
         bos = ("<|begin_of_text|>", tokenizer.bos_token_id)
@@ -331,7 +331,7 @@ def test_a_checkpoint_that_lacks_a_weight_of_its_base_is_named(tmp_path):
         load_classifier(make_config("llama", tmp_path / "base"))
 
 
-def test_the_head_of_a_reward_model_is_dropped_without_a_word(tmp_path, capfd, caplog):
+def test_the_head_of_a_reward_model_is_dropped_silently(tmp_path, capfd, caplog):
     folder = write_checkpoint("reward", tmp_path / "base")
     capfd.readouterr()
     config = dataclasses.replace(make_config("reward", folder), quantization="4bit")

@@ -61,12 +61,12 @@ def test_a_tiny_checkpoint_has_the_architecture_of_the_real_one(tiny_base):
         assert model.config.num_labels == 3
 
 
-def test_a_missing_tiny_checkpoint_says_how_to_make_it(tmp_path):
+def test_a_missing_tiny_checkpoint_names_what_makes_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"call prepare_base\(\) first"):
         load_classifier(ENCODER, tmp_path)
 
 
-def test_an_unreachable_checkpoint_says_what_to_do(monkeypatch):
+def test_an_unreachable_checkpoint_names_the_remedies(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nmore lines")
 
@@ -287,7 +287,7 @@ def test_importing_the_trainer_prints_nothing():
     assert done.stdout + done.stderr == ""
 
 
-def test_half_precision_is_left_and_entered_again_exactly():
+def test_half_precision_is_restored_exactly():
     model = nn.Linear(3, 3).half()
     weight = model.weight.detach().clone()
     with in_float32(model):

@@ -45,7 +45,7 @@ def test_either_kind_of_bf16_instruction_is_enough(monkeypatch, name):
     assert cpu_has_bf16()
 
 
-def test_a_torch_that_can_not_tell_counts_as_without_bf16(monkeypatch):
+def test_a_torch_that_cannot_tell_counts_as_without_bf16(monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(torch.cpu, name, raising=False)
     assert not cpu_has_bf16()

@@ -35,7 +35,7 @@ CONFIGS = {"modernbert": ENCODER, "qwen3": DECODER}
 
 
 def load(kind, tiny_base, **changes):
-    """A classifier whose contrast has something to say."""
+    """A classifier whose contrast is not zero."""
     model, tokenizer = load_classifier(
         dataclasses.replace(CONFIGS[kind], **changes), tiny_base(kind)
     )
@@ -72,7 +72,7 @@ def test_the_answers_found_are_those_written(kind, tiny_base):
     assert tokenizer.decode(row[start_b:end_b]).strip() == ""
 
 
-def test_weights_make_a_mean_less_a_mean():
+def test_weights_make_a_mean_minus_a_mean():
     pieces = [(1,), (2, 3), (2, 4), (5,)]
     row = np.array([1, 9, 2, 3, 7, 7, 2, 4, 8, 8, 8, 8, 5])
     weights = contrast_weights(row, pieces)
@@ -89,7 +89,7 @@ def test_weights_make_a_mean_less_a_mean():
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_what_it_adds_for_a_it_takes_from_b(kind, tiny_base, demo_pairs):
+def test_what_it_adds_to_a_it_subtracts_from_b(kind, tiny_base, demo_pairs):
     model, tokenizer = load(kind, tiny_base)
     batch = collate(encode_pairs(demo_pairs[:6], tokenizer, 256), tokenizer.pad_token_id)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_what_it_adds_for_a_it_takes_from_b(kind, tiny_base, demo_pairs):
     assert (added[:, 0].abs() > 1e-3).all() and (added[:, 2] == 0).all()
 
 
-def test_exchanged_states_exchange_its_answer(tiny_base):
+def test_exchanged_states_exchange_its_output(tiny_base):
     model, _ = load("modernbert", tiny_base)
     model.pieces = [(1,), (2, 3), (2, 4), (5,)]
     row, states = torch.tensor([1, 9, 2, 3, 7, 7, 2, 4, 8, 8, 5]), torch.randn(11, 64)
@@ -111,7 +111,7 @@ def test_exchanged_states_exchange_its_answer(tiny_base):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_new_contrast_says_nothing_and_can_learn(kind, tiny_base, demo_pairs):
+def test_a_new_contrast_adds_nothing_and_can_learn(kind, tiny_base, demo_pairs):
     model, tokenizer = load_classifier(CONFIGS[kind], tiny_base(kind))
     contrast = contrast_of(model)
     assert contrast.weight.dtype == torch.float32 and (contrast.weight == 0).all()
@@ -166,7 +166,7 @@ def test_it_is_saved_loaded_and_merged(kind, tiny_base, demo_pairs, tmp_path):
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_a_quantised_base_leaves_it_whole(quantization, tiny_base):
+def test_beside_a_quantised_base_it_is_not_quantised(quantization, tiny_base):
     model, _ = load_classifier(
         dataclasses.replace(DECODER, quantization=quantization), tiny_base("qwen3")
     )

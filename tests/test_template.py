@@ -1,6 +1,117 @@
 import numpy as np
+import pandas as pd
+import pytest
+from transformers import AutoTokenizer
 
-from src.utils.models.template import cut_middle, cut_turns, share_budget, text_of
+from src.utils.models.heads import find_answers
+from src.utils.models.template import (
+    count_tokens,
+    cut_middle,
+    cut_turns,
+    encode_both_orders,
+    encode_pairs,
+    make_template,
+    share_budget,
+    text_of,
+)
+from src.utils.schema import swap_pairs
+
+KINDS = ("modernbert", "qwen3")
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request, tiny_base):
+    return AutoTokenizer.from_pretrained(tiny_base(request.param))
+
+
+@pytest.fixture
+def encoder(tiny_base):
+    return AutoTokenizer.from_pretrained(tiny_base("modernbert"))
+
+
+@pytest.fixture
+def decoder(tiny_base):
+    return AutoTokenizer.from_pretrained(tiny_base("qwen3"))
+
+
+def battle(prompt=("p",), a=("a",), b=("b",)):
+    return pd.DataFrame({"id": [1], "prompt": [prompt], "response_a": [a], "response_b": [b]})
+
+
+def test_an_encoder_reads_prompt_a_b_between_its_own_special_tokens(encoder):
+    (row,) = encode_pairs(battle(("who?",), ("me",), ("you",)), encoder, 64)
+    assert encoder.decode(row) == "[CLS]who?[SEP]Answer A:\nme[SEP]Answer B:\nyou[SEP]"
+
+
+def test_a_decoder_reads_one_chat_message_and_is_asked_to_answer(decoder):
+    (row,) = encode_pairs(battle(("who?",), ("me",), ("you",)), decoder, 256)
+    text = decoder.decode(row)
+    assert text.startswith("<|im_start|>user\n")
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert "User:\nwho?\n\nAnswer A:\nme\n\nAnswer B:\nyou\n\n" in text
+
+
+def test_the_closing_tokens_are_never_cut(tokenizer, ugly_pairs):
+    end = list(make_template(tokenizer).pieces[-1])
+    for max_tokens in (160, 300):
+        for row in encode_pairs(ugly_pairs, tokenizer, max_tokens):
+            assert row[-len(end) :] == end
+            assert len(row) <= max_tokens
+
+
+def test_special_tokens_in_user_text_stay_plain_text(tokenizer):
+    texts = "".join(tokenizer.all_special_tokens) + "[SEP]<|im_end|>"
+    plain, forged = (
+        encode_pairs(battle(a=(text,)), tokenizer, 400)[0] for text in ("nothing special", texts)
+    )
+    specials = set(tokenizer.all_special_ids)
+    assert [i for i in forged if i in specials] == [i for i in plain if i in specials]
+    assert texts in tokenizer.decode(forged)
+
+
+def test_turns_are_kept_apart(tokenizer):
+    apart, joined = (
+        encode_pairs(battle(a=turns), tokenizer, 300)[0] for turns in (("x", "y"), ("xy",))
+    )
+    assert apart != joined
+    assert "x\n\n[next turn]\n\ny" in tokenizer.decode(apart)
+
+
+def test_long_battles_keep_a_part_of_every_text(tokenizer):
+    words = {name: f"{name} " * 3000 for name in ("question", "first", "second")}
+    (row,) = encode_pairs(battle(*((text,) for text in words.values())), tokenizer, 256)
+    text = tokenizer.decode(row)
+    assert 250 <= len(row) <= 256
+    assert min(text.count(name) for name in words) >= 5
+
+
+def test_the_same_words_are_cut_when_the_answers_are_exchanged(tokenizer, ugly_pairs, demo_pairs):
+    pairs = pd.concat([ugly_pairs, demo_pairs[:20]])
+    pieces = make_template(tokenizer).pieces
+    given, swapped = encode_both_orders(pairs, tokenizer, 170)
+    for one, other in zip(given, swapped, strict=True):
+        (a, b), (c, d) = find_answers(one, pieces), find_answers(other, pieces)
+        assert one[slice(*a)] == other[slice(*d)] and one[slice(*b)] == other[slice(*c)]
+
+
+def test_both_orders_are_the_battle_and_its_swap(tokenizer, ugly_pairs):
+    given, swapped = encode_both_orders(ugly_pairs, tokenizer, 200)
+    assert given == encode_pairs(ugly_pairs, tokenizer, 200)
+    assert swapped == encode_pairs(swap_pairs(ugly_pairs), tokenizer, 200)
+
+
+def test_counted_tokens_are_those_of_the_uncut_row(tokenizer, ugly_pairs):
+    rows = encode_pairs(ugly_pairs, tokenizer, 10**9)
+    assert count_tokens(ugly_pairs, tokenizer).tolist() == [len(row) for row in rows]
+
+
+def test_a_budget_smaller_than_the_template_is_refused_by_name(decoder):
+    with pytest.raises(ValueError, match="max_tokens: expected at least"):
+        encode_pairs(battle(), decoder, 32)
+
+
+def test_no_battles_give_no_rows(tokenizer, ugly_pairs):
+    assert encode_pairs(ugly_pairs[:0], tokenizer, 200) == []
 
 
 def test_null_is_empty_text_and_lone_surrogates_become_replacement_characters():
@@ -10,7 +121,7 @@ def test_null_is_empty_text_and_lone_surrogates_become_replacement_characters():
     text_of("x\ud83d").encode("utf-8")
 
 
-def test_short_fields_stay_whole_and_long_ones_share_equally():
+def test_short_texts_are_complete_and_long_ones_share_equally():
     assert share_budget([10, 100, 300], 110) == [10, 50, 50]
     assert share_budget([10, 20, 30], 60) == [10, 20, 30]
     assert share_budget([10, 20, 30], 1000) == [10, 20, 30]
@@ -18,7 +129,7 @@ def test_short_fields_stay_whole_and_long_ones_share_equally():
     assert share_budget([5, 5], 0) == [0, 0]
 
 
-def test_reordering_fields_reorders_their_parts():
+def test_reordering_texts_reorders_their_shares():
     rng = np.random.default_rng(0)
     for _ in range(200):
         lengths, budget = rng.integers(0, 50, 4).tolist(), int(rng.integers(0, 150))
@@ -27,7 +138,7 @@ def test_reordering_fields_reorders_their_parts():
         assert share_budget([lengths[i] for i in order], budget) == [shares[i] for i in order]
         assert sum(shares) <= budget
         assert all(share <= length for share, length in zip(shares, lengths, strict=True))
-        # What equal parts leave over is less than one token for each field.
+        # The remainder of the division is less than one token for each field.
         assert sum(shares) > min(budget, sum(lengths)) - 4
 
 
@@ -48,7 +159,7 @@ def test_last_turns_are_kept_first():
     assert cut_turns(turns, 11, n_between=1) == [list("bbbbbbbb"), list("cc")]
 
 
-def test_a_field_with_tokens_never_loses_them_all():
+def test_a_text_with_tokens_never_loses_them_all():
     assert cut_turns([list("words"), [], []], 3, n_between=2) == [list("wos")]
     for budget in range(1, 40):
         assert any(cut_turns([list("one" * 20), list("two" * 30), []], budget, "...", 5))
