@@ -540,9 +540,9 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_a_model_that_loads_too_slowly_leaves_no_process_and_no_warning(trained):
-    command = [sys.executable, "-c", HURRIED, trained[ENCODER], "0.1", "0.8", "1.4"]
-    ran = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, timeout=120)
-    assert ran.stdout.split() == ["late"] * 3 + ["0"], ran.stderr
+    command = [sys.executable, "-c", HURRIED, trained[ENCODER], "0.1", "1.4"]
+    ran = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, timeout=300)
+    assert ran.stdout.split() == ["late"] * 2 + ["0"], ran.stderr
     assert "leaked" not in ran.stderr
 
 
