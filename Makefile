@@ -14,7 +14,7 @@ SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(SUITE_
 	$(if $(filter-out 0,$(FORCE)),--force) $(if $(filter-out 0,$(LIST)),--list)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check data train search kernel kernel-push rehearse bench notebook clean
+.PHONY: help run test lint check data train search kernel kernel-push rehearse bench docs notebook clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -76,6 +76,9 @@ kernel-push: $(READY)  ## push build/kaggle/kernel and wait for its run; never s
 
 bench: $(READY)  ## every benchmark
 	@for script in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename "$$script" .py) || exit 1; done
+
+docs: $(READY)  ## docs/parameters.md, made anew from the settings
+	@$(BIN)/python -m docs.parameters
 
 notebook: $(READY)  ## Jupyter Lab in the notebooks folder
 	@$(BIN)/jupyter lab --notebook-dir notebooks
