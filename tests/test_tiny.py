@@ -67,7 +67,6 @@ def test_a_tiny_model_learns_to_compare(tiny_base, demo_pairs, kind):
     model = auto.from_pretrained(tiny_base(kind))
     tokenizer = AutoTokenizer.from_pretrained(tiny_base(kind))
     before = model.get_input_embeddings().weight.detach().clone()
-    losses = pretrain(model, tokenizer, demo_pairs, seed=0, n_steps=150)
-    joint, contrast = losses[-15:].mean(axis=0)
-    assert joint < 0.95 and contrast < 0.8
+    losses = pretrain(model, tokenizer, demo_pairs, seed=0, n_steps=300)
+    assert losses[:30, 1].mean() > 0.8 and losses[-30:, 1].mean() < 0.5
     assert not torch.equal(before, model.get_input_embeddings().weight)

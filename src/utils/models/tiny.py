@@ -48,7 +48,7 @@ from src.utils.models.template import (
 from src.utils.runs import atomic_folder, hash_json, hash_pairs, read_json, write_json
 from src.utils.schema import TEXTS
 
-N_STEPS = 700  # optimiser steps of pretraining
+N_STEPS = {"modernbert": 700, "qwen3": 1500}  # optimiser steps of pretraining
 STYLE_TARGETS = (
     "n_chars n_lines n_list_items n_headers n_bold n_code_blocks punctuation_per_char "
     "share_non_ascii lexical_diversity prompt_overlap is_refusal"
@@ -63,7 +63,7 @@ _VOCABULARY = 3072
 
 
 def prepare_base(
-    config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_steps: int = N_STEPS
+    config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_steps: int | None = None
 ) -> Path | None:
     """Make the tiny checkpoint that a config names, unless it is up to date.
 
@@ -72,21 +72,22 @@ def prepare_base(
             (grouped-query attention, chat template) or a real one, for which nothing is made.
         pairs: battles whose texts, not votes, train the tokenizer and the model.
         folder: gets config, weights and tokenizer, e.g. `run_dir / "base"`.
-        n_steps: optimiser steps of pretraining; 0 keeps the weights random.
+        n_steps: optimiser steps in place of `N_STEPS`; 0 keeps the weights random.
 
     Returns:
         The folder, or None if `checkpoint` is a real one.
     """
     if not config.checkpoint.startswith(TINY):
         return None
-    made_from = [config.checkpoint, config.seed, n_steps, _VERSION, TEMPLATE_VERSION]
-    key = hash_json([*made_from, hash_pairs(pairs[["id", *TEXTS]])])
-    if (folder / "made_from.json").exists() and read_json(folder / "made_from.json") == key:
-        return folder
     kind = config.checkpoint.removeprefix(TINY)
     if kind not in _SPECIAL_TOKENS:
         names = " or ".join(TINY + name for name in _SPECIAL_TOKENS)
         raise ValueError(f"checkpoint: expected {names}, got {config.checkpoint}")
+    n_steps = N_STEPS[kind] if n_steps is None else n_steps
+    made_from = [kind, config.seed, n_steps, _VERSION, TEMPLATE_VERSION]
+    key = hash_json([*made_from, hash_pairs(pairs[["id", *TEXTS]])])
+    if (folder / "made_from.json").exists() and read_json(folder / "made_from.json") == key:
+        return folder
     some = pairs[:: math.ceil(len(pairs) / _N_BATTLES)]
     tokenizer = _make_tokenizer(kind, some)
     with torch.random.fork_rng(devices=[]):
