@@ -49,6 +49,7 @@ from src.utils.schema import (
     swap_labels,
 )
 from src.utils.stats.blend import Blend, apply_blend, fit_blend
+from src.utils.stats.ranking import davidson_logits
 
 
 @dataclass(frozen=True)
@@ -241,16 +242,7 @@ class Davidson:
     def predict(self, differences: Blocks, shared: Blocks) -> np.ndarray:
         """Probabilities: (N, D) and (N, G) -> (N, C)."""
         tie = shared.times(self.shared) + self.intercept
-        return davidson_probs(differences.times(self.differences), tie)
-
-
-def davidson_probs(utility: np.ndarray, tie: np.ndarray) -> np.ndarray:
-    """Davidson's model: log-odds of A against B and logit of a tie, (N,) each -> (N, C)."""
-    logits = np.empty((len(utility), len(LABELS)))
-    logits[:, A_WINS] = utility / 2
-    logits[:, B_WINS] = -utility / 2
-    logits[:, TIE] = tie
-    return softmax(logits, axis=1)
+        return softmax(davidson_logits(differences.times(self.differences), tie), axis=1)
 
 
 def fit_davidson(differences: Blocks, shared: Blocks, labels: np.ndarray, ridge: float) -> Davidson:
@@ -267,7 +259,8 @@ def fit_davidson(differences: Blocks, shared: Blocks, labels: np.ndarray, ridge:
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         w, v, intercept = np.split(weights, [n_differences, len(weights) - 1])
-        probs = davidson_probs(differences.times(w), shared.times(v) + intercept)
+        logits = davidson_logits(differences.times(w), shared.times(v) + intercept)
+        probs = softmax(logits, axis=1)
         residual = probs - votes
         gradient_w = differences.transposed_times((residual[:, A_WINS] - residual[:, B_WINS]) / 2)
         gradient_v = shared.transposed_times(residual[:, TIE])
