@@ -152,9 +152,9 @@ def measure_answer(turns: Turns, prompt: Turns) -> dict[str, float]:
         "share_uppercase": found["share_uppercase"] / max(len(re.findall(r"[A-Za-z]", text)), 1),
         "lexical_diversity": len(set(words[:100])) / max(len(words[:100]), 1),
         "mean_word_length": sum(map(len, words)) / max(len(words), 1),
-        "is_refusal": any(phrase in lower[:300] for phrase in style.REFUSAL_PHRASES),
-        "has_disclaimer": any(phrase in lower for phrase in style.DISCLAIMERS),
-        "has_apology": any(phrase in lower for phrase in style.APOLOGIES),
+        "is_refusal": any(phrase in lower[:300] for phrase in style.WORDS["refusals"]),
+        "has_disclaimer": any(phrase in lower for phrase in style.WORDS["disclaimers"]),
+        "has_apology": any(phrase in lower for phrase in style.WORDS["apologies"]),
     }
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from src.utils.schema import TEXTS, Turns, join_turns
@@ -74,37 +75,10 @@ SCRIPTS = (
     "no letters",
 )
 
-# A refusal comes first; the same words further down are a disclaimer.
-_REFUSAL_WINDOW_CHARS = 300
-REFUSAL_PHRASES = (
-    "i can't assist", "i can't help", "i can't provide", "i can't fulfill", "i can't create",
-    "i can't answer", "i can't comply", "i can't engage", "i can't generate", "i can't write",
-    "i can not", "i cannot", "i am unable", "i'm unable", "i am not able", "i'm not able",
-    "i won't be able", "i will not", "i must decline", "i decline to", "i have to decline",
-    "unable to assist", "unable to help", "unable to fulfill", "unable to provide",
-    "unable to answer", "can't assist with", "can't help with", "cannot assist",
-    "cannot fulfill", "cannot help with", "not comfortable", "i'm sorry, but",
-    "i am sorry, but", "sorry, i can", "sorry, but i", "i apologize, but", "my apologies, but",
-    "i do not feel comfortable", "not appropriate for me", "against my programming",
-    "against my guidelines", "goes against my", "violates my", "not programmed to",
-)  # fmt: skip
-DISCLAIMERS = (
-    "as an ai", "as a language model", "as a large language model", "i am an ai", "i'm an ai",
-    "i'm just an ai",
-)  # fmt: skip
-APOLOGIES = ("sorry", "apologize", "apologise")
-HEDGES = frozenset(
-    b"may might could perhaps maybe possibly probably likely unlikely generally usually typically "
-    b"often sometimes seems seem appears appear suggests somewhat relatively approximately "
-    b"potentially presumably arguably".split()
-)
-STOPWORDS = frozenset(
-    b"a about after all also am an and any are as at be because been before but by can could did "
-    b"do does for from get give had has have he her him his how i if in into is it its just like "
-    b"make me more most my no not now of on one only or other our out please she should so some "
-    b"tell than that the their them then there these they this those to up us was we were what "
-    b"when where which who whom whose why will with would write you your s t".split()
-)
+WORDS = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text(encoding="utf-8"))
+_REFUSAL_WINDOW_CHARS = 300  # of each turn; further down, the same words are a disclaimer
+HEDGES = frozenset(WORDS["hedges"].encode().split())
+STOPWORDS = frozenset(WORDS["stopwords"].encode().split())
 # Bytes of UTF-8 by class; characters outside ASCII are one lead byte and some continuation bytes.
 _LEAD_BYTES = {
     "Latin": range(0xC2, 0xCA),
@@ -207,7 +181,7 @@ def _has_phrase(text: str, phrases: Iterable[str]) -> bool:
 
 def _is_refusal(turns: Turns) -> bool:
     heads = ((turn or "")[:_REFUSAL_WINDOW_CHARS].lower().replace("’", "'") for turn in turns)
-    return any(_has_phrase(head, REFUSAL_PHRASES) for head in heads)
+    return any(_has_phrase(head, WORDS["refusals"]) for head in heads)
 
 
 def _read_answer(turns: Turns) -> _Answer:
@@ -230,8 +204,8 @@ def _read_answer(turns: Turns) -> _Answer:
         sum(map(HEDGES.__contains__, words)),
         len(set(words[:100])) / max(min(len(words), 100), 1),
         _is_refusal(turns),
-        _has_phrase(lowered, DISCLAIMERS),
-        _has_phrase(lowered, APOLOGIES),
+        _has_phrase(lowered, WORDS["disclaimers"]),
+        _has_phrase(lowered, WORDS["apologies"]),
     )
     distinct = frozenset(words)
     last_words = distinct if len(turns) == 1 else _distinct_words(turns[-1:])
