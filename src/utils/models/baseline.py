@@ -78,7 +78,6 @@ _OWN_VARIANCE = {"has_apology": 0.05}
 _N_GRAMS = (2, 3, 4)  # bytes
 # 2^64 over the golden ratio: Fibonacci hashing, Knuth volume 3, section 6.4.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_MEANS = ("mean_n_chars", "mean_is_refusal", "mean_n_list_items")
 _MAX_DEVIATION = 4.0  # standardised features are cut here: one odd answer must not decide a fit
 _BATTLES_PER_TREE = 15  # with fewer battles per round, the trees overfit
 _TREES = {
@@ -115,9 +114,6 @@ class Features:
 def measure_features(pairs: pd.DataFrame, config: BaselineConfig) -> Features:
     """Measure battles for all members; `n_hashed` of the settings is the width of a text block."""
     style = measure_style(pairs)
-    shared, names = style_shared(style)
-    # Most means of the two answers add noise to the odds of a tie, and no signal.
-    kept = [not name.startswith("mean_") or name in _MEANS for name in names]
     words = HashingVectorizer(
         n_features=config.n_hashed,
         token_pattern=r"\w+|[^\w\s]",
@@ -131,7 +127,7 @@ def measure_features(pairs: pd.DataFrame, config: BaselineConfig) -> Features:
         "words": words.transform(texts_a) - words.transform(texts_b),
         "characters": hash_bytes(texts_a, config.n_hashed) - hash_bytes(texts_b, config.n_hashed),
     }
-    return Features(style_differences(style)[0], shared[:, kept], texts)
+    return Features(style_differences(style)[0], style_shared(style), texts)
 
 
 def hash_bytes(texts: list[str], n_hashed: int) -> sparse.csr_matrix:
@@ -349,8 +345,7 @@ class Baseline:
             One row per feature: name, caption, effect in log-odds of A against B when A has one
             standard deviation more of it, all else equal; largest first.
         """
-        captions = [feature.caption for feature in STYLE_FEATURES.values()]
-        table = pd.DataFrame({"name": list(STYLE_FEATURES), "caption": captions})
+        table = pd.DataFrame(STYLE_FEATURES.items(), columns=["name", "caption"])
         scales = style_scales(LINEAR_MEMBERS["style"])
         table["effect"] = self.ensemble.linear["style"].differences * scales
         return table.sort_values("effect", key=np.abs, ascending=False, ignore_index=True)
