@@ -21,7 +21,7 @@ import pandas as pd
 import yaml
 
 from src.utils.runs import encode_turns, write_json, write_table
-from src.utils.schema import A_WINS, B_WINS, LABELS, MODELS, TEXTS, TIE, Turns, join_turns
+from src.utils.schema import LABELS, MODELS, TEXTS, Turns, join_turns
 
 _TEXTS = yaml.safe_load(Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8"))
 _TOPIC_WORDS = {topic: words.split() for topic, words in _TEXTS["topics"].items()}
@@ -93,11 +93,8 @@ def true_probs(prompt: Turns, a: Turns, b: Turns, effects: Effects = EFFECTS) ->
     """Compute the probabilities by which votes are drawn: (C,) float64 in `LABELS` order."""
     weights = np.array([getattr(effects, name) for name in MEASURES])
     utility_a = weights @ measure_answer(prompt, a) + effects.position
-    utility_b = weights @ measure_answer(prompt, b)
-    odds = np.empty(len(LABELS))
-    odds[A_WINS] = np.exp((utility_a - utility_b) / 2)
-    odds[B_WINS] = np.exp((utility_b - utility_a) / 2)
-    odds[TIE] = effects.nu
+    gap = utility_a - weights @ measure_answer(prompt, b)
+    odds = np.array([np.exp(gap / 2), np.exp(-gap / 2), effects.nu])
     return odds / odds.sum()
 
 

@@ -5,6 +5,7 @@ A, B and tie have one fixed colour everywhere. Tables come from `stats.effects`,
 and `stats.scores`; their columns `low` and `high` are 95 % intervals, losses nats per battle.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -206,11 +207,14 @@ def _draw_curve(ax: Axes, curve: pd.DataFrame, bins: pd.DataFrame, color: str) -
 
 
 def plot_token_distribution(
-    ax: Axes, lengths: dict[str, np.ndarray], budgets: tuple[int, ...] = (512, 1024, 2048, 3072)
+    ax: Axes, lengths: dict[str, np.ndarray], budgets: Sequence[int] = (1024, 512, 2048, 3072)
 ) -> Axes:
-    """Show how long battles are and what each budget truncates; tokenizer -> (N,) int tokens."""
+    """Show how long battles are, tokenizer -> (N,) int tokens, and what each budget truncates.
+
+    The title is about the first budget.
+    """
     every = np.maximum(np.concatenate(list(lengths.values())), 1)
-    edges = np.geomspace(max(np.quantile(every, 0.002), 1), max(every.max(), budgets[-1]) * 1.2, 50)
+    edges = np.geomspace(max(np.quantile(every, 0.002), 1), max(every.max(), *budgets) * 1.2, 50)
     look: dict[str, Any] = {"bins": edges, "histtype": "step", "linewidth": 2}
     colors = (ACCENT, "#CC79A7", "#E69F00", "#56B4E9")
     for (name, counts), color in zip(lengths.items(), colors, strict=False):
@@ -221,15 +225,15 @@ def plot_token_distribution(
         cut = "\n".join(percent(float((counts > budget).mean())) for counts in lengths.values())
         ax.axvline(budget, linestyle=":", **_BLACK)
         ax.text(budget, top * 0.98, f" {cut}", va="top", fontsize=9)
-    ticks = [64, 128, 256, *budgets, 8192]
+    ticks = sorted({64, 128, 256, *budgets, 8192})
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45)
     ax.minorticks_off()
     ax.set(ylim=(0, top), xlim=(edges[0], edges[-1]))
     several = "one line per tokenizer, in this order at each budget" if len(lengths) > 1 else None
     ax.legend(loc="upper left", title=several)
     first, counts = next(iter(lengths.items()))
-    cut = percent(float((counts > budgets[1]).mean()))
-    title = f"A budget of {budgets[1]:,} tokens truncates {cut} of battles ({first})"
+    cut = percent(float((counts > budgets[0]).mean()))
+    title = f"A budget of {budgets[0]:,} tokens truncates {cut} of battles ({first})"
     x = "tokens of prompt and both answers (log scale; at each budget: share truncated)"
     return _label(ax, title, x, "battles")
 
@@ -365,17 +369,6 @@ def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
     return _label(ax, title, x, "votes for … (battles that differ in it)", percent_on="x")
 
 
-def plot_token_lengths(ax: Axes, lengths: np.ndarray, budget: int) -> Axes:
-    """Show how long battles are, (N,) int tokens, and how many exceed the model's budget."""
-    top = max(budget * 1.25, np.quantile(lengths, 0.99))
-    ax.hist(np.minimum(lengths, top), bins=np.linspace(0, top, 41).tolist(), color=ACCENT)
-    ax.axvline(budget, **_BLACK)
-    ax.text(budget, ax.get_ylim()[1] * 0.95, f" budget {budget:,}", va="top")
-    ax.set_xlim(0, top)
-    title = f"{percent(float((lengths > budget).mean()))} of the battles are cut"
-    return _label(ax, title, "tokens of a battle (the last bar holds all longer ones)", "battles")
-
-
 def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
     """Show what token budgets cost against the longest with a cost, and how many battles each cuts.
 
@@ -417,13 +410,12 @@ def plot_learning_curve(
 def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
     """Show what each family of features is worth, from `ablation.ablate`, the best at the top."""
     order = worth["family"].tolist()[::-1]
-    for of, odds, color in (("A against B", "A or B", ACCENT), ("tie", "a tie", LABEL_COLORS[TIE])):
-        rows = worth[worth["of"] == of]
-        look: dict[str, Any] = {"color": color, "label": f"in the odds of {odds}"}
-        _draw_intervals(ax, rows, "difference", rows["family"].map(order.index), **look)
-    ax.set_yticks(range(len(order)), order)
+    series = {
+        "in the odds of A or B": (ACCENT, worth[worth["of"] == "A against B"]),
+        "in the odds of a tie": (LABEL_COLORS[TIE], worth[worth["of"] == "tie"]),
+    }
+    _draw_rows(ax, series, "difference", "family", order)
     ax.axvline(0, **_BLACK)
-    ax.legend(loc="lower right")
     n_sure = int((worth["low"] > 0).sum())
     title = f"Missed by more than chance: {n_sure} of {len(worth)} families"
     x = "log loss added by leaving it out, nats per battle (95 % interval)"
