@@ -26,14 +26,7 @@ import numpy as np
 import pandas as pd
 
 from src.utils.battles import demo, readers, style
-from src.utils.runs import (
-    Stopwatch,
-    encode_turns,
-    measure_peak_mib,
-    measure_versions,
-    read_json,
-    write_json,
-)
+from src.utils.runs import Stopwatch, measure_peak_mib, measure_versions, read_json, write_json
 from src.utils.schema import LABELS, TEXTS, Turns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +74,7 @@ def make_battles(n_battles: int, rng: np.random.Generator) -> tuple[pd.DataFrame
 def write_battles(path: Path, battles: pd.DataFrame) -> None:
     """Write battles in the competition's layout."""
     votes = {name: (battles["label"] == label).astype(int) for label, name in enumerate(LABELS)}
-    encoded = {name: battles[name].map(encode_turns) for name in TEXTS}
+    encoded = {name: battles[name].map(json.dumps) for name in TEXTS}
     battles[["id", "model_a", "model_b"]].assign(**encoded, **votes).to_csv(path, index=False)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.utils.schema import LABELS, TEXTS, Turns, probs_of
+from src.utils.schema import LABELS, TEXTS, probs_of
 
 _MANIFEST = "manifest.json"
 _TRACKED_PACKAGES = (
@@ -105,14 +105,9 @@ def write_figure(path: Path, figure: Any, dpi: int = 120) -> Path:
     return Path(path)
 
 
-def encode_turns(turns: Turns) -> str:
-    """Encode turns as an ASCII JSON list, exact for nulls and lone surrogates."""
-    return json.dumps(turns)
-
-
 def write_pairs(path: Path, pairs: pd.DataFrame) -> Path:
     """Write battles to parquet, each text as the JSON list that the competition uses."""
-    encoded = {name: pairs[name].map(encode_turns) for name in TEXTS}
+    encoded = {name: pairs[name].map(json.dumps) for name in TEXTS}
     return write_table(path, pairs.assign(**encoded))
 
 

@@ -75,24 +75,24 @@ def _is_turns(value: object) -> bool:
 
 
 def check_probs(
-    probs: np.ndarray, n_pairs: int | None = None, tolerance: float = 1e-4
+    probs: np.ndarray, n_pairs: int | None = None, tolerance: float = 1e-4, name: str = "probs"
 ) -> np.ndarray:
     """Check (N, C) probabilities, whose rows sum to 1 within `tolerance`, and return them.
 
     Raises:
         ValueError: wrong shape, a value outside [0, 1] or not finite, or a row that does
-            not sum to 1; the message names the first such row.
+            not sum to 1; the message has `name` and the first such row.
     """
     probs = np.asarray(probs)
     if probs.ndim != 2 or probs.shape[1] != len(LABELS) or n_pairs not in (None, len(probs)):
         expected = ("N" if n_pairs is None else n_pairs, len(LABELS))
-        raise ValueError(f"probs: expected shape {expected}, got {probs.shape}")
+        raise ValueError(f"{name}: expected shape {expected}, got {probs.shape}")
     bad = ~(np.isfinite(probs) & (probs >= 0) & (probs <= 1)).all(axis=1)
     bad |= ~(np.abs(probs.sum(axis=1) - 1) <= tolerance)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise ValueError(
-            f"probs: row {row}: expected values in [0, 1] that sum to 1, got {probs[row].tolist()}"
+            f"{name}: row {row}: expected values in [0, 1] that sum to 1, got {probs[row].tolist()}"
         )
     return probs
 

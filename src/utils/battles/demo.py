@@ -12,6 +12,7 @@ entropy of the true probabilities is the oracle log loss.
 Source: Davidson 1970, JASA 65(329):317-328, doi:10.1080/01621459.1970.10481082.
 """
 
+import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from src.utils.runs import encode_turns, write_json, write_table
+from src.utils.runs import write_json, write_table
 from src.utils.schema import LABELS, MODELS, TEXTS, Turns, join_turns
 
 _TEXTS = yaml.safe_load(Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8"))
@@ -148,12 +149,11 @@ class _Writer:
     def _lay_out(self, chatbot: Chatbot, topic: str, words: list[str]) -> str:
         rng = self._rng
         cuts = np.cumsum(rng.integers(5, 12, size=len(words) // 5 + 1))
-        chunks = np.split(np.array(words, dtype=object), cuts)
+        parts = np.split(np.array(words, dtype=object), cuts)
         comma_rate = rng.random() * 0.3
         ending = "!" if rng.random() < 0.15 else "."
-        sentences = []
-        for chunk in filter(len, chunks):
-            sentences.append(self._punctuate(list(chunk), comma_rate, ending))
+        chunks = [list(part) for part in parts if len(part)]
+        sentences = [self._punctuate(chunk, comma_rate, ending) for chunk in chunks]
         if rng.random() < chatbot.listing:
             head = "## Summary\n\n" if rng.random() < 0.3 else ""
             return head + "\n- ".join([sentences[0], *(sentences[1:] or sentences)])
@@ -221,9 +221,8 @@ def make_arena(folder: Path, n_battles: int, n_test: int, seed: int) -> Path:
     """
     battles, probs = make_battles(n_battles + n_test, seed)
     # As the competition does: slashes are escaped.
-    encoded = battles.assign(
-        **{name: battles[name].map(encode_turns).str.replace("/", "\\/") for name in TEXTS}
-    )
+    texts = {name: battles[name].map(json.dumps).str.replace("/", "\\/") for name in TEXTS}
+    encoded = battles.assign(**texts)
     for index, name in enumerate(LABELS):
         encoded[name] = (battles["label"] == index).astype(int)
     test = encoded[n_battles:]

@@ -30,11 +30,7 @@ Kernels = dict[str, np.ndarray]
 
 
 def ablate(
-    pairs: pd.DataFrame,
-    features: baseline.Features,
-    config: BaselineConfig,
-    max_pairs: int = 1000,
-    seed: int = 0,
+    pairs: pd.DataFrame, features: baseline.Features, config: BaselineConfig, max_pairs: int = 1000
 ) -> pd.DataFrame:
     """Fit the text member without each family of features in turn, on held-out folds.
 
@@ -46,7 +42,7 @@ def ablate(
         interval low and high, paired and grouped by prompt; above 0 the family helps.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
-    drawn = draw_groups(pairs["group"].to_numpy(), max_pairs, seed)
+    drawn = draw_groups(pairs["group"].to_numpy(), max_pairs, seed=0)
     pairs = pairs.iloc[drawn]
     kernels = _family_kernels(features.take(drawn))
     all_roots = {of: _root(list(families.values())) for of, families in kernels.items()}

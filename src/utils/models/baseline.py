@@ -244,11 +244,8 @@ class Davidson:
 def fit_davidson(differences: Blocks, shared: Blocks, labels: np.ndarray, ridge: float) -> Davidson:
     """Maximise the likelihood under a Gaussian prior of variance 1 / ridge on every weight.
 
-    Args:
-        differences: (N, D), changes sign under the swap.
-        shared: (N, G), unchanged under the swap.
-        labels: (N,) int in 0..2.
-        ridge: precision of the prior; the intercept is free.
+    `differences`, (N, D), change sign under the swap, `shared`, (N, G), do not; `labels` are (N,)
+    int in 0..2. The intercept is free.
     """
     n_differences = differences.width
     votes = np.eye(len(LABELS))[labels]
@@ -324,11 +321,9 @@ class Baseline:
     blend: Blend
 
     def predict_probs(self, pairs: pd.DataFrame, n_at_once: int = 4096) -> np.ndarray:
-        """Predict how people vote on N battles, `n_at_once` at a time to limit memory.
+        """Predict how people vote on N battles, `n_at_once` at a time to limit memory: (N, C).
 
-        Returns:
-            (N, C) float64, rows sum to 1, columns in `schema.LABELS` order; exchanging A and
-            B exchanges their columns to 1e-12.
+        Exchanging A and B exchanges their columns to 1e-12.
         """
         check_pairs(pairs)
         probs = [np.empty((0, len(LABELS)))]
@@ -339,11 +334,10 @@ class Baseline:
         return np.concatenate(probs)
 
     def style_effects(self) -> pd.DataFrame:
-        """Report the weight of each style feature in the style member.
+        """Report the weight of each style feature in the style member, the largest first.
 
-        Returns:
-            One row per feature: name, caption, effect in log-odds of A against B when A has one
-            standard deviation more of it, all else equal; largest first.
+        Columns: name, caption, effect (log-odds of A against B when A has one standard deviation
+        more of it, all else equal).
         """
         table = pd.DataFrame(STYLE_FEATURES.items(), columns=["name", "caption"])
         scales = style_scales(LINEAR_MEMBERS["style"])
@@ -356,21 +350,16 @@ def cross_fit(
 ) -> dict[str, np.ndarray]:
     """Predict N battles (`schema.FROZEN_COLUMNS`), each with members fitted to the other folds.
 
-    Returns:
-        Member -> (N, C) float64; rows sum to 1.
-
-    Raises:
-        ValueError: a column is missing, or there are fewer than two folds.
+    Returns member -> (N, C) float64. Raises ValueError for a missing column or a single fold.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
     folds = pairs["fold"].to_numpy()
-    if len(np.unique(folds)) < 2:
-        raise ValueError(
-            f"pairs: expected two folds or more in column fold, got {np.unique(folds)}"
-        )
+    distinct = np.unique(folds)
+    if len(distinct) < 2:
+        raise ValueError(f"pairs: expected two folds or more in column fold, got {distinct}")
     labels = pairs["label"].to_numpy(dtype=int)
     probs = {name: np.empty((len(pairs), len(LABELS))) for name in (*LINEAR_MEMBERS, "trees")}
-    for fold in tqdm(np.unique(folds), desc="baseline", unit="fold"):
+    for fold in tqdm(distinct, desc="baseline", unit="fold"):
         held_out = folds == fold
         ensemble = fit_ensemble(features.take(~held_out), labels[~held_out], config)
         for name, predicted in ensemble.predict(features.take(held_out)).items():
@@ -396,8 +385,7 @@ def save_baseline(baseline: Baseline, folder: Path) -> None:
     folder = Path(folder)
     arrays = {f"units.{name}": unit for name, unit in baseline.ensemble.units.items()}
     for name, model in baseline.ensemble.linear.items():
-        arrays |= {f"{name}.differences": model.differences, f"{name}.shared": model.shared}
-        arrays[f"{name}.intercept"] = np.array(model.intercept)
+        arrays |= {f"{name}.{part}": np.asarray(value) for part, value in vars(model).items()}
     with atomic_path(folder / "linear.safetensors") as tmp:
         tmp.write_bytes(save(arrays))  # save_file would make it readable by its owner alone
     with atomic_path(folder / "trees.txt") as tmp:
@@ -416,7 +404,7 @@ def load_baseline(folder: Path) -> Baseline:
         members.setdefault(member, {})[part] = array
     units = members.pop("units")
     linear = {}
-    for name in LINEAR_MEMBERS:
+    for name in LINEAR_MEMBERS:  # in this order, which the file does not keep
         parts = members[name]
         linear[name] = Davidson(parts["differences"], parts["shared"], float(parts["intercept"]))
     trees = lgb.Booster(model_file=folder / "trees.txt")

@@ -60,9 +60,8 @@ def read_members(
 ) -> tuple[dict[str, np.ndarray], pd.DataFrame, list[str]]:
     """Read the predictions of all complete runs, on the battles that all of them held out.
 
-    Args:
-        runs: name -> run folder, None where there is no complete run.
-        data_hash: of `battles`; a run made from others is skipped.
+    `runs` is name -> run folder, None where there is no complete run; one whose `data_hash`
+    differs was made from other battles and is skipped.
 
     Returns:
         `members`, the battles that they predict, and a line per run: read, or why skipped.
@@ -104,10 +103,7 @@ def fit_blend(members: Members, labels: np.ndarray) -> Blend:
         raise ValueError("members: expected at least one, got none")
     labels = np.asarray(labels)
     for name, probs in members.items():
-        try:
-            check_probs(probs, n_pairs=len(labels))
-        except ValueError as error:
-            raise ValueError(f"member {name!r}: {error}") from error
+        check_probs(probs, n_pairs=len(labels), name=f"member {name!r}")
     stacked = np.stack([np.asarray(probs, dtype=np.float64) for probs in members.values()])
     prior = _prior_weights(stacked, labels)
     # The two scales are the same for a single member.

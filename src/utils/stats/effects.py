@@ -290,13 +290,8 @@ def measure_leak(
         losses[name] = -np.log(np.maximum(probs[np.arange(len(labels)), labels], 1e-6))
     repeats = pairs["group"].duplicated(keep=False).to_numpy()
     parts = {"all battles": np.ones_like(repeats), "battles whose prompt repeats": repeats}
-    rows = []
-    for part, inside in parts.items():
-        if inside.any():
-            grouped, random = losses["grouped"][inside], losses["random"][inside]
-            gap = scores.paired_difference(grouped, random, groups[inside])
-            rows.append((part, inside.sum(), grouped.mean(), random.mean(), *gap.values()))
-    return pd.DataFrame(rows, columns=columns)
+    table = scores.compare_slices(losses["grouped"], losses["random"], parts, groups)
+    return table.drop(columns="verdict").set_axis(columns, axis=1)
 
 
 def describe_leak(leak: pd.DataFrame) -> str:

@@ -21,6 +21,8 @@ LABEL_COLORS = ("#0072B2", "#D55E00", "#7F7F7F")
 ACCENT, MUTED = "#009E73", "#BBBBBB"
 _BLACK: dict[str, Any] = {"color": "black", "linewidth": 1}
 
+Series = dict[str, tuple[str, pd.DataFrame]]  # name -> its colour and table
+
 
 def use_style() -> None:
     """Set the suite's look once, in a notebook's import cell."""
@@ -65,15 +67,16 @@ def _draw_intervals(
 
 
 def _draw_rows(
-    ax: Axes, series: dict[str, tuple[str, pd.DataFrame]], value: str, key: str, order: list[str]
+    ax: Axes, series: Series, value: str, key: str, order: list[str], null: float = 0
 ) -> None:
-    """Draw one row per name in `order`, from the bottom, with an interval per colour and table."""
+    """Draw a row per name in `order`, from the bottom, an interval per series, a line at `null`."""
     shifts = np.linspace(0.13, -0.13, len(series)) if len(series) > 1 else np.zeros(1)
     for (name, (color, table)), shift in zip(series.items(), shifts, strict=True):
         shown = table[table[key].isin(order)]
         places = shown[key].map(order.index).to_numpy(dtype=float) + shift
         _draw_intervals(ax, shown, value, places, color=color, label=name)
     ax.set_yticks(range(len(order)), order)
+    ax.axvline(null, **_BLACK)
     if len(series) > 1:
         ax.legend(loc="best")
 
@@ -111,8 +114,7 @@ def plot_win_rates(
         return _explain(ax, f"No named chatbot fought {min_battles} battles or more.")
     shown = shown.sort_values("win_share")
     names = [f"{row.model} ({row.n_decided:,})" for row in shown.itertuples()]
-    _draw_rows(ax, {"": (ACCENT, shown.assign(name=names))}, "win_share", "name", names)
-    ax.axvline(0.5, **_BLACK)
+    _draw_rows(ax, {"": (ACCENT, shown.assign(name=names))}, "win_share", "name", names, null=0.5)
     ends = shown.iloc[[0, -1]]
     worst, best = ends["win_share"].map(percent) + " (" + ends["model"] + ")"
     x = "share of decided battles won (95 % interval)"
@@ -147,8 +149,7 @@ def plot_punctuation_winner(ax: Axes, shares: pd.DataFrame) -> Axes:
     order = list(dict.fromkeys(shares["caption"]))[::-1]
     colors = {"by count": MUTED, "per character": ACCENT}
     series = {name: (colors[name], shares[shares["measure"] == name]) for name in colors}
-    _draw_rows(ax, series, "share", "caption", order)
-    ax.axvline(0.5, **_BLACK)
+    _draw_rows(ax, series, "share", "caption", order, null=0.5)
     first = shares[shares["caption"] == order[-1]]
     found = ", ".join(first["share"].map(percent) + " " + first["measure"])
     x = "decided battles won by the answer with more (95 % interval)"
@@ -163,8 +164,7 @@ def plot_win_share_by_level(ax: Axes, shares: pd.DataFrame, winner: str) -> Axes
     names = [f"{row.property}: {row.level} (n = {row.n:,})" for row in shares.itertuples()]
     shares = shares.assign(name=names)
     for place, (_, rows) in enumerate(shares.groupby("property", sort=False)):
-        _draw_rows(ax, {"": ((ACCENT, "black")[place % 2], rows)}, "share", "name", names)
-    ax.axvline(0.5, **_BLACK)
+        _draw_rows(ax, {"": ((ACCENT, "black")[place % 2], rows)}, "share", "name", names, null=0.5)
     p_values = shares.groupby("property")["p_value"].first().dropna()
     n_moved = int((p_values < 0.05 / len(p_values)).sum())
     name = winner[:1].upper() + winner[1:]
@@ -246,7 +246,6 @@ def plot_effects(ax: Axes, effects: dict[str, pd.DataFrame]) -> Axes:
         return _explain(ax, "No effect can be estimated from these battles.")
     series = {first: (MUTED, others), name: (ACCENT, known)}
     _draw_rows(ax, series, "log_odds", "effect", known["effect"].tolist())
-    ax.axvline(0, **_BLACK)
     n_clear = int(((known["low"] > 0) | (known["high"] < 0)).sum())
     title = f"{n_clear} of {len(known)} style differences move the vote, {name}"
     x = "log-odds of winning per standard deviation (95 % interval)"
@@ -262,7 +261,6 @@ def plot_strengths(ax: Axes, strengths: dict[str, pd.DataFrame], n_shown: int = 
     pairs = zip((MUTED, ACCENT), strengths.items(), strict=True)
     series = {name: (color, rows[rows["model"].isin(order)]) for color, (name, rows) in pairs}
     _draw_rows(ax, series, "strength", "model", order)
-    ax.axvline(0, **_BLACK)
     spreads = [f"{rows['strength'].std():.2f} {name}" for name, (_, rows) in series.items()]
     title = f"Standard deviation of strengths: {', '.join(spreads)}"
     return _label(ax, title, "strength, log-odds against the mean (95 % interval)", "chatbot")
@@ -276,8 +274,7 @@ def plot_planted(ax: Axes, planted: pd.Series, estimated: pd.DataFrame) -> Axes:
     rows["low"], rows["high"] = rows[["low", "high"]].min(axis=1), rows[["low", "high"]].max(axis=1)
     names = [f"{name} ({size:+.2f})" for name, size in planted.items()]
     series = {"": (ACCENT, rows.assign(name=names))}
-    _draw_rows(ax, series, "log_odds_per_unit", "name", names[::-1])
-    ax.axvline(1, **_BLACK)
+    _draw_rows(ax, series, "log_odds_per_unit", "name", names[::-1], null=1)
     covered = int(((rows["low"] <= 1) & (rows["high"] >= 1)).sum())
     title = f"{covered} of {len(rows)} intervals cover the planted effect"
     x = "estimated / planted effect (95 % interval)"
@@ -358,8 +355,8 @@ def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
     shares = shares.assign(name=names)
     people, model = (shares[shares["voter"] == voter] for voter in ("people", "model"))
     order = model["name"].tolist()[::-1]
-    _draw_rows(ax, {"people": ("black", people), "model": (ACCENT, model)}, "share", "name", order)
-    ax.axvline(0.5, **_BLACK)
+    series = {"people": ("black", people), "model": (ACCENT, model)}
+    _draw_rows(ax, series, "share", "name", order, null=0.5)
     ax.set_ylim(-0.5, len(order) - 0.5)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     low, high = people["low"].to_numpy(), people["high"].to_numpy()
@@ -415,7 +412,6 @@ def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
         "in the odds of a tie": (LABEL_COLORS[TIE], worth[worth["of"] == "tie"]),
     }
     _draw_rows(ax, series, "difference", "family", order)
-    ax.axvline(0, **_BLACK)
     n_sure = int((worth["low"] > 0).sum())
     title = f"Missed by more than chance: {n_sure} of {len(worth)} families"
     x = "log loss added by leaving it out, nats per battle (95 % interval)"

@@ -126,18 +126,14 @@ def bootstrap_interval(
 
 
 def paired_difference(
-    losses_1: np.ndarray,
-    losses_2: np.ndarray,
-    groups: np.ndarray,
-    n_boot: int = 1000,
-    seed: int = 0,
+    first: np.ndarray, second: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0
 ) -> dict[str, float]:
     """Compare two models by their `row_losses` on the same battles, (N,) float each, in nats.
 
     Returns:
-        mean of losses_1 − losses_2, low, high (95 %); below 0 the first model is better.
+        mean of first − second, low, high (95 %); below 0 the first model is better.
     """
-    differences = np.asarray(losses_1) - np.asarray(losses_2)
+    differences = np.asarray(first) - np.asarray(second)
     low, high = bootstrap_interval(differences, groups, n_boot, seed)
     return {"mean": float(differences.mean()), "low": low, "high": high}
 
@@ -214,8 +210,7 @@ def compare_slices(
 ) -> pd.DataFrame:
     """Compare a model's `row_losses` with those of a reference, (N,) float each, on slices.
 
-    Args:
-        slices: name -> (N,) bool, the battles of that slice.
+    `slices` are name -> (N,) bool, the battles of that slice.
 
     Returns:
         One row per slice that holds at least two groups: slice, n_pairs, log_loss, reference,
@@ -245,8 +240,7 @@ def compare_leanings(
 ) -> pd.DataFrame:
     """Measure how far a model and people lean towards one side, e.g. the longer answer.
 
-    Args:
-        leanings: name -> (N,) float; A where above 0, B where below, 0 leaves the battle out.
+    `leanings` are name -> (N,) float; A where above 0, B where below, 0 leaves the battle out.
 
     Returns:
         One row per leaning and voter ("people" or "model"): leaning, voter, share of decided
@@ -301,17 +295,12 @@ def summarise(
 ) -> dict[str, float]:
     """Score held-out probabilities beside what knows nothing and what knows everything.
 
-    Args:
-        oof: id and one probability per class, N battles of `pairs` in any order.
-        pairs: every battle, with id, label, group and fold.
-        truth: (N, C) float, the true probabilities in the order of `oof`, where known.
+    `oof` has id and one probability per class, for some of `pairs` in any order (KeyError where
+    `pairs` lacks one); `truth` are the true probabilities in the order of `oof`, (N, C) float.
 
     Returns:
         What `score` returns; log_loss_low and log_loss_high, a 95 % interval; prior_log_loss, of
         the class prior of the other folds; with `truth` oracle_log_loss and excess_log_loss.
-
-    Raises:
-        KeyError: `oof` has a battle that `pairs` lacks.
     """
     places = pd.Series(np.arange(len(pairs)), index=pairs["id"]).loc[list(oof["id"])].to_numpy()
     prior = held_out_prior(pairs["label"].to_numpy(), pairs["fold"].to_numpy())[places]
