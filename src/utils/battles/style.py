@@ -378,7 +378,7 @@ def style_shared(style: pd.DataFrame) -> np.ndarray:
         columns.append(np.abs(a - b))
         if name in _MEANS:
             columns.append((a + b) / 2)
-    return np.column_stack(columns)
+    return np.array(columns).T
 
 
 def slice_battles(style: pd.DataFrame) -> dict[str, np.ndarray]:
