@@ -27,14 +27,7 @@ import pandas as pd
 
 from src.utils.battles import demo, readers, style
 from src.utils.paths import REAL_DATA
-from src.utils.runs import (
-    Stopwatch,
-    encode_turns,
-    measure_peak_mib,
-    measure_versions,
-    read_json,
-    write_json,
-)
+from src.utils.runs import Stopwatch, measure_peak_mib, measure_versions, read_json, write_json
 from src.utils.schema import LABELS, TEXTS, Turns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +75,7 @@ def make_battles(n_battles: int, rng: np.random.Generator) -> tuple[pd.DataFrame
 def write_battles(path: Path, battles: pd.DataFrame) -> None:
     """Write battles in the competition's layout."""
     votes = {name: (battles["label"] == label).astype(int) for label, name in enumerate(LABELS)}
-    encoded = {name: battles[name].map(encode_turns) for name in TEXTS}
+    encoded = {name: battles[name].map(json.dumps) for name in TEXTS}
     battles[["id", "model_a", "model_b"]].assign(**encoded, **votes).to_csv(path, index=False)
 
 
@@ -153,9 +146,9 @@ def measure_answer(turns: Turns, prompt: Turns) -> dict[str, float]:
         "share_uppercase": found["share_uppercase"] / max(len(re.findall(r"[A-Za-z]", text)), 1),
         "lexical_diversity": len(set(words[:100])) / max(len(words[:100]), 1),
         "mean_word_length": sum(map(len, words)) / max(len(words), 1),
-        "is_refusal": any(phrase in lower[:300] for phrase in style.REFUSAL_PHRASES),
-        "has_disclaimer": any(phrase in lower for phrase in style.DISCLAIMERS),
-        "has_apology": any(phrase in lower for phrase in style.APOLOGIES),
+        "is_refusal": any(phrase in lower[:300] for phrase in style.WORDS["refusals"]),
+        "has_disclaimer": any(phrase in lower for phrase in style.WORDS["disclaimers"]),
+        "has_apology": any(phrase in lower for phrase in style.WORDS["apologies"]),
     }
 
 

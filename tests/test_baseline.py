@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.special import softmax
 
 from src.utils.battles.demo import make_battles
 from src.utils.battles.readers import add_groups_and_folds
@@ -12,7 +13,6 @@ from src.utils.models.baseline import (
     Blocks,
     Features,
     cross_fit,
-    davidson_probs,
     fit_baseline,
     fit_davidson,
     hash_bytes,
@@ -31,6 +31,7 @@ from src.utils.schema import (
     swap_probs,
 )
 from src.utils.stats.blend import cross_fit_blend
+from src.utils.stats.ranking import davidson_logits
 from src.utils.stats.scores import class_prior, log_loss
 
 CONFIG = BaselineConfig(n_hashed=4096, n_trees=10)
@@ -179,7 +180,7 @@ def test_davidsons_model_is_recovered_from_many_votes():
     rng = np.random.default_rng(0)
     differences, shared = rng.normal(size=(20_000, 3)), rng.normal(size=(20_000, 1))
     weights, tie, intercept = np.array([1.0, -0.5, 0.0]), np.array([0.4]), -0.2
-    probs = davidson_probs(differences @ weights, shared @ tie + intercept)
+    probs = softmax(davidson_logits(differences @ weights, shared @ tie + intercept), axis=1)
     labels = (rng.random((20_000, 1)) > probs.cumsum(axis=1)[:, :-1]).sum(axis=1)
     found = fit_davidson(block(differences), block(shared), labels, ridge=1e-3)
     assert found.differences == pytest.approx(weights, abs=0.05)
@@ -194,7 +195,7 @@ def test_the_fit_minimises_the_penalised_loss():
     found = fit_davidson(block(differences), block(shared), labels, ridge=20.0)
 
     def penalised_loss(w, v):
-        probs = davidson_probs(differences @ w, shared @ v + found.intercept)
+        probs = softmax(davidson_logits(differences @ w, shared @ v + found.intercept), axis=1)
         return log_loss(probs, labels) * 200 + 20.0 / 2 * (w @ w + v @ v)
 
     w, v = found.differences, found.shared

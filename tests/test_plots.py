@@ -101,7 +101,7 @@ def test_the_share_that_a_budget_truncates_is_shown_for_each_tokenizer(ax):
     plots.plot_token_distribution(
         ax, {"x": np.array([100, 600, 2000, 5000]), "y": np.array([1, 2, 3, 4])}
     )
-    assert ax.texts[0].get_text().split("\n") == [" 75.0\u00a0%", "0.0\u00a0%"]
+    assert ax.texts[1].get_text().split("\n") == [" 75.0\u00a0%", "0.0\u00a0%"]
     assert "50.0\u00a0% of battles (x)" in ax.get_title(loc="left")
 
 
@@ -245,7 +245,7 @@ def test_probabilities_above_ninety_percent_are_counted(ax):
     assert "50.0\u00a0%" in ax.get_title(loc="left")
 
 
-def test_battles_beyond_the_budget_are_counted_and_drawn(ax):
-    plots.plot_token_lengths(ax, np.array([10, 20, 2000, 40]), budget=100)
+def test_battles_beyond_a_single_budget_are_counted_and_drawn(ax):
+    plots.plot_token_distribution(ax, {"x": np.array([10, 20, 2000, 40])}, [100])
     assert "25.0\u00a0%" in ax.get_title(loc="left")
-    assert sum(bar.get_height() for bar in ax.patches) == 4
+    assert [text.get_text() for text in ax.texts] == [" 25.0\u00a0%"]

@@ -48,17 +48,17 @@ def draw_votes(n, seed, slope=0.5, position=0.2, log_nu=-0.1):
     """Votes of a Davidson model on one covariate, in pairs of battles with a shared prompt."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=n)
-    probs = np.exp(ranking.davidson_log_probs(slope * x + position, log_nu))
+    probs = softmax(ranking.davidson_logits(slope * x + position, log_nu), axis=1)
     labels = (rng.random((n, 1)) > probs.cumsum(axis=1)[:, :-1]).sum(axis=1)
     return x, labels, np.arange(n) // 2
 
 
-def test_log_probabilities_of_hand_worked_odds():
+def test_probabilities_of_hand_worked_odds():
     eta = np.array([0.0, 2 * np.log(3)])
-    probs = np.exp(ranking.davidson_log_probs(eta, np.array([np.log(2), 0.0])))
+    probs = softmax(ranking.davidson_logits(eta, np.array([np.log(2), 0.0])), axis=1)
     np.testing.assert_allclose(probs, [[0.25, 0.25, 0.5], [9 / 13, 1 / 13, 3 / 13]])
-    no_ties = ranking.davidson_log_probs(eta, -np.inf)
-    np.testing.assert_allclose(np.exp(no_ties), [[0.5, 0.5, 0], [0.9, 0.1, 0]])
+    no_ties = softmax(ranking.davidson_logits(eta, -np.inf), axis=1)
+    np.testing.assert_allclose(no_ties, [[0.5, 0.5, 0], [0.9, 0.1, 0]])
 
 
 def test_strengths_match_the_published_example():

@@ -12,7 +12,6 @@ from src.utils.models.template import (
     encode_pairs,
     make_template,
     share_budget,
-    text_of,
 )
 from src.utils.schema import swap_pairs
 
@@ -112,13 +111,6 @@ def test_a_budget_smaller_than_the_template_is_refused_by_name(decoder):
 
 def test_no_battles_give_no_rows(tokenizer, ugly_pairs):
     assert encode_pairs(ugly_pairs[:0], tokenizer, 200) == []
-
-
-def test_null_is_empty_text_and_lone_surrogates_become_replacement_characters():
-    assert text_of(None) == ""
-    assert text_of("a \ud83d b \udc00") == "a \ufffd b \ufffd"
-    assert text_of("full \U0001f600") == "full \U0001f600"
-    text_of("x\ud83d").encode("utf-8")
 
 
 def test_short_texts_are_complete_and_long_ones_share_equally():

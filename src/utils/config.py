@@ -250,9 +250,7 @@ def with_options(notebook: str, shown: Mapping[str, Any]) -> dict[str, Any]:
 def check_parameter(notebook: str, name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
     """Read a value by the type of its parameter: `1e-4`, `on` and `0,1` need no quotes.
 
-    Args:
-        notebook: whose settings count as parameters too where `defaults` has `OPTIONS`.
-        value: a text, or a value that has the type already.
+    Where `defaults` has `OPTIONS`, all settings of the notebook count as parameters.
 
     Raises:
         SuiteError: an unknown name (the nearest is suggested), or a wrong type or value.

@@ -22,17 +22,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.utils.schema import LABELS, TEXTS, Turns, probs_of
+from src.utils.schema import LABELS, TEXTS, probs_of
 
 _MANIFEST = "manifest.json"
 _TRACKED_PACKAGES = (
     "torch transformers peft bitsandbytes scikit-learn lightgbm pandas numpy".split()
 )
-_COMPARED = (
-    "data_hash config_hash n_pairs seed log_loss log_loss_low log_loss_high accuracy seconds "
-    "peak_mib"
+LEADERBOARD_COLUMNS = tuple(
+    "run data_hash config_hash n_pairs seed log_loss log_loss_low log_loss_high accuracy seconds "
+    "peak_mib".split()
 )
-LEADERBOARD_COLUMNS = ("run", *_COMPARED.split())
 _NOT_RUNS = {"checkpoints", "model"}  # folders inside a run
 
 
@@ -106,14 +105,9 @@ def write_figure(path: Path, figure: Any, dpi: int = 120) -> Path:
     return Path(path)
 
 
-def encode_turns(turns: Turns) -> str:
-    """Encode turns as an ASCII JSON list, exact for nulls and lone surrogates."""
-    return json.dumps(turns)
-
-
 def write_pairs(path: Path, pairs: pd.DataFrame) -> Path:
     """Write battles to parquet, each text as the JSON list that the competition uses."""
-    encoded = {name: pairs[name].map(encode_turns) for name in TEXTS}
+    encoded = {name: pairs[name].map(json.dumps) for name in TEXTS}
     return write_table(path, pairs.assign(**encoded))
 
 
@@ -236,12 +230,8 @@ def make_metrics(
 ) -> dict[str, Any]:
     """Add the standard fields of `metrics.json` to a model's scores.
 
-    Args:
-        scores: at least `log_loss` (nats per battle) and `accuracy` (share).
-        n_pairs: number of held-out battles.
-        seconds: wall clock of the run.
-        data_hash: `hash_pairs` of the battles.
-        config: the run's settings.
+    `scores` has at least `log_loss` (nats per battle) and `accuracy` (share), `n_pairs` counts
+    held-out battles, `data_hash` is from `hash_pairs`, and `config` holds the run's settings.
     """
     return {
         **scores,
@@ -272,8 +262,8 @@ def write_run(
     write_json(run_dir / "metrics.json", metrics)
 
 
-def read_leaderboard(artifacts: Path) -> pd.DataFrame:
-    """Collect the scores of all completed runs below `artifacts`.
+def write_leaderboard(artifacts: Path) -> pd.DataFrame:
+    """Collect the scores of all completed runs below `artifacts` in its `leaderboard.csv`.
 
     Returns:
         One row per run, `LEADERBOARD_COLUMNS`: `run` is its folder relative to `artifacts`,
@@ -292,11 +282,6 @@ def read_leaderboard(artifacts: Path) -> pd.DataFrame:
             rows.append(metrics | {"run": run.as_posix(), "seed": seed})
     table = pd.DataFrame(rows, columns=list(LEADERBOARD_COLUMNS))
     table = table.astype({"seed": "Int64", "n_pairs": "Int64"})
-    return table.sort_values(["data_hash", "log_loss", "run"], ignore_index=True)
-
-
-def write_leaderboard(artifacts: Path) -> pd.DataFrame:
-    """Write `leaderboard.csv` into `artifacts`; returns the table."""
-    table = read_leaderboard(artifacts)
-    write_table(Path(artifacts) / "leaderboard.csv", table)
+    table = table.sort_values(["data_hash", "log_loss", "run"], ignore_index=True)
+    write_table(artifacts / "leaderboard.csv", table)
     return table

@@ -75,39 +75,30 @@ def _is_turns(value: object) -> bool:
 
 
 def check_probs(
-    probs: np.ndarray, n_pairs: int | None = None, tolerance: float = 1e-4
+    probs: np.ndarray, n_pairs: int | None = None, tolerance: float = 1e-4, name: str = "probs"
 ) -> np.ndarray:
-    """Check an (N, C) array of probabilities, and return it.
-
-    Args:
-        probs: columns in `LABELS` order.
-        n_pairs: N, where it is known.
-        tolerance: largest deviation of a row's sum from 1.
+    """Check (N, C) probabilities, whose rows sum to 1 within `tolerance`, and return them.
 
     Raises:
         ValueError: wrong shape, a value outside [0, 1] or not finite, or a row that does
-            not sum to 1; the message names the first such row.
+            not sum to 1; the message has `name` and the first such row.
     """
     probs = np.asarray(probs)
     if probs.ndim != 2 or probs.shape[1] != len(LABELS) or n_pairs not in (None, len(probs)):
         expected = ("N" if n_pairs is None else n_pairs, len(LABELS))
-        raise ValueError(f"probs: expected shape {expected}, got {probs.shape}")
+        raise ValueError(f"{name}: expected shape {expected}, got {probs.shape}")
     bad = ~(np.isfinite(probs) & (probs >= 0) & (probs <= 1)).all(axis=1)
     bad |= ~(np.abs(probs.sum(axis=1) - 1) <= tolerance)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise ValueError(
-            f"probs: row {row}: expected values in [0, 1] that sum to 1, got {probs[row].tolist()}"
+            f"{name}: row {row}: expected values in [0, 1] that sum to 1, got {probs[row].tolist()}"
         )
     return probs
 
 
 def probs_table(ids: pd.Series | np.ndarray, probs: np.ndarray, **columns: object) -> pd.DataFrame:
-    """Make a table of N ids, more columns (e.g. `fold=folds`), and (N, C) probabilities.
-
-    Returns:
-        id, the given columns, one float32 column per label.
-    """
+    """Make a table: id, more columns (e.g. `fold=folds`), and one float32 column per label."""
     check_probs(probs, n_pairs=len(ids))
     table = pd.DataFrame({"id": np.asarray(ids), **columns})
     table[list(LABELS)] = np.asarray(probs, dtype=np.float32)
@@ -140,18 +131,10 @@ def swap_probs(probs: np.ndarray) -> np.ndarray:
 
 
 def average_over_swap(probs: np.ndarray, probs_swapped: np.ndarray) -> np.ndarray:
-    """Remove position bias: average the predictions of each battle in both orders.
+    """Remove position bias: average the predictions of each battle in both orders, (N, C) each.
 
-    Args:
-        probs: (N, C) float, rows sum to 1, columns in `LABELS` order.
-        probs_swapped: (N, C) float, the same battles predicted with A and B exchanged;
-            columns as the model returned them.
-
-    Returns:
-        (N, C) float, rows sum to 1, columns in `LABELS` order.
-
-    Raises:
-        ValueError: shapes differ, or a row does not sum to 1 within 1e-4.
+    `probs_swapped` is for A and B exchanged, its columns as the model returned them. Raises
+    ValueError where shapes differ, or a row does not sum to 1 within 1e-4.
 
     Source: Wang et al. 2023, arXiv:2305.17926, balanced position calibration.
     """

@@ -12,78 +12,28 @@ entropy of the true probabilities is the oracle log loss.
 Source: Davidson 1970, JASA 65(329):317-328, doi:10.1080/01621459.1970.10481082.
 """
 
+import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
-from src.utils.runs import encode_turns, write_json, write_table
-from src.utils.schema import A_WINS, B_WINS, LABELS, MODELS, TEXTS, TIE, Turns, join_turns
+from src.utils.runs import write_json, write_table
+from src.utils.schema import LABELS, MODELS, TEXTS, Turns, join_turns
 
-TOPICS = {
-    "cooking": "oven flour butter garlic onion simmer roast dough yeast basil pepper skillet "
-    "broth recipe whisk",
-    "astronomy": "planet orbit comet galaxy nebula telescope gravity lunar eclipse asteroid "
-    "saturn quasar rocket",
-    "python": "function variable loop tuple decorator module exception iterator lambda dictionary "
-    "string import class",
-    "travel": "passport luggage hostel itinerary museum harbour train visa souvenir festival "
-    "island ferry guide",
-    "health": "protein vitamin sleep muscle posture cardio fibre hydration stretching calories "
-    "immune allergy clinic",
-    "history": "empire treaty revolution dynasty archive monarch colony parliament siege pharaoh "
-    "senate crusade viking",
-    "finance": "budget mortgage dividend inflation pension invoice equity broker savings credit "
-    "audit tariff deficit",
-    "music": "melody rhythm chord guitar violin tempo octave chorus drummer sonata harmony lyric "
-    "synth piano",
-    "russian": "погода книга дорога музыка город вечер молоко учитель письмо река зима окно хлеб "
-    "поезд",
-    "chinese": "天气 老师 朋友 图书馆 火车 苹果 音乐 电影 早上 城市 米饭 学生 咖啡 公园",
-    "arabic": "كتاب مدرسة قهوة مدينة سيارة شمس بحر طعام صديق نافذة مطر قطار حديقة رسالة",
-}
-# What voters reward and punish, beside relevance: precise words against padding.
-STRONG_WORDS = frozenset(
-    "because therefore specifically precisely evidence example compare measured verify "
-    "consider clearly typically step reason result detail accurate practical tested "
-    "summary".split()
-)
-WEAK_WORDS = frozenset(
-    "stuff basically whatever maybe somehow kinda things obviously literally dunno random "
-    "vague anyway guess probably sorta nothing boring yeah blah".split()
-)
-COMMON_WORDS = (
-    "the a of and to in with for on this that you can it is are from when your one will "
-    "use more some most each time way part first then next also many often make take keep "
-    "need start good both between".split()
-)
-PROMPTS = (
-    "Explain how {} and {} relate to {}.",
-    "What should a beginner know about {}, {} and {}?",
-    "Write a short note on {} that mentions {} and {}.",
-    "Compare {} with {}, keeping {} in mind.",
-    "I am confused: why does {} matter for {} and {}?",
-    "Give me three tips on {}, {} and {}/daily use.",
-)
-FOLLOW_UPS = (
-    "And what about {}, {} and {}?",
-    "Please go on, now with {}, {} and {}.",
-    "Can you say more on {}, {}, {}?",
-)
-REFUSALS = (
-    "I'm sorry, but I cannot help with that request.",
-    "As an AI language model, I am not able to answer this.",
-    "I apologize, but I can't assist with that.",
-)
-
-_TOPIC_WORDS = {topic: words.split() for topic, words in TOPICS.items()}
-_CONTENT_WORDS = frozenset(" ".join(TOPICS.values()).split())
+_TEXTS = yaml.safe_load(Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8"))
+_TOPIC_WORDS = {topic: words.split() for topic, words in _TEXTS["topics"].items()}
+_CONTENT_WORDS = frozenset(" ".join(_TEXTS["topics"].values()).split())
+_STRONG_WORDS = frozenset(_TEXTS["strong"].split())
+_WEAK_WORDS = frozenset(_TEXTS["weak"].split())
+_COMMON_WORDS = _TEXTS["common"].split()
 _PUNCTUATION = re.compile(r"[,;:!?]")
 _LIST_ITEM = re.compile(r"^- ", re.MULTILINE)
 _WORD = re.compile(r"\w+")
-_REFUSAL = re.compile("|".join(map(re.escape, REFUSALS)))
+_REFUSAL = re.compile("|".join(map(re.escape, _TEXTS["refusals"])))
 
 
 @dataclass(frozen=True)
@@ -117,18 +67,7 @@ class Chatbot:
     focus: float  # probability of taking up a content word of the prompt
 
 
-CHATBOTS = (
-    Chatbot("demo-owl", 0.95, 52, 0.45, 0.01, 0.90),
-    Chatbot("demo-heron", 0.85, 34, 0.20, 0.02, 0.85),
-    Chatbot("demo-falcon", 0.80, 60, 0.60, 0.02, 0.75),
-    Chatbot("demo-raven", 0.70, 44, 0.30, 0.03, 0.80),
-    Chatbot("demo-stork", 0.60, 30, 0.15, 0.02, 0.70),
-    Chatbot("demo-crane", 0.55, 56, 0.50, 0.05, 0.65),
-    Chatbot("demo-finch", 0.45, 24, 0.10, 0.03, 0.70),
-    Chatbot("demo-robin", 0.40, 40, 0.35, 0.08, 0.55),
-    Chatbot("demo-wren", 0.30, 22, 0.10, 0.04, 0.55),
-    Chatbot("demo-dodo", 0.15, 36, 0.25, 0.06, 0.40),
-)
+CHATBOTS = tuple(Chatbot(**habits) for habits in _TEXTS["chatbots"])
 
 
 def measure_answer(prompt: Turns, answer: Turns) -> np.ndarray:
@@ -137,8 +76,8 @@ def measure_answer(prompt: Turns, answer: Turns) -> np.ndarray:
     words = _WORD.findall(text.lower())
     n_words = max(len(words), 1)
     asked = _CONTENT_WORDS.intersection(_WORD.findall(join_turns(prompt).lower()))
-    n_strong = sum(word in STRONG_WORDS for word in words)
-    n_weak = sum(word in WEAK_WORDS for word in words)
+    n_strong = sum(word in _STRONG_WORDS for word in words)
+    n_weak = sum(word in _WEAK_WORDS for word in words)
     return np.array(
         [
             np.log1p(len(words)),
@@ -155,11 +94,8 @@ def true_probs(prompt: Turns, a: Turns, b: Turns, effects: Effects = EFFECTS) ->
     """Compute the probabilities by which votes are drawn: (C,) float64 in `LABELS` order."""
     weights = np.array([getattr(effects, name) for name in MEASURES])
     utility_a = weights @ measure_answer(prompt, a) + effects.position
-    utility_b = weights @ measure_answer(prompt, b)
-    odds = np.empty(len(LABELS))
-    odds[A_WINS] = np.exp((utility_a - utility_b) / 2)
-    odds[B_WINS] = np.exp((utility_b - utility_a) / 2)
-    odds[TIE] = effects.nu
+    gap = utility_a - weights @ measure_answer(prompt, b)
+    odds = np.array([np.exp(gap / 2), np.exp(-gap / 2), effects.nu])
     return odds / odds.sum()
 
 
@@ -168,8 +104,6 @@ class _Writer:
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng = rng
-        self._strong = sorted(STRONG_WORDS)
-        self._weak = sorted(WEAK_WORDS)
 
     def _pick(self, words: list[str], count: int) -> list[str]:
         return [words[i] for i in self._rng.integers(len(words), size=count)]
@@ -177,10 +111,9 @@ class _Writer:
     def write_prompt(self) -> tuple[str, Turns]:
         """Write a prompt of one to three turns; returns its topic and the turns."""
         rng = self._rng
-        topic = str(rng.choice(list(TOPICS)))
+        topic = str(rng.choice(list(_TOPIC_WORDS)))
         n_turns = int(rng.choice([1, 2, 3], p=[0.86, 0.11, 0.03]))
-        templates = [PROMPTS[rng.integers(len(PROMPTS))]]
-        templates += [FOLLOW_UPS[rng.integers(len(FOLLOW_UPS))] for _ in range(n_turns - 1)]
+        templates = self._pick(_TEXTS["prompts"], 1) + self._pick(_TEXTS["follow_ups"], n_turns - 1)
         words = _TOPIC_WORDS[topic]
         return topic, tuple(text.format(*rng.choice(words, 3, replace=False)) for text in templates)
 
@@ -199,28 +132,28 @@ class _Writer:
     def _write_turn(self, chatbot: Chatbot, topic: str, question: str, n_words: int) -> str:
         rng = self._rng
         if rng.random() < chatbot.refusing:
-            return REFUSALS[rng.integers(len(REFUSALS))]
+            return self._pick(_TEXTS["refusals"], 1)[0]
         asked = [word for word in _WORD.findall(question.lower()) if word in _CONTENT_WORDS]
         words = [word for word in asked if rng.random() < chatbot.focus]
         skill = np.clip(chatbot.skill + rng.normal(0, 0.18), 0, 1)
         n_strong = rng.binomial(n_words, 0.20 * skill)
         n_weak = rng.binomial(n_words, 0.20 * (1 - skill))
-        words += self._pick(self._strong, n_strong) + self._pick(self._weak, n_weak)
+        words += self._pick(sorted(_STRONG_WORDS), n_strong)
+        words += self._pick(sorted(_WEAK_WORDS), n_weak)
         n_others = n_words // 6
         n_common = max(n_words - len(words) - n_others, 2)
         others = [word for word in _TOPIC_WORDS[topic] if word not in asked]
-        words += self._pick(others, n_others) + self._pick(COMMON_WORDS, n_common)
+        words += self._pick(others, n_others) + self._pick(_COMMON_WORDS, n_common)
         return self._lay_out(chatbot, topic, [words[i] for i in rng.permutation(len(words))])
 
     def _lay_out(self, chatbot: Chatbot, topic: str, words: list[str]) -> str:
         rng = self._rng
         cuts = np.cumsum(rng.integers(5, 12, size=len(words) // 5 + 1))
-        chunks = np.split(np.array(words, dtype=object), cuts)
+        parts = np.split(np.array(words, dtype=object), cuts)
         comma_rate = rng.random() * 0.3
         ending = "!" if rng.random() < 0.15 else "."
-        sentences = []
-        for chunk in filter(len, chunks):
-            sentences.append(self._punctuate(list(chunk), comma_rate, ending))
+        chunks = [list(part) for part in parts if len(part)]
+        sentences = [self._punctuate(chunk, comma_rate, ending) for chunk in chunks]
         if rng.random() < chatbot.listing:
             head = "## Summary\n\n" if rng.random() < 0.3 else ""
             return head + "\n- ".join([sentences[0], *(sentences[1:] or sentences)])
@@ -288,9 +221,8 @@ def make_arena(folder: Path, n_battles: int, n_test: int, seed: int) -> Path:
     """
     battles, probs = make_battles(n_battles + n_test, seed)
     # As the competition does: slashes are escaped.
-    encoded = battles.assign(
-        **{name: battles[name].map(encode_turns).str.replace("/", "\\/") for name in TEXTS}
-    )
+    texts = {name: battles[name].map(json.dumps).str.replace("/", "\\/") for name in TEXTS}
+    encoded = battles.assign(**texts)
     for index, name in enumerate(LABELS):
         encoded[name] = (battles["label"] == index).astype(int)
     test = encoded[n_battles:]

@@ -12,57 +12,47 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from src.utils.schema import TEXTS, Turns, join_turns
 
-
-class Feature(NamedTuple):
-    """One thing measured in an answer."""
-
-    # A "count" is compared as a log ratio, a "share" (0 to 1, or a mean) as a difference.
-    kind: str
-    caption: str
-
-
+# What is measured in an answer, with captions. Names in n_… are counts, compared as a log ratio;
+# all others are shares (0 to 1) or means, compared as a difference.
 STYLE_FEATURES = {
-    "n_chars": Feature("count", "characters"),
-    "n_words": Feature("count", "words"),
-    "n_sentences": Feature("count", "sentences"),
-    "n_lines": Feature("count", "line breaks"),
-    "n_turns_empty": Feature("count", "turns left empty"),
-    "n_punctuation": Feature("count", "punctuation marks"),
-    "n_commas": Feature("count", "commas"),
-    "n_question_marks": Feature("count", "question marks"),
-    "n_exclamation_marks": Feature("count", "exclamation marks"),
-    "n_list_items": Feature("count", "list items"),
-    "n_headers": Feature("count", "headers"),
-    "n_bold": Feature("count", "bold passages"),
-    "n_code_blocks": Feature("count", "code blocks"),
-    "n_inline_code": Feature("count", "inline code"),
-    "n_table_rows": Feature("count", "table rows"),
-    "n_urls": Feature("count", "links"),
-    "n_hedges": Feature("count", "hedging words"),
-    "punctuation_per_char": Feature("share", "punctuation per character"),
-    "share_digits": Feature("share", "share of digits"),
-    "share_uppercase": Feature("share", "share of capitals"),
-    "share_non_ascii": Feature("share", "share of non-ASCII characters"),
-    "lexical_diversity": Feature("share", "distinct words of the first 100"),
-    "mean_word_length": Feature("share", "mean word length"),
-    "is_refusal": Feature("share", "refusal"),
-    "has_disclaimer": Feature("share", "“as an AI” disclaimer"),
-    "has_apology": Feature("share", "apology"),
-    "prompt_overlap": Feature("share", "prompt's words found in the answer"),
-    "prompt_overlap_first": Feature("share", "first turn's words found in the answer"),
-    "prompt_overlap_last": Feature("share", "last turn's words found in the last answer"),
+    "n_chars": "characters",
+    "n_words": "words",
+    "n_sentences": "sentences",
+    "n_lines": "line breaks",
+    "n_turns_empty": "turns left empty",
+    "n_punctuation": "punctuation marks",
+    "n_commas": "commas",
+    "n_question_marks": "question marks",
+    "n_exclamation_marks": "exclamation marks",
+    "n_list_items": "list items",
+    "n_headers": "headers",
+    "n_bold": "bold passages",
+    "n_code_blocks": "code blocks",
+    "n_inline_code": "inline code",
+    "n_table_rows": "table rows",
+    "n_urls": "links",
+    "n_hedges": "hedging words",
+    "punctuation_per_char": "punctuation per character",
+    "share_digits": "share of digits",
+    "share_uppercase": "share of capitals",
+    "share_non_ascii": "share of non-ASCII characters",
+    "lexical_diversity": "distinct words of the first 100",
+    "mean_word_length": "mean word length",
+    "is_refusal": "refusal",
+    "has_disclaimer": "“as an AI” disclaimer",
+    "has_apology": "apology",
+    "prompt_overlap": "prompt's words found in the answer",
+    "prompt_overlap_first": "first turn's words found in the answer",
+    "prompt_overlap_last": "last turn's words found in the last answer",
 }
-PAIR_FEATURES = {
-    "n_chars_prompt": Feature("count", "characters of the prompt"),
-    "n_turns": Feature("count", "turns"),
-    "has_code_prompt": Feature("share", "prompt holds code"),
-    "word_jaccard": Feature("share", "distinct words that the answers share"),
-    "is_identical": Feature("share", "answers are identical"),
-}
+PAIR_FEATURES = ("n_chars_prompt", "n_turns", "has_code_prompt", "word_jaccard", "is_identical")
+# Features whose mean over both answers says something of a tie; the other means add noise.
+_MEANS = ("n_chars", "is_refusal", "n_list_items")
 
 # Latin text counts as English when enough of its words are common English ones.
 SCRIPTS = (
@@ -74,37 +64,10 @@ SCRIPTS = (
     "no letters",
 )
 
-# A refusal comes first; the same words further down are a disclaimer.
-_REFUSAL_WINDOW_CHARS = 300
-REFUSAL_PHRASES = (
-    "i can't assist", "i can't help", "i can't provide", "i can't fulfill", "i can't create",
-    "i can't answer", "i can't comply", "i can't engage", "i can't generate", "i can't write",
-    "i can not", "i cannot", "i am unable", "i'm unable", "i am not able", "i'm not able",
-    "i won't be able", "i will not", "i must decline", "i decline to", "i have to decline",
-    "unable to assist", "unable to help", "unable to fulfill", "unable to provide",
-    "unable to answer", "can't assist with", "can't help with", "cannot assist",
-    "cannot fulfill", "cannot help with", "not comfortable", "i'm sorry, but",
-    "i am sorry, but", "sorry, i can", "sorry, but i", "i apologize, but", "my apologies, but",
-    "i do not feel comfortable", "not appropriate for me", "against my programming",
-    "against my guidelines", "goes against my", "violates my", "not programmed to",
-)  # fmt: skip
-DISCLAIMERS = (
-    "as an ai", "as a language model", "as a large language model", "i am an ai", "i'm an ai",
-    "i'm just an ai",
-)  # fmt: skip
-APOLOGIES = ("sorry", "apologize", "apologise")
-HEDGES = frozenset(
-    b"may might could perhaps maybe possibly probably likely unlikely generally usually typically "
-    b"often sometimes seems seem appears appear suggests somewhat relatively approximately "
-    b"potentially presumably arguably".split()
-)
-STOPWORDS = frozenset(
-    b"a about after all also am an and any are as at be because been before but by can could did "
-    b"do does for from get give had has have he her him his how i if in into is it its just like "
-    b"make me more most my no not now of on one only or other our out please she should so some "
-    b"tell than that the their them then there these they this those to up us was we were what "
-    b"when where which who whom whose why will with would write you your s t".split()
-)
+WORDS = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text(encoding="utf-8"))
+_REFUSAL_WINDOW_CHARS = 300  # of each turn; further down, the same words are a disclaimer
+HEDGES = frozenset(WORDS["hedges"].encode().split())
+STOPWORDS = frozenset(WORDS["stopwords"].encode().split())
 # Bytes of UTF-8 by class; characters outside ASCII are one lead byte and some continuation bytes.
 _LEAD_BYTES = {
     "Latin": range(0xC2, 0xCA),
@@ -207,7 +170,7 @@ def _has_phrase(text: str, phrases: Iterable[str]) -> bool:
 
 def _is_refusal(turns: Turns) -> bool:
     heads = ((turn or "")[:_REFUSAL_WINDOW_CHARS].lower().replace("’", "'") for turn in turns)
-    return any(_has_phrase(head, REFUSAL_PHRASES) for head in heads)
+    return any(_has_phrase(head, WORDS["refusals"]) for head in heads)
 
 
 def _read_answer(turns: Turns) -> _Answer:
@@ -230,8 +193,8 @@ def _read_answer(turns: Turns) -> _Answer:
         sum(map(HEDGES.__contains__, words)),
         len(set(words[:100])) / max(min(len(words), 100), 1),
         _is_refusal(turns),
-        _has_phrase(lowered, DISCLAIMERS),
-        _has_phrase(lowered, APOLOGIES),
+        _has_phrase(lowered, WORDS["disclaimers"]),
+        _has_phrase(lowered, WORDS["apologies"]),
     )
     distinct = frozenset(words)
     last_words = distinct if len(turns) == 1 else _distinct_words(turns[-1:])
@@ -375,9 +338,9 @@ def count_tokens(pairs: pd.DataFrame, tokenizer: Tokenizer | None = None) -> np.
     return counts
 
 
-def _scaled(values: pd.Series, kind: str) -> np.ndarray:
-    array = values.to_numpy(dtype=np.float64)
-    return np.log1p(array) if kind == "count" else array
+def _scaled(style: pd.DataFrame, name: str) -> np.ndarray:
+    values = style[name].to_numpy(dtype=np.float64)
+    return np.log1p(values) if name.startswith("n_") else values
 
 
 def style_differences(style: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
@@ -387,9 +350,7 @@ def style_differences(style: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
         (N, F) float64 and the F names of `STYLE_FEATURES`: log((1 + a) / (1 + b)) for
         counts, a − b for shares. Exactly the negative for the swapped battles.
     """
-    columns = []
-    for name, (kind, _) in STYLE_FEATURES.items():
-        columns.append(_scaled(style[f"{name}_a"], kind) - _scaled(style[f"{name}_b"], kind))
+    columns = [_scaled(style, f"{name}_a") - _scaled(style, f"{name}_b") for name in STYLE_FEATURES]
     return np.column_stack(columns), list(STYLE_FEATURES)
 
 
@@ -403,23 +364,21 @@ def density_differences(style: pd.DataFrame, names: Sequence[str]) -> np.ndarray
     return density["a"] - density["b"]
 
 
-def style_shared(style: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+def style_shared(style: pd.DataFrame) -> np.ndarray:
     """Describe the battles of `measure_style`: features that no exchange of A and B changes.
 
     Returns:
-        (N, G) float64 and G names: those of `PAIR_FEATURES` (log(1 + n) for counts), one
-        0/1 column per script, and for each answer feature `gap_<name>`, the absolute
-        difference, and `mean_<name>`, the average of the two.
+        (N, G) float64: `PAIR_FEATURES` (log(1 + n) for counts), one 0/1 column per script, and
+        for each answer feature the absolute difference and, of some, the mean of both answers.
     """
-    columns = {name: _scaled(style[name], kind) for name, (kind, _) in PAIR_FEATURES.items()}
-    for script in SCRIPTS:
-        columns[f"script_{script}"] = (style["script_prompt"] == script).to_numpy(np.float64)
-    for name, (kind, _) in STYLE_FEATURES.items():
-        a = _scaled(style[f"{name}_a"], kind)
-        b = _scaled(style[f"{name}_b"], kind)
-        columns[f"gap_{name}"] = np.abs(a - b)
-        columns[f"mean_{name}"] = (a + b) / 2
-    return np.column_stack(list(columns.values())), list(columns)
+    columns = [_scaled(style, name) for name in PAIR_FEATURES]
+    columns += [(style["script_prompt"] == script).to_numpy(np.float64) for script in SCRIPTS]
+    for name in STYLE_FEATURES:
+        a, b = _scaled(style, f"{name}_a"), _scaled(style, f"{name}_b")
+        columns.append(np.abs(a - b))
+        if name in _MEANS:
+            columns.append((a + b) / 2)
+    return np.array(columns).T
 
 
 def slice_battles(style: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -429,15 +388,14 @@ def slice_battles(style: pd.DataFrame) -> dict[str, np.ndarray]:
         "kind: value" -> (N,) bool. Each battle is in exactly one slice of each kind, and in
         the same one when A and B are exchanged.
     """
-    gap = np.abs(_scaled(style["n_chars_a"], "count") - _scaled(style["n_chars_b"], "count"))
+    gap = np.abs(_scaled(style, "n_chars_a") - _scaled(style, "n_chars_b"))
     n_code = style["has_code_prompt"] + style["n_code_blocks_a"] + style["n_code_blocks_b"]
-    n_refusals = style["is_refusal_a"] + style["is_refusal_b"]
     codes = {
         "length": np.digitize(gap, np.log([1.25, 2])),
         "turns": style["n_turns"] > 1,
         "language": style["script_prompt"].cat.codes,
         "code": n_code > 0,
-        "refusal": n_refusals,
+        "refusal": style["is_refusal_a"] + style["is_refusal_b"],
     }
     slices = {}
     for kind, values in _SLICES.items():

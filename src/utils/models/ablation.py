@@ -12,7 +12,7 @@ from src.utils.battles.style import STYLE_FEATURES
 from src.utils.config import BaselineConfig
 from src.utils.models import baseline
 from src.utils.schema import FROZEN_COLUMNS, LABELS, check_pairs
-from src.utils.stats.scores import paired_difference, row_losses
+from src.utils.stats.scores import draw_groups, paired_difference, row_losses
 
 STYLE_FAMILIES = {
     "length": "n_chars n_words n_sentences n_lines n_turns_empty",
@@ -30,11 +30,7 @@ Kernels = dict[str, np.ndarray]
 
 
 def ablate(
-    pairs: pd.DataFrame,
-    features: baseline.Features,
-    config: BaselineConfig,
-    max_pairs: int = 1000,
-    seed: int = 0,
+    pairs: pd.DataFrame, features: baseline.Features, config: BaselineConfig, max_pairs: int = 1000
 ) -> pd.DataFrame:
     """Fit the text member without each family of features in turn, on held-out folds.
 
@@ -46,7 +42,7 @@ def ablate(
         interval low and high, paired and grouped by prompt; above 0 the family helps.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
-    drawn = _draw_groups(pairs["group"].to_numpy(), max_pairs, seed)
+    drawn = draw_groups(pairs["group"].to_numpy(), max_pairs, seed=0)
     pairs = pairs.iloc[drawn]
     kernels = _family_kernels(features.take(drawn))
     all_roots = {of: _root(list(families.values())) for of, families in kernels.items()}
@@ -65,13 +61,6 @@ def ablate(
             rows.append((family, of, losses.mean(), gap["mean"], gap["low"], gap["high"]))
     table = pd.DataFrame(rows, columns=["family", "of", "log_loss", "difference", "low", "high"])
     return table.sort_values("difference", ascending=False, ignore_index=True)
-
-
-def _draw_groups(groups: np.ndarray, max_pairs: int, seed: int) -> np.ndarray:
-    codes, distinct = pd.factorize(groups)
-    order = np.random.default_rng(seed).permutation(len(distinct))
-    n_pairs = np.cumsum(np.bincount(codes)[order])
-    return np.flatnonzero(np.isin(codes, order[n_pairs <= max(max_pairs, n_pairs[0])]))
 
 
 def _family_kernels(features: baseline.Features) -> dict[str, Kernels]:

@@ -49,6 +49,7 @@ from src.utils.schema import (
     swap_labels,
 )
 from src.utils.stats.blend import Blend, apply_blend, fit_blend
+from src.utils.stats.ranking import davidson_logits
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,6 @@ _OWN_VARIANCE = {"has_apology": 0.05}
 _N_GRAMS = (2, 3, 4)  # bytes
 # 2^64 over the golden ratio: Fibonacci hashing, Knuth volume 3, section 6.4.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_MEANS = ("mean_n_chars", "mean_is_refusal", "mean_n_list_items")
 _MAX_DEVIATION = 4.0  # standardised features are cut here: one odd answer must not decide a fit
 _BATTLES_PER_TREE = 15  # with fewer battles per round, the trees overfit
 _TREES = {
@@ -114,9 +114,6 @@ class Features:
 def measure_features(pairs: pd.DataFrame, config: BaselineConfig) -> Features:
     """Measure battles for all members; `n_hashed` of the settings is the width of a text block."""
     style = measure_style(pairs)
-    shared, names = style_shared(style)
-    # Most means of the two answers add noise to the odds of a tie, and no signal.
-    kept = [not name.startswith("mean_") or name in _MEANS for name in names]
     words = HashingVectorizer(
         n_features=config.n_hashed,
         token_pattern=r"\w+|[^\w\s]",
@@ -130,7 +127,7 @@ def measure_features(pairs: pd.DataFrame, config: BaselineConfig) -> Features:
         "words": words.transform(texts_a) - words.transform(texts_b),
         "characters": hash_bytes(texts_a, config.n_hashed) - hash_bytes(texts_b, config.n_hashed),
     }
-    return Features(style_differences(style)[0], shared[:, kept], texts)
+    return Features(style_differences(style)[0], style_shared(style), texts)
 
 
 def hash_bytes(texts: list[str], n_hashed: int) -> sparse.csr_matrix:
@@ -241,33 +238,22 @@ class Davidson:
     def predict(self, differences: Blocks, shared: Blocks) -> np.ndarray:
         """Probabilities: (N, D) and (N, G) -> (N, C)."""
         tie = shared.times(self.shared) + self.intercept
-        return davidson_probs(differences.times(self.differences), tie)
-
-
-def davidson_probs(utility: np.ndarray, tie: np.ndarray) -> np.ndarray:
-    """Davidson's model: log-odds of A against B and logit of a tie, (N,) each -> (N, C)."""
-    logits = np.empty((len(utility), len(LABELS)))
-    logits[:, A_WINS] = utility / 2
-    logits[:, B_WINS] = -utility / 2
-    logits[:, TIE] = tie
-    return softmax(logits, axis=1)
+        return softmax(davidson_logits(differences.times(self.differences), tie), axis=1)
 
 
 def fit_davidson(differences: Blocks, shared: Blocks, labels: np.ndarray, ridge: float) -> Davidson:
     """Maximise the likelihood under a Gaussian prior of variance 1 / ridge on every weight.
 
-    Args:
-        differences: (N, D), changes sign under the swap.
-        shared: (N, G), unchanged under the swap.
-        labels: (N,) int in 0..2.
-        ridge: precision of the prior; the intercept is free.
+    `differences`, (N, D), change sign under the swap, `shared`, (N, G), do not; `labels` are (N,)
+    int in 0..2. The intercept is free.
     """
     n_differences = differences.width
     votes = np.eye(len(LABELS))[labels]
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         w, v, intercept = np.split(weights, [n_differences, len(weights) - 1])
-        probs = davidson_probs(differences.times(w), shared.times(v) + intercept)
+        logits = davidson_logits(differences.times(w), shared.times(v) + intercept)
+        probs = softmax(logits, axis=1)
         residual = probs - votes
         gradient_w = differences.transposed_times((residual[:, A_WINS] - residual[:, B_WINS]) / 2)
         gradient_v = shared.transposed_times(residual[:, TIE])
@@ -335,11 +321,9 @@ class Baseline:
     blend: Blend
 
     def predict_probs(self, pairs: pd.DataFrame, n_at_once: int = 4096) -> np.ndarray:
-        """Predict how people vote on N battles, `n_at_once` at a time to limit memory.
+        """Predict how people vote on N battles, `n_at_once` at a time to limit memory: (N, C).
 
-        Returns:
-            (N, C) float64, rows sum to 1, columns in `schema.LABELS` order; exchanging A and
-            B exchanges their columns to 1e-12.
+        Exchanging A and B exchanges their columns to 1e-12.
         """
         check_pairs(pairs)
         probs = [np.empty((0, len(LABELS)))]
@@ -350,14 +334,12 @@ class Baseline:
         return np.concatenate(probs)
 
     def style_effects(self) -> pd.DataFrame:
-        """Report the weight of each style feature in the style member.
+        """Report the weight of each style feature in the style member, the largest first.
 
-        Returns:
-            One row per feature: name, caption, effect in log-odds of A against B when A has one
-            standard deviation more of it, all else equal; largest first.
+        Columns: name, caption, effect (log-odds of A against B when A has one standard deviation
+        more of it, all else equal).
         """
-        captions = [feature.caption for feature in STYLE_FEATURES.values()]
-        table = pd.DataFrame({"name": list(STYLE_FEATURES), "caption": captions})
+        table = pd.DataFrame(STYLE_FEATURES.items(), columns=["name", "caption"])
         scales = style_scales(LINEAR_MEMBERS["style"])
         table["effect"] = self.ensemble.linear["style"].differences * scales
         return table.sort_values("effect", key=np.abs, ascending=False, ignore_index=True)
@@ -368,21 +350,16 @@ def cross_fit(
 ) -> dict[str, np.ndarray]:
     """Predict N battles (`schema.FROZEN_COLUMNS`), each with members fitted to the other folds.
 
-    Returns:
-        Member -> (N, C) float64; rows sum to 1.
-
-    Raises:
-        ValueError: a column is missing, or there are fewer than two folds.
+    Returns member -> (N, C) float64. Raises ValueError for a missing column or a single fold.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
     folds = pairs["fold"].to_numpy()
-    if len(np.unique(folds)) < 2:
-        raise ValueError(
-            f"pairs: expected two folds or more in column fold, got {np.unique(folds)}"
-        )
+    distinct = np.unique(folds)
+    if len(distinct) < 2:
+        raise ValueError(f"pairs: expected two folds or more in column fold, got {distinct}")
     labels = pairs["label"].to_numpy(dtype=int)
     probs = {name: np.empty((len(pairs), len(LABELS))) for name in (*LINEAR_MEMBERS, "trees")}
-    for fold in tqdm(np.unique(folds), desc="baseline", unit="fold"):
+    for fold in tqdm(distinct, desc="baseline", unit="fold"):
         held_out = folds == fold
         ensemble = fit_ensemble(features.take(~held_out), labels[~held_out], config)
         for name, predicted in ensemble.predict(features.take(held_out)).items():
@@ -408,8 +385,7 @@ def save_baseline(baseline: Baseline, folder: Path) -> None:
     folder = Path(folder)
     arrays = {f"units.{name}": unit for name, unit in baseline.ensemble.units.items()}
     for name, model in baseline.ensemble.linear.items():
-        arrays |= {f"{name}.differences": model.differences, f"{name}.shared": model.shared}
-        arrays[f"{name}.intercept"] = np.array(model.intercept)
+        arrays |= {f"{name}.{part}": np.asarray(value) for part, value in vars(model).items()}
     with atomic_path(folder / "linear.safetensors") as tmp:
         tmp.write_bytes(save(arrays))  # save_file would make it readable by its owner alone
     with atomic_path(folder / "trees.txt") as tmp:
@@ -428,7 +404,7 @@ def load_baseline(folder: Path) -> Baseline:
         members.setdefault(member, {})[part] = array
     units = members.pop("units")
     linear = {}
-    for name in LINEAR_MEMBERS:
+    for name in LINEAR_MEMBERS:  # in this order, which the file does not keep
         parts = members[name]
         linear[name] = Davidson(parts["differences"], parts["shared"], float(parts["intercept"]))
     trees = lgb.Booster(model_file=folder / "trees.txt")

@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from src.utils.models.template import text_of
-from src.utils.schema import TEXTS
+from src.utils.schema import TEXTS, clean_text
 
 Lengths = Sequence[int] | np.ndarray  # (N,) tokens of each row
 
@@ -16,7 +15,7 @@ _POOL_BATCHES = 32  # batches whose rows are sorted together: more pads less and
 
 def is_canonical(pairs: pd.DataFrame) -> np.ndarray:
     """Report which battles are in canonical order: (N,) bool, A is not after B by code points."""
-    a, b = ([tuple(map(text_of, turns)) for turns in pairs[name]] for name in TEXTS[1:])
+    a, b = ([tuple(map(clean_text, turns)) for turns in pairs[name]] for name in TEXTS[1:])
     return np.array([one <= other for one, other in zip(a, b, strict=True)], dtype=bool)
 
 

@@ -9,7 +9,6 @@ text the last turns are kept first, and a turn that does not fit loses its middl
 and B exchanges what is cut. Special tokens in the texts are tokenised as plain text.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,7 +17,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from src.utils.schema import TEXTS
+from src.utils.schema import TEXTS, clean_text
 
 Token = TypeVar("Token")
 Turns = list[list[int]]  # token ids of each turn of one text
@@ -36,18 +35,8 @@ INSTRUCTION = (
 ENCODER_HEADINGS = ("", "Answer A:\n", "Answer B:\n", "")
 MIN_TURN_TOK = 8  # an older turn cut to fewer tokens is not worth its separator
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
 _SLOT = "\ue000"  # a private-use character, which no chat template contains
 _TEXTS_PER_CALL = 2048  # a fast tokenizer holds about 100 bytes per token until a call returns
-
-
-def text_of(turn: str | None) -> str:
-    """Give a turn as text that any tokenizer accepts: None is empty, lone surrogates become U+FFFD.
-
-    Example:
-        None -> ""; "hi \\ud83d" -> "hi \\ufffd"
-    """
-    return "" if turn is None else _SURROGATES.sub("\ufffd", turn)
 
 
 def share_budget(lengths: Sequence[int], budget: int) -> list[int]:
@@ -208,7 +197,7 @@ def _tokenize_texts(
     """Token ids of each battle's three texts, not cut."""
     columns = []
     for name in TEXTS:
-        turns = [text_of(turn) for turns in pairs[name] for turn in turns]
+        turns = [clean_text(turn) for turns in pairs[name] for turn in turns]
         ids = iter(_tokenize(turns, tokenizer))
         columns.append([[next(ids) for _ in turns] for turns in pairs[name]])
     return list(zip(*columns, strict=True))

@@ -43,10 +43,9 @@ from src.utils.models.template import (
     TURN_TEXT,
     encode_both_orders,
     make_pieces,
-    text_of,
 )
 from src.utils.runs import atomic_folder, hash_json, hash_pairs, read_json, write_json
-from src.utils.schema import TEXTS
+from src.utils.schema import TEXTS, clean_text
 
 N_STEPS = {"modernbert": 700, "qwen3": 1500}  # optimiser steps of pretraining
 STYLE_TARGETS = (
@@ -123,7 +122,7 @@ def _make_tokenizer(kind: str, pairs: pd.DataFrame) -> PreTrainedTokenizerBase:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so every script
         show_progress=False,
     )
-    texts = (text_of(turn)[:4000] for name in TEXTS for turns in pairs[name] for turn in turns)
+    texts = (clean_text(turn)[:4000] for name in TEXTS for turns in pairs[name] for turn in turns)
     # Often enough for the words of the templates to become tokens of their own.
     template_texts = [INSTRUCTION, CUT_TEXT, TURN_TEXT, *ENCODER_HEADINGS] * 100
     backend.train_from_iterator(itertools.chain(texts, template_texts), trainer)
@@ -186,7 +185,7 @@ def measure_differences(pairs: pd.DataFrame, seed: int) -> np.ndarray:
     hasher = HashingVectorizer(
         n_features=2**14, token_pattern=r"\w+", norm="l1", alternate_sign=False, dtype=np.float64
     )
-    a, b = ([" ".join(map(text_of, turns)) for turns in pairs[name]] for name in TEXTS[1:])
+    a, b = ([" ".join(map(clean_text, turns)) for turns in pairs[name]] for name in TEXTS[1:])
     shares = hasher.transform(a).sqrt() - hasher.transform(b).sqrt()
     words = TruncatedSVD(_N_WORD_TARGETS, random_state=seed).fit_transform(shares)
     columns = [names.index(name) for name in STYLE_TARGETS]

@@ -6,11 +6,13 @@ predictions whose rows sum to 1, `labels` (N,) int in 0..C-1, and `groups` (N,) 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from scipy.optimize import OptimizeResult, minimize
 from scipy.special import softmax
 from sklearn.model_selection import GroupKFold
@@ -21,7 +23,7 @@ from src.utils.schema import LABELS, TIE, check_probs, probs_of
 from src.utils.stats.scores import MIN_PROB, log_loss, row_losses
 
 Members = Mapping[str, np.ndarray]
-_POOLS = ("log", "linear")
+Pool = Literal["log", "linear"]
 # Standard deviations of the Gaussian priors of a blend: a few hundred rows cannot move it
 # far, thousands can. Chosen on 898 real battles, see notebooks/LOG.md.
 _WEIGHT_SD, _BIAS_SD = 0.07, 0.1
@@ -40,22 +42,17 @@ class Blend(Config):
 
     members: tuple[str, ...]
     weights: tuple[float, ...]  # one per member, at least 0, sum to 1
-    temperature: float = 1.0  # above 1 makes the blend less confident
-    tie_bias: float = 0.0  # nats added to the log probability of a tie
-    pool: str = "log"  # scale of the mean: log or linear
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # above 1: less confident
+    tie_bias: float = Field(default=0.0, allow_inf_nan=False)  # added to a tie's log probability
+    pool: Pool = "log"  # scale of the mean
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check what spans several fields."""
         if len(set(self.members)) != len(self.weights) or not self.members:
             names = f"distinct member {self.members}"
             raise ValueError(f"weights: expected one per {names}, got {self.weights}")
         if min(self.weights) < 0 or not np.isclose(sum(self.weights), 1):
             raise ValueError(f"weights: expected at least 0 with sum 1, got {self.weights}")
-        if not (0 < self.temperature < np.inf and np.isfinite(self.tie_bias)):
-            found = f"temperature {self.temperature}, tie_bias {self.tie_bias}"
-            raise ValueError(f"expected finite values, temperature above 0, got {found}")
-        if self.pool not in _POOLS:
-            raise ValueError(f"pool: expected one of {_POOLS}, got {self.pool!r}")
 
 
 def read_members(
@@ -63,9 +60,8 @@ def read_members(
 ) -> tuple[dict[str, np.ndarray], pd.DataFrame, list[str]]:
     """Read the predictions of all complete runs, on the battles that all of them held out.
 
-    Args:
-        runs: name -> run folder, None where there is no complete run.
-        data_hash: of `battles`; a run made from others is skipped.
+    `runs` is name -> run folder, None where there is no complete run; one whose `data_hash`
+    differs was made from other battles and is skipped.
 
     Returns:
         `members`, the battles that they predict, and a line per run: read, or why skipped.
@@ -107,14 +103,13 @@ def fit_blend(members: Members, labels: np.ndarray) -> Blend:
         raise ValueError("members: expected at least one, got none")
     labels = np.asarray(labels)
     for name, probs in members.items():
-        try:
-            check_probs(probs, n_pairs=len(labels))
-        except ValueError as error:
-            raise ValueError(f"member {name!r}: {error}") from error
+        check_probs(probs, n_pairs=len(labels), name=f"member {name!r}")
     stacked = np.stack([np.asarray(probs, dtype=np.float64) for probs in members.values()])
     prior = _prior_weights(stacked, labels)
     # The two scales are the same for a single member.
-    fits = {pool: _fit_pool(stacked, labels, prior, pool) for pool in _POOLS[: len(members)]}
+    fits = {
+        pool: _fit_pool(stacked, labels, prior, pool) for pool in get_args(Pool)[: len(members)]
+    }
     pool = min(fits, key=lambda name: fits[name].fun)
     scales, tie_bias = fits[pool].x[:-1], float(fits[pool].x[-1])
     weights = tuple((scales / scales.sum()).tolist())
@@ -176,7 +171,7 @@ def choose_blend(
     return alone, members[best], f"The blend is no better, so {best} is published: {scores}."
 
 
-def _pool(stacked: np.ndarray, shares: np.ndarray, pool: str) -> np.ndarray:
+def _pool(stacked: np.ndarray, shares: np.ndarray, pool: Pool) -> np.ndarray:
     """Mean of (M, N, C) with shares (M, N) that sum to 1 over M; log scale, (N, C)."""
     if pool == "linear":
         return np.log(np.clip(np.einsum("mnc,mn->nc", stacked, shares), MIN_PROB, 1))
@@ -201,7 +196,7 @@ def _prior_weights(stacked: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _fit_pool(
-    stacked: np.ndarray, labels: np.ndarray, prior: np.ndarray, pool: str
+    stacked: np.ndarray, labels: np.ndarray, prior: np.ndarray, pool: Pool
 ) -> OptimizeResult:
     """Minimise the penalised log loss over (weight / temperature of each member, tie bias)."""
     n_members, n_pairs = stacked.shape[:2]

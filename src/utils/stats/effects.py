@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, KFold, cross_val_predict
 from sklearn.preprocessing import SplineTransformer
 
-from src.utils.schema import A_WINS, LABEL_NAMES, TEXTS, TIE, Turns
+from src.utils.schema import A_WINS, LABEL_NAMES, TEXTS, TIE, join_turns
 from src.utils.stats import scores
 from src.utils.stats.ranking import MAX_STANDARD_ERROR, MIN_SUPPORT, group_codes
 
@@ -50,9 +50,7 @@ def winner_shares(labels: np.ndarray) -> pd.DataFrame:
 def win_share(labels: np.ndarray, values: np.ndarray | None = None) -> dict[str, Any]:
     """Test whether position A, or the answer with more of something, wins more than half.
 
-    Args:
-        values: (N,) float, difference A − B; given, the share is that of the answer with the
-            larger value, and battles with 0 are left out.
+    With `values`, (N,) float differences A − B, battles with 0 are left out.
 
     Returns:
         `share` of decided battles with exact bounds `low`, `high`; `p_value` of the binomial
@@ -95,9 +93,7 @@ def win_share_by_level(
 ) -> pd.DataFrame:
     """Split the share of `win_share` by properties of the battle.
 
-    Args:
-        properties: name -> the level of each of N battles (a categorical keeps its order).
-        values: (N,) float, as for `win_share`.
+    `properties` are name -> the level of each battle, (N,); a categorical keeps its order.
 
     Returns:
         One row per level: property, level, n, share, low, high (exact), and p_value of the
@@ -159,12 +155,10 @@ def smooth_rate(
 ) -> pd.DataFrame:
     """Trace a rate as a smooth curve: a logistic regression on a cubic spline.
 
-    Args:
-        values: (N,) float; those beyond the central 98 % are moved to its ends.
-        hits: (N,) bool; fewer than 50 hits or misses give an empty table.
+    `values`, (N,) float, beyond the central 98 % are moved to its ends.
 
     Returns:
-        61 rows: value, share, low, high (95 %, pointwise).
+        61 rows: value, share, low, high (95 %, pointwise); none for fewer than 50 hits or misses.
     """
     nothing = pd.DataFrame(columns=["value", "share", "low", "high"], dtype=np.float64)
     if min(np.sum(hits), len(hits) - np.sum(hits)) < _CURVE_SUPPORT:
@@ -192,12 +186,8 @@ def effect_sizes(
 ) -> pd.DataFrame:
     """Estimate each feature's effect on who wins, with one logistic regression per feature.
 
-    The intercept is the effect of the position.
-
-    Args:
-        differences: (N, F) float, each A − B.
-        names: F names.
-        controls: (N, K) float, differences to hold constant, e.g. the log length ratio.
+    `differences` are (N, F) float, A − B, `controls` (N, K) others to hold constant, e.g. the log
+    length ratio. The intercept is the effect of the position.
 
     Returns:
         One row per feature: effect, log_odds (per standard deviation), low, high, p_value,
@@ -300,13 +290,8 @@ def measure_leak(
         losses[name] = -np.log(np.maximum(probs[np.arange(len(labels)), labels], 1e-6))
     repeats = pairs["group"].duplicated(keep=False).to_numpy()
     parts = {"all battles": np.ones_like(repeats), "battles whose prompt repeats": repeats}
-    rows = []
-    for part, inside in parts.items():
-        if inside.any():
-            grouped, random = losses["grouped"][inside], losses["random"][inside]
-            gap = scores.paired_difference(grouped, random, groups[inside])
-            rows.append((part, inside.sum(), grouped.mean(), random.mean(), *gap.values()))
-    return pd.DataFrame(rows, columns=columns)
+    table = scores.compare_slices(losses["grouped"], losses["random"], parts, groups)
+    return table.drop(columns="verdict").set_axis(columns, axis=1)
 
 
 def describe_leak(leak: pd.DataFrame) -> str:
@@ -322,15 +307,11 @@ def describe_leak(leak: pd.DataFrame) -> str:
 
 def _leak_features(pairs: pd.DataFrame, differences: np.ndarray) -> sparse.csr_matrix:
     words = HashingVectorizer(n_features=2**14, alternate_sign=False)
-    prompt, a, b = (words.transform(pairs[name].map(_opening)) for name in TEXTS)
+    openings = pairs[list(TEXTS)].map(lambda turns: join_turns(turns)[:_LEAK_CHARS])
+    prompt, a, b = (words.transform(openings[name]) for name in TEXTS)
     style = np.column_stack([differences, np.abs(differences)])
     style = (style - style.mean(axis=0)) / np.maximum(style.std(axis=0), 1e-9)
     return sparse.hstack([np.clip(style, -4, 4) / 4, prompt, a - b], format="csr")
-
-
-def _opening(turns: Turns) -> str:
-    text = "\n".join((turn or "")[:_LEAK_CHARS] for turn in turns)[:_LEAK_CHARS]
-    return text.encode("utf-8", "replace").decode()  # hashing cannot take lone surrogates
 
 
 def make_verdict(shares: dict[str, dict[str, Any]], effects: pd.DataFrame) -> pd.DataFrame:

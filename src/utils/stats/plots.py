@@ -5,6 +5,7 @@ A, B and tie have one fixed colour everywhere. Tables come from `stats.effects`,
 and `stats.scores`; their columns `low` and `high` are 95 % intervals, losses nats per battle.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from src.utils.schema import A_WINS, LABEL_NAMES, TIE
 LABEL_COLORS = ("#0072B2", "#D55E00", "#7F7F7F")
 ACCENT, MUTED = "#009E73", "#BBBBBB"
 _BLACK: dict[str, Any] = {"color": "black", "linewidth": 1}
+
+Series = dict[str, tuple[str, pd.DataFrame]]  # name -> its colour and table
 
 
 def use_style() -> None:
@@ -64,15 +67,16 @@ def _draw_intervals(
 
 
 def _draw_rows(
-    ax: Axes, series: dict[str, tuple[str, pd.DataFrame]], value: str, key: str, order: list[str]
+    ax: Axes, series: Series, value: str, key: str, order: list[str], null: float = 0
 ) -> None:
-    """Draw one row per name in `order`, from the bottom, with an interval per colour and table."""
+    """Draw a row per name in `order`, from the bottom, an interval per series, a line at `null`."""
     shifts = np.linspace(0.13, -0.13, len(series)) if len(series) > 1 else np.zeros(1)
     for (name, (color, table)), shift in zip(series.items(), shifts, strict=True):
         shown = table[table[key].isin(order)]
         places = shown[key].map(order.index).to_numpy(dtype=float) + shift
         _draw_intervals(ax, shown, value, places, color=color, label=name)
     ax.set_yticks(range(len(order)), order)
+    ax.axvline(null, **_BLACK)
     if len(series) > 1:
         ax.legend(loc="best")
 
@@ -110,8 +114,7 @@ def plot_win_rates(
         return _explain(ax, f"No named chatbot fought {min_battles} battles or more.")
     shown = shown.sort_values("win_share")
     names = [f"{row.model} ({row.n_decided:,})" for row in shown.itertuples()]
-    _draw_rows(ax, {"": (ACCENT, shown.assign(name=names))}, "win_share", "name", names)
-    ax.axvline(0.5, **_BLACK)
+    _draw_rows(ax, {"": (ACCENT, shown.assign(name=names))}, "win_share", "name", names, null=0.5)
     ends = shown.iloc[[0, -1]]
     worst, best = ends["win_share"].map(percent) + " (" + ends["model"] + ")"
     x = "share of decided battles won (95 % interval)"
@@ -146,8 +149,7 @@ def plot_punctuation_winner(ax: Axes, shares: pd.DataFrame) -> Axes:
     order = list(dict.fromkeys(shares["caption"]))[::-1]
     colors = {"by count": MUTED, "per character": ACCENT}
     series = {name: (colors[name], shares[shares["measure"] == name]) for name in colors}
-    _draw_rows(ax, series, "share", "caption", order)
-    ax.axvline(0.5, **_BLACK)
+    _draw_rows(ax, series, "share", "caption", order, null=0.5)
     first = shares[shares["caption"] == order[-1]]
     found = ", ".join(first["share"].map(percent) + " " + first["measure"])
     x = "decided battles won by the answer with more (95 % interval)"
@@ -162,8 +164,7 @@ def plot_win_share_by_level(ax: Axes, shares: pd.DataFrame, winner: str) -> Axes
     names = [f"{row.property}: {row.level} (n = {row.n:,})" for row in shares.itertuples()]
     shares = shares.assign(name=names)
     for place, (_, rows) in enumerate(shares.groupby("property", sort=False)):
-        _draw_rows(ax, {"": ((ACCENT, "black")[place % 2], rows)}, "share", "name", names)
-    ax.axvline(0.5, **_BLACK)
+        _draw_rows(ax, {"": ((ACCENT, "black")[place % 2], rows)}, "share", "name", names, null=0.5)
     p_values = shares.groupby("property")["p_value"].first().dropna()
     n_moved = int((p_values < 0.05 / len(p_values)).sum())
     name = winner[:1].upper() + winner[1:]
@@ -206,11 +207,14 @@ def _draw_curve(ax: Axes, curve: pd.DataFrame, bins: pd.DataFrame, color: str) -
 
 
 def plot_token_distribution(
-    ax: Axes, lengths: dict[str, np.ndarray], budgets: tuple[int, ...] = (512, 1024, 2048, 3072)
+    ax: Axes, lengths: dict[str, np.ndarray], budgets: Sequence[int] = (1024, 512, 2048, 3072)
 ) -> Axes:
-    """Show how long battles are and what each budget truncates; tokenizer -> (N,) int tokens."""
+    """Show how long battles are, tokenizer -> (N,) int tokens, and what each budget truncates.
+
+    The title is about the first budget.
+    """
     every = np.maximum(np.concatenate(list(lengths.values())), 1)
-    edges = np.geomspace(max(np.quantile(every, 0.002), 1), max(every.max(), budgets[-1]) * 1.2, 50)
+    edges = np.geomspace(max(np.quantile(every, 0.002), 1), max(every.max(), *budgets) * 1.2, 50)
     look: dict[str, Any] = {"bins": edges, "histtype": "step", "linewidth": 2}
     colors = (ACCENT, "#CC79A7", "#E69F00", "#56B4E9")
     for (name, counts), color in zip(lengths.items(), colors, strict=False):
@@ -221,15 +225,15 @@ def plot_token_distribution(
         cut = "\n".join(percent(float((counts > budget).mean())) for counts in lengths.values())
         ax.axvline(budget, linestyle=":", **_BLACK)
         ax.text(budget, top * 0.98, f" {cut}", va="top", fontsize=9)
-    ticks = [64, 128, 256, *budgets, 8192]
+    ticks = sorted({64, 128, 256, *budgets, 8192})
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45)
     ax.minorticks_off()
     ax.set(ylim=(0, top), xlim=(edges[0], edges[-1]))
     several = "one line per tokenizer, in this order at each budget" if len(lengths) > 1 else None
     ax.legend(loc="upper left", title=several)
     first, counts = next(iter(lengths.items()))
-    cut = percent(float((counts > budgets[1]).mean()))
-    title = f"A budget of {budgets[1]:,} tokens truncates {cut} of battles ({first})"
+    cut = percent(float((counts > budgets[0]).mean()))
+    title = f"A budget of {budgets[0]:,} tokens truncates {cut} of battles ({first})"
     x = "tokens of prompt and both answers (log scale; at each budget: share truncated)"
     return _label(ax, title, x, "battles")
 
@@ -242,7 +246,6 @@ def plot_effects(ax: Axes, effects: dict[str, pd.DataFrame]) -> Axes:
         return _explain(ax, "No effect can be estimated from these battles.")
     series = {first: (MUTED, others), name: (ACCENT, known)}
     _draw_rows(ax, series, "log_odds", "effect", known["effect"].tolist())
-    ax.axvline(0, **_BLACK)
     n_clear = int(((known["low"] > 0) | (known["high"] < 0)).sum())
     title = f"{n_clear} of {len(known)} style differences move the vote, {name}"
     x = "log-odds of winning per standard deviation (95 % interval)"
@@ -258,7 +261,6 @@ def plot_strengths(ax: Axes, strengths: dict[str, pd.DataFrame], n_shown: int = 
     pairs = zip((MUTED, ACCENT), strengths.items(), strict=True)
     series = {name: (color, rows[rows["model"].isin(order)]) for color, (name, rows) in pairs}
     _draw_rows(ax, series, "strength", "model", order)
-    ax.axvline(0, **_BLACK)
     spreads = [f"{rows['strength'].std():.2f} {name}" for name, (_, rows) in series.items()]
     title = f"Standard deviation of strengths: {', '.join(spreads)}"
     return _label(ax, title, "strength, log-odds against the mean (95 % interval)", "chatbot")
@@ -272,8 +274,7 @@ def plot_planted(ax: Axes, planted: pd.Series, estimated: pd.DataFrame) -> Axes:
     rows["low"], rows["high"] = rows[["low", "high"]].min(axis=1), rows[["low", "high"]].max(axis=1)
     names = [f"{name} ({size:+.2f})" for name, size in planted.items()]
     series = {"": (ACCENT, rows.assign(name=names))}
-    _draw_rows(ax, series, "log_odds_per_unit", "name", names[::-1])
-    ax.axvline(1, **_BLACK)
+    _draw_rows(ax, series, "log_odds_per_unit", "name", names[::-1], null=1)
     covered = int(((rows["low"] <= 1) & (rows["high"] >= 1)).sum())
     title = f"{covered} of {len(rows)} intervals cover the planted effect"
     x = "estimated / planted effect (95 % interval)"
@@ -354,8 +355,8 @@ def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
     shares = shares.assign(name=names)
     people, model = (shares[shares["voter"] == voter] for voter in ("people", "model"))
     order = model["name"].tolist()[::-1]
-    _draw_rows(ax, {"people": ("black", people), "model": (ACCENT, model)}, "share", "name", order)
-    ax.axvline(0.5, **_BLACK)
+    series = {"people": ("black", people), "model": (ACCENT, model)}
+    _draw_rows(ax, series, "share", "name", order, null=0.5)
     ax.set_ylim(-0.5, len(order) - 0.5)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     low, high = people["low"].to_numpy(), people["high"].to_numpy()
@@ -363,17 +364,6 @@ def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
     title = f"On {n_inside} of {len(order)} leanings the model is within people's interval"
     x = "share of decided votes (95 % interval)"
     return _label(ax, title, x, "votes for … (battles that differ in it)", percent_on="x")
-
-
-def plot_token_lengths(ax: Axes, lengths: np.ndarray, budget: int) -> Axes:
-    """Show how long battles are, (N,) int tokens, and how many exceed the model's budget."""
-    top = max(budget * 1.25, np.quantile(lengths, 0.99))
-    ax.hist(np.minimum(lengths, top), bins=np.linspace(0, top, 41).tolist(), color=ACCENT)
-    ax.axvline(budget, **_BLACK)
-    ax.text(budget, ax.get_ylim()[1] * 0.95, f" budget {budget:,}", va="top")
-    ax.set_xlim(0, top)
-    title = f"{percent(float((lengths > budget).mean()))} of the battles are cut"
-    return _label(ax, title, "tokens of a battle (the last bar holds all longer ones)", "battles")
 
 
 def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
@@ -417,13 +407,11 @@ def plot_learning_curve(
 def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
     """Show what each family of features is worth, from `ablation.ablate`, the best at the top."""
     order = worth["family"].tolist()[::-1]
-    for of, odds, color in (("A against B", "A or B", ACCENT), ("tie", "a tie", LABEL_COLORS[TIE])):
-        rows = worth[worth["of"] == of]
-        look: dict[str, Any] = {"color": color, "label": f"in the odds of {odds}"}
-        _draw_intervals(ax, rows, "difference", rows["family"].map(order.index), **look)
-    ax.set_yticks(range(len(order)), order)
-    ax.axvline(0, **_BLACK)
-    ax.legend(loc="lower right")
+    series = {
+        "in the odds of A or B": (ACCENT, worth[worth["of"] == "A against B"]),
+        "in the odds of a tie": (LABEL_COLORS[TIE], worth[worth["of"] == "tie"]),
+    }
+    _draw_rows(ax, series, "difference", "family", order)
     n_sure = int((worth["low"] > 0).sum())
     title = f"Missed by more than chance: {n_sure} of {len(worth)} families"
     x = "log loss added by leaving it out, nats per battle (95 % interval)"

@@ -31,15 +31,15 @@ def group_codes(groups: np.ndarray | None, n_pairs: int) -> np.ndarray:
     return np.arange(n_pairs) if groups is None else pd.factorize(np.asarray(groups))[0]
 
 
-def davidson_log_probs(eta: np.ndarray, log_nu: np.ndarray | float) -> np.ndarray:
-    """Compute the log probabilities of Davidson's model, (N, C) in the order of `schema.LABELS`.
+def davidson_logits(eta: np.ndarray, log_nu: np.ndarray | float) -> np.ndarray:
+    """Compute the logits of Davidson's model, (N, C) in the order of `schema.LABELS`.
 
     Args:
         eta: (N,) float, log-odds of A over B.
         log_nu: (N,) float, or one for all: log weight of a tie; −inf means no ties.
     """
     ties = np.broadcast_to(log_nu, np.shape(eta))
-    return log_softmax(np.column_stack([eta / 2, -eta / 2, ties]), axis=1)
+    return np.column_stack([eta / 2, -eta / 2, ties])
 
 
 def model_records(
@@ -186,7 +186,8 @@ class _Votes:
 
     def log_probs(self, params: np.ndarray) -> np.ndarray:
         eta = self.design @ params[: self.design.shape[1]]
-        return davidson_log_probs(eta, params[-1] if self.with_ties else -np.inf)
+        log_nu = params[-1] if self.with_ties else -np.inf
+        return log_softmax(davidson_logits(eta, log_nu), axis=1)
 
     def row_scores(self, log_probs: np.ndarray) -> np.ndarray:
         """Gradient of the log-likelihood of each battle, one column per parameter."""

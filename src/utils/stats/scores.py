@@ -18,8 +18,8 @@ from src.utils.schema import (
     LABEL_NAMES,
     LABELS,
     TEXTS,
-    Turns,
     check_probs,
+    join_turns,
     probs_of,
     swap_probs,
 )
@@ -27,20 +27,14 @@ from src.utils.schema import (
 MIN_PROB = 1e-15  # the competition clips here
 Z_95 = float(norm.ppf(0.975))  # half the width of a 95 % interval, in standard errors
 _MIN_BIN = 40  # battles in a bin of a reliability curve
+_ECE_BINS = 15
 
 
 def row_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Compute minus the log of the probability given to each vote: (N,) float64, nats.
 
-    Args:
-        probs: (N, C) float; clipped to [1e-15, 1] and renormalised as the competition does.
-        labels: (N,) int in 0..C-1.
-
-    Raises:
-        ValueError: not one label per row of `probs`.
-
-    Example:
-        [[.5, .25, .25]] with label 0 -> [0.693]
+    As in the competition, probabilities are clipped to [1e-15, 1] and renormalised. Raises
+    ValueError where there is not one label per row of `probs`.
     """
     clipped = np.clip(np.asarray(probs, dtype=np.float64), MIN_PROB, 1)
     labels = np.asarray(labels)
@@ -56,40 +50,26 @@ def log_loss(probs: np.ndarray, labels: np.ndarray) -> float:
     return float(row_losses(probs, labels).mean())
 
 
-def accuracy(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Share of battles whose most probable class was the vote: (N, C), (N,) int -> 0..1."""
-    return float((np.argmax(probs, axis=1) == labels).mean())
+def score(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Compute log_loss (nats per battle), accuracy, brier (0 to 2) and ece (0 to 1).
 
+    The Brier score sums squared errors over the classes. The calibration error is the mean gap
+    between confidence and accuracy, in 15 bins of equal width on [0, 1].
 
-def brier(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Mean squared distance to the one-hot vote, summed over classes: (N, C), (N,) int -> 0..2.
-
-    Source: Brier 1950, Verification of forecasts expressed in terms of probability.
+    Source: Brier 1950, Verification of forecasts expressed in terms of probability; Guo et al.
+        2017, arXiv:1706.04599, equation 3.
     """
-    votes = np.eye(np.shape(probs)[1])[labels]
-    return float(((probs - votes) ** 2).sum(axis=1).mean())
-
-
-def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, n_bins: int = 15) -> float:
-    """Average the gap between confidence and accuracy: (N, C), (N,) int -> 0..1.
-
-    Source: Guo et al. 2017, arXiv:1706.04599, equation 3, with bins of equal width on [0, 1].
-    """
+    check_probs(probs, n_pairs=len(labels))
+    votes = np.eye(len(LABELS))[labels]
     confidence = np.max(probs, axis=1)
     hit = np.argmax(probs, axis=1) == labels
-    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
-    gaps = np.bincount(bins, weights=hit - confidence, minlength=n_bins)
-    return float(np.abs(gaps).sum() / len(confidence))
-
-
-def score(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Compute log_loss (nats per battle), accuracy, brier and ece of (N, C) for (N,) int labels."""
-    check_probs(probs, n_pairs=len(labels))
+    bins = np.minimum((confidence * _ECE_BINS).astype(int), _ECE_BINS - 1)
+    gaps = np.bincount(bins, weights=hit - confidence)
     return {
         "log_loss": log_loss(probs, labels),
-        "accuracy": accuracy(probs, labels),
-        "brier": brier(probs, labels),
-        "ece": expected_calibration_error(probs, labels),
+        "accuracy": float(hit.mean()),
+        "brier": float(((probs - votes) ** 2).sum(axis=1).mean()),
+        "ece": float(np.abs(gaps).sum() / len(labels)),
     }
 
 
@@ -129,8 +109,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Cluster-bootstrap confidence interval of the mean of `values`, (N,) float, e.g. row losses.
 
-    Returns:
-        Lower and upper 95 % bound (percentiles), in the units of `values`.
+    Returns the lower and upper 95 % bound (percentiles), in the units of `values`.
 
     Source: Efron and Tibshirani 1993, chapter 13; for clusters, Field and Welsh 2007,
         doi:10.1111/j.1467-9868.2007.00593.x.
@@ -147,18 +126,14 @@ def bootstrap_interval(
 
 
 def paired_difference(
-    losses_1: np.ndarray,
-    losses_2: np.ndarray,
-    groups: np.ndarray,
-    n_boot: int = 1000,
-    seed: int = 0,
+    first: np.ndarray, second: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0
 ) -> dict[str, float]:
     """Compare two models by their `row_losses` on the same battles, (N,) float each, in nats.
 
     Returns:
-        mean of losses_1 − losses_2, low, high (95 %); below 0 the first model is better.
+        mean of first − second, low, high (95 %); below 0 the first model is better.
     """
-    differences = np.asarray(losses_1) - np.asarray(losses_2)
+    differences = np.asarray(first) - np.asarray(second)
     low, high = bootstrap_interval(differences, groups, n_boot, seed)
     return {"mean": float(differences.mean()), "low": low, "high": high}
 
@@ -168,11 +143,7 @@ def proportion_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bound proportions at 95 % by Wilson, or `exact` by Clopper and Pearson: low, high (K,) float.
 
-    Args:
-        n_hits, n: (K,) int, hits and trials; no trials give NaN.
-
-    Example:
-        5 of 10 -> (0.237, 0.763) by Wilson, (0.187, 0.813) exact.
+    `n_hits` and `n` are (K,) int, hits and trials; no trials give NaN.
     """
     bounds = np.full((len(n), 2), np.nan)
     for row, (k, trials) in enumerate(zip(n_hits, n, strict=True)):
@@ -219,11 +190,11 @@ def compare_models(
     losses = {name: row_losses(probs, labels) for name, probs in models.items()}
     rows = []
     for name, probs in models.items():
-        found = score(probs, labels)
-        interval = bootstrap_interval(losses[name], groups, n_boot, seed)
+        low, high = bootstrap_interval(losses[name], groups, n_boot, seed)
         gap = paired_difference(losses[name], losses[reference], groups, n_boot, seed)
-        calibration = found["accuracy"], found["ece"]
-        rows.append((name, found["log_loss"], *interval, *calibration, *gap.values()))
+        row = {"model": name, "low": low, "high": high, "difference": gap["mean"]}
+        row |= {"difference_low": gap["low"], "difference_high": gap["high"]}
+        rows.append(row | score(probs, labels))
     columns = ["model", "log_loss", "low", "high", "accuracy", "ece"]
     columns += ["difference", "difference_low", "difference_high"]
     return pd.DataFrame(rows, columns=columns)
@@ -239,8 +210,7 @@ def compare_slices(
 ) -> pd.DataFrame:
     """Compare a model's `row_losses` with those of a reference, (N,) float each, on slices.
 
-    Args:
-        slices: name -> (N,) bool, the battles of that slice.
+    `slices` are name -> (N,) bool, the battles of that slice.
 
     Returns:
         One row per slice that holds at least two groups: slice, n_pairs, log_loss, reference,
@@ -270,15 +240,11 @@ def compare_leanings(
 ) -> pd.DataFrame:
     """Measure how far a model and people lean towards one side, e.g. the longer answer.
 
-    Args:
-        leanings: name -> (N,) float; A where above 0, B where below, 0 leaves the battle out.
+    `leanings` are name -> (N,) float; A where above 0, B where below, 0 leaves the battle out.
 
     Returns:
         One row per leaning and voter ("people" or "model"): leaning, voter, share of decided
         votes for that side, low, high (95 %), n (battles that count). NaN where n is 0.
-
-    Example:
-        probs [[.6, .2, .2]] with side +1 -> share .75
     """
     rows = []
     for leaning, sides in leanings.items():
@@ -305,8 +271,7 @@ def confident_errors(
 
     Returns:
         One row per battle, the worst first: id, vote, predicted, p(vote), prompt, response_a,
-        response_b, with ‖ between turns. Plain text that UTF-8 can hold; not escaped, which
-        `DataFrame.to_html` does by default.
+        response_b, with ‖ between turns. Not escaped, which `DataFrame.to_html` does by default.
     """
     labels = pairs["label"].to_numpy(dtype=int)
     worst = np.argsort(-row_losses(probs, labels), kind="stable")[:n_shown]
@@ -315,14 +280,10 @@ def confident_errors(
     table["predicted"] = names[probs[worst].argmax(axis=1)]
     table["p(vote)"] = probs[worst, labels[worst]].round(3)
     for name in TEXTS:
-        table[name] = [_excerpt(turns, n_chars) for turns in pairs[name].iloc[worst]]
+        joined = [join_turns(turns, " ‖ ") for turns in pairs[name].iloc[worst]]
+        texts = pd.Series(joined).str.split().str.join(" ")
+        table[name] = texts.where(texts.str.len() <= n_chars, texts.str[:n_chars] + " …")
     return table
-
-
-def _excerpt(turns: Turns, n_chars: int) -> str:
-    joined = " ‖ ".join(" ".join((turn or "").split()) or "(nothing)" for turn in turns)
-    text = joined.encode("utf-8", "replace").decode("utf-8")
-    return text if len(text) <= n_chars else text[:n_chars] + " …"
 
 
 def summarise(
@@ -334,19 +295,12 @@ def summarise(
 ) -> dict[str, float]:
     """Score held-out probabilities beside what knows nothing and what knows everything.
 
-    Args:
-        oof: id and one probability per class, N battles of `pairs` in any order.
-        pairs: every battle, with id, label, group and fold.
-        truth: (N, C) float, the true probabilities in the order of `oof`, where known.
-        n_boot: resamples of the interval.
-        seed: of the resampling.
+    `oof` has id and one probability per class, for some of `pairs` in any order (KeyError where
+    `pairs` lacks one); `truth` are the true probabilities in the order of `oof`, (N, C) float.
 
     Returns:
         What `score` returns; log_loss_low and log_loss_high, a 95 % interval; prior_log_loss, of
         the class prior of the other folds; with `truth` oracle_log_loss and excess_log_loss.
-
-    Raises:
-        KeyError: `oof` has a battle that `pairs` lacks.
     """
     places = pd.Series(np.arange(len(pairs)), index=pairs["id"]).loc[list(oof["id"])].to_numpy()
     prior = held_out_prior(pairs["label"].to_numpy(), pairs["fold"].to_numpy())[places]

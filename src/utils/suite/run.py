@@ -175,7 +175,8 @@ def _check_outputs(stage: Stage, folder: Path, before: Mapping[Path, int]) -> No
 
 def _hash_library() -> str:
     library = Path(__file__).resolve().parents[1]
-    return hash_json([hash_file(file) for file in sorted(library.rglob("*.py"))])
+    files = [file for file in library.rglob("*") if file.suffix in (".py", ".yaml")]
+    return hash_json([hash_file(file) for file in sorted(files)])
 
 
 def clear_outputs(pipeline: Pipeline, stage: Stage) -> None:
