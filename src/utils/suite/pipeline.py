@@ -1,13 +1,11 @@
 """The notebooks as a pipeline: what each reads and writes, and whether it is up to date.
 
 A complete run leaves `run.json`: the parameters, and the state (size, time of change, hash) of
-the notebook's code, of each file that it read and of each that it wrote. While these are
-unchanged, the notebook is up to date; so a deleted output makes its own notebook run again,
-and a later one only if the content that it reads has changed.
+the notebook's code and of each file that it read or wrote. While these are unchanged, the
+notebook is up to date.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,26 +70,6 @@ STAGES = (
 )
 
 
-def choose_notebooks(only: str, names: Sequence[str]) -> list[str]:
-    """Turn a selection into notebook names, in the pipeline's order; an empty one takes all.
-
-    Raises:
-        SuiteError: there is no such notebook (the nearest name is suggested), or a range falls.
-
-    Example:
-        "02,04-05" -> ["02_baseline", "04_qwen", "05_ensemble"]
-    """
-    chosen: set[str] = set()
-    for part in only.replace(",", " ").split():
-        first, _, last = part.partition("-")
-        start = names.index(find_name(first, names))
-        end = names.index(find_name(last or first, names))
-        if end < start:
-            raise SuiteError(f"notebooks {part!r}: expected a rising range, such as 02-05")
-        chosen.update(names[start : end + 1])
-    return [name for name in names if name in chosen or not only.strip()]
-
-
 def files_under(folder: Path, pattern: str) -> list[Path]:
     """List one file, or all files of a folder if its name ends in `/`."""
     path = folder / pattern
@@ -106,8 +84,8 @@ def hash_content(path: Path) -> str:
         return hash_json([cell.source for cell in cells if cell.cell_type == "code"])
     if path.name == "metrics.json":
         with contextlib.suppress(ValueError):  # damaged
-            metrics = read_json(path)
-            return hash_json({name: metrics[name] for name in metrics if not _TIMINGS.search(name)})
+            metrics = read_json(path).items()
+            return hash_json({name: value for name, value in metrics if not _TIMINGS.search(name)})
     return hash_file(path)
 
 
@@ -149,16 +127,31 @@ class Pipeline:
         self.sources = {name: self.notebooks / f"{name}.ipynb" for name in self.by_name}
         self.defaults = {name: read_parameters(path) for name, path in self.sources.items()}
 
+    def choose_notebooks(self, only: str) -> list[str]:
+        """Turn a selection such as "02,04-05" into notebook names, in order; "" takes all.
+
+        Raises:
+            SuiteError: there is no such notebook, or a range falls.
+        """
+        names, chosen = list(self.by_name), set()
+        for part in only.replace(",", " ").split():
+            first, _, last = part.partition("-")
+            start = names.index(find_name(first, names))
+            end = names.index(find_name(last or first, names))
+            if end < start:
+                raise SuiteError(f"notebooks {part!r}: expected a rising range, such as 02-05")
+            chosen.update(names[start : end + 1])
+        return [name for name in names if name in chosen or not only.strip()]
+
     def all_parameters(self, name: str) -> dict[str, Any]:
         """Return a notebook's parameters, defaults included, without the places of its data."""
         known = {**self.defaults[name], **self.parameters.get(name, {})}
-        # JSON turns tuples into lists, as in run.json.
-        return json.loads(json.dumps({key: known[key] for key in known if key not in _PLACES}))
+        return {key: known[key] for key in known if key not in _PLACES}
 
     def needs(self, stage: Stage) -> dict[str, tuple[str, ...]]:
         """Return earlier notebook -> files, with only the models that were chosen."""
         chosen = self.all_parameters(stage.name).get(stage.chosen_by) or MODELS
-        unused = [name for name in MODELS if name not in chosen]
+        unused = set(MODELS).difference(chosen)
         return {name: files for name, files in stage.reads.items() if name not in unused}
 
     def missing_input(self, stage: Stage, selected: Sequence[str] = ()) -> str:
@@ -167,9 +160,9 @@ class Pipeline:
             outputs = self.by_name[name].outputs
             for file in (outputs[-1], *[file for file in files if file in outputs]):
                 if name not in selected and not files_under(self.artifacts / name, file):
+                    path, hint = self.artifacts / name / file, f"make run NB={name[:2]}"
                     choice = f", or set {stage.chosen_by}" if stage.chosen_by else ""
-                    path = self.artifacts / name / file
-                    return f"{stage.name} reads {path}, missing: make run NB={name[:2]}{choice}"
+                    return f"{stage.name} reads {path}, missing: {hint}{choice}"
         return ""
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
@@ -190,9 +183,9 @@ class Pipeline:
     def outputs(self, stage: Stage) -> dict[str, Path]:
         """Find every file in a run folder, apart from checkpoints and `run.json`."""
         folder = self.artifacts / stage.name
-        files = {file.relative_to(folder): file for file in files_under(folder, "./")}
-        own = (RECORD, CHECKPOINTS)
-        return {str(name): file for name, file in files.items() if name.parts[0] not in own}
+        files = {str(file.relative_to(folder)): file for file in files_under(folder, "./")}
+        own = (RECORD, f"{CHECKPOINTS}/")
+        return {name: file for name, file in files.items() if not name.startswith(own)}
 
     def lacks_test(self, stage: Stage) -> bool:
         """Return whether a notebook predicts test battles and there are none."""
@@ -211,8 +204,7 @@ class Pipeline:
 
     def damage(self, stage: Stage) -> dict[str, str]:
         """Compare outputs with those of the last complete run: name -> missing or changed."""
-        before = self.read_record(stage).get("outputs", {})
-        # A file that was added, for example by a file manager, does no harm.
+        before = self.read_record(stage).get("outputs", {})  # a file that was added does no harm
         return dict(_changes(before, {name: self.artifacts / stage.name / name for name in before}))
 
     def why_run(self, stage: Stage) -> str:
