@@ -24,6 +24,7 @@ MODELS = ("02_baseline", "03_modernbert", "04_qwen")
 _PLACES = ("DATA", "TEST")  # what raw data hold matters, not where they lie
 # Fields of metrics.json that differ between equal runs: seconds, tokens_per_second, peak_mib.
 _TIMINGS = re.compile(r"second|_mib$")
+Files = dict[str, tuple[str, ...]]  # notebook -> names in its run folder
 
 
 @dataclass(frozen=True)
@@ -32,41 +33,32 @@ class Stage:
 
     name: str  # of the notebook's file (without its ending) and of its run folder
     outputs: tuple[str, ...]  # if the last one exists, the run completed
-    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # notebook -> files, if any
-    may_read: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # not needed
+    reads: Files = field(default_factory=dict)  # of notebooks that must be complete
+    may_read: Files = field(default_factory=dict)
     raw: tuple[str, ...] = ()  # raw tables that it reads: train, test, sample_submission
     chosen_by: str = ""  # parameter that says which of MODELS it reads; if empty, all
 
 
-_PAIRS = {"01_eda": ("pairs.parquet", "truth.parquet")}
-_SCORED = ("config.json", "oof.parquet", "metrics.json")
-_LOADED = ("config.json", "model/", "base/")
+_PAIRS: Files = {"01_eda": ("pairs.parquet", "truth.parquet")}
 _MODEL = ("config.json", "model/", "oof.parquet", "figures/", "metrics.json")
+_BLEND = ("blend.json", "slices.csv", "figures/", "metrics.json")
+_SUBMITTED = ("submission.csv", "figures/", "timing.json")
+_TEST = ("test", "sample_submission")
+_CARD = ("model/", "README.md", "parity.json")
+_WEIGHTS: Files = {"05_ensemble": ("blend.json",)}
+_SCORED: Files = dict.fromkeys(MODELS, ("config.json", "oof.parquet", "metrics.json"))
+_LOADED: Files = dict.fromkeys(MODELS, ("config.json", "model/", "base/"))
+_LOADED_AND_SCORED = ("config.json", "model/", "base/", "oof.parquet", "metrics.json")
+_PUBLISHED: Files = dict.fromkeys(MODELS[1:], _LOADED_AND_SCORED)
 
 STAGES = (
     Stage("01_eda", ("pairs.parquet", "figures/", "bias.json"), raw=("train",)),
-    Stage("02_baseline", _MODEL, reads=_PAIRS),
-    Stage("03_modernbert", ("history.csv", *_MODEL), reads=_PAIRS),
-    Stage("04_qwen", ("history.csv", *_MODEL), reads=_PAIRS),
-    Stage(
-        "05_ensemble",
-        ("blend.json", "slices.csv", "figures/", "metrics.json"),
-        reads=_PAIRS | dict.fromkeys(MODELS, _SCORED),
-        chosen_by="MEMBERS",
-    ),
-    Stage(
-        "06_kaggle_inference",
-        ("submission.csv", "figures/", "timing.json"),
-        reads={"05_ensemble": ("blend.json",)},
-        may_read=dict.fromkeys(MODELS, _LOADED),
-        raw=("test", "sample_submission"),
-    ),
-    Stage(
-        "07_publish",
-        ("model/", "README.md", "parity.json"),
-        reads=_PAIRS | dict.fromkeys(MODELS[1:], (*_LOADED, "oof.parquet", "metrics.json")),
-        chosen_by="SOURCE",
-    ),
+    Stage("02_baseline", _MODEL, _PAIRS),
+    Stage("03_modernbert", ("history.csv", *_MODEL), _PAIRS),
+    Stage("04_qwen", ("history.csv", *_MODEL), _PAIRS),
+    Stage("05_ensemble", _BLEND, _PAIRS | _SCORED, chosen_by="MEMBERS"),
+    Stage("06_kaggle_inference", _SUBMITTED, _WEIGHTS, _LOADED, raw=_TEST),
+    Stage("07_publish", _CARD, _PAIRS | _PUBLISHED, chosen_by="SOURCE"),
 )
 
 
@@ -91,11 +83,11 @@ def hash_content(path: Path) -> str:
 
 def measure_states(files: Mapping[str, Path]) -> dict[str, list[Any]]:
     """Measure size (bytes), time of change (ns) and hash of each file."""
-    states = {}
-    for name, path in files.items():
-        stat = path.stat()
-        states[name] = [stat.st_size, stat.st_mtime_ns, hash_content(path)]
-    return states
+    return {name: [*_stat(path), hash_content(path)] for name, path in files.items()}
+
+
+def _stat(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def _changes(before: Mapping[str, list[Any]], now: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
@@ -104,11 +96,9 @@ def _changes(before: Mapping[str, list[Any]], now: Mapping[str, Path]) -> Iterat
             yield name, "missing"
         elif name not in before:
             yield name, "new"
-        else:
-            stat = now[name].stat()
-            is_same = before[name][:2] == [stat.st_size, stat.st_mtime_ns]  # spares the hashing
-            if not is_same and before[name][2] != hash_content(now[name]):
-                yield name, "changed"
+        # An unchanged size and time of change spare the hashing.
+        elif before[name][:2] != _stat(now[name]) and before[name][2] != hash_content(now[name]):
+            yield name, "changed"
 
 
 @dataclass
@@ -128,11 +118,7 @@ class Pipeline:
         self.defaults = {name: read_parameters(path) for name, path in self.sources.items()}
 
     def choose_notebooks(self, only: str) -> list[str]:
-        """Turn a selection such as "02,04-05" into notebook names, in order; "" takes all.
-
-        Raises:
-            SuiteError: there is no such notebook, or a range falls.
-        """
+        """Turn "02,04-05" into notebook names, in order ("": all); SuiteError for unknown ones."""
         names, chosen = list(self.by_name), set()
         for part in only.replace(",", " ").split():
             first, _, last = part.partition("-")
@@ -168,7 +154,7 @@ class Pipeline:
     def inputs(self, stage: Stage) -> dict[str, Path]:
         """Find every file that a notebook's result depends on, apart from the library."""
         found = {CODE: self.sources[stage.name]}
-        for name, patterns in (self.needs(stage) | dict(stage.may_read)).items():
+        for name, patterns in (self.needs(stage) | stage.may_read).items():
             for pattern in patterns:
                 files = files_under(self.artifacts / name, pattern)
                 found |= {str(file.relative_to(self.artifacts)): file for file in files}

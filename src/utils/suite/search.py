@@ -217,9 +217,7 @@ def search(
 
 
 def write_pictures(study: optuna.Study, folder: Path) -> None:
-    """Write pictures of the search as soon as two trials are complete."""
-    if len(study.get_trials(states=(COMPLETE,))) < 2:
-        return
+    """Write pictures of the search, as far as there are different values to show."""
     # Optuna's default evaluator looks only at the best trials, where the best choice is constant.
     fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
     for name in ("optimization_history", "slice", "param_importances"):
