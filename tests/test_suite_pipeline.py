@@ -38,14 +38,6 @@ def test_an_unknown_notebook_or_a_falling_range_is_an_error(only, named):
         Pipeline(Path(), {}).choose_notebooks(only)
 
 
-def test_equal_metrics_have_equal_hashes_although_their_timings_differ(tmp_path):
-    hashes = []
-    for text in ("1.0, 'seconds': 2", "1.0, 'tokens_per_second': 3, 'peak_mib': 4", "1.1"):
-        (tmp_path / "metrics.json").write_text(f"{{'log_loss': {text}}}".replace("'", '"'))
-        hashes.append(measure_states({"x": tmp_path / "metrics.json"})["x"][2])
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
 def test_a_notebook_needs_only_the_models_that_were_chosen(tmp_path):
     reads = dict.fromkeys(("01_eda", "02_baseline", "03_modernbert"), ("x",))
     stage = Stage("05_e", ("x",), reads=reads, chosen_by="MEMBERS")

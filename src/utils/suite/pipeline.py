@@ -5,8 +5,6 @@ the notebook's code and of each file that it read or wrote. While these are unch
 notebook is up to date.
 """
 
-import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +20,6 @@ NOTEBOOKS = paths.ROOT / "notebooks"
 RECORD, CHECKPOINTS, CODE = "run.json", "checkpoints", "the notebook's code"
 MODELS = ("02_baseline", "03_modernbert", "04_qwen")
 _PLACES = ("DATA", "TEST")  # what raw data hold matters, not where they lie
-# Fields of metrics.json that differ between equal runs: seconds, tokens_per_second, peak_mib.
-_TIMINGS = re.compile(r"second|_mib$")
 Files = dict[str, tuple[str, ...]]  # notebook -> names in its run folder
 
 
@@ -46,10 +42,10 @@ _SUBMITTED = ("submission.csv", "figures/", "timing.json")
 _TEST = ("test", "sample_submission")
 _CARD = ("model/", "README.md", "parity.json")
 _WEIGHTS: Files = {"05_ensemble": ("blend.json",)}
-_SCORED: Files = dict.fromkeys(MODELS, ("config.json", "oof.parquet", "metrics.json"))
+# Without metrics.json: scores follow from the rest, and its timings change with every run.
+_SCORED: Files = dict.fromkeys(MODELS, ("config.json", "oof.parquet"))
 _LOADED: Files = dict.fromkeys(MODELS, ("config.json", "model/", "base/"))
-_LOADED_AND_SCORED = ("config.json", "model/", "base/", "oof.parquet", "metrics.json")
-_PUBLISHED: Files = dict.fromkeys(MODELS[1:], _LOADED_AND_SCORED)
+_PUBLISHED: Files = dict.fromkeys(MODELS[1:], ("config.json", "model/", "base/", "oof.parquet"))
 
 STAGES = (
     Stage("01_eda", ("pairs.parquet", "figures/", "bias.json"), raw=("train",)),
@@ -70,14 +66,10 @@ def files_under(folder: Path, pattern: str) -> list[Path]:
 
 
 def hash_content(path: Path) -> str:
-    """Hash a file: of a notebook the code cells, of metrics.json all but the timings."""
+    """Hash a file, of a notebook only the code cells."""
     if path.suffix == ".ipynb":
         cells = nbformat.read(path, as_version=4).cells
         return hash_json([cell.source for cell in cells if cell.cell_type == "code"])
-    if path.name == "metrics.json":
-        with contextlib.suppress(ValueError):  # damaged
-            metrics = read_json(path).items()
-            return hash_json({name: value for name, value in metrics if not _TIMINGS.search(name)})
     return hash_file(path)
 
 

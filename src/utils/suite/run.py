@@ -139,10 +139,9 @@ def clear_outputs(pipeline: Pipeline, stage: Stage) -> None:
 
 
 def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
-    """Execute one notebook, check its outputs, write `run.json`, and HTML beside the copy.
+    """Execute a notebook, check its outputs, write `run.json`; SuiteError if it does not end well.
 
-    Raises:
-        SuiteError: a cell failed, the notebook ended early, or an output is missing.
+    An executed copy, also as HTML, goes to `notebooks/` beside the run folders.
     """
     folder = pipeline.artifacts / stage.name
     copy = pipeline.artifacts / "notebooks" / f"{stage.name}.ipynb"
@@ -173,10 +172,9 @@ def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
 def run_suite(
     pipeline: Pipeline, names: Sequence[str], stream: IO[str], list_only: bool = False
 ) -> list[dict[str, Any]]:
-    """Run notebooks in order, without those that are up to date; return the closing table's rows.
+    """Run notebooks in order, but those that are up to date; return the closing table's rows.
 
-    Raises:
-        SuiteError: an earlier notebook that was not selected is incomplete, or a run failed.
+    SuiteError if a run fails, or if an earlier notebook was not selected and is incomplete.
     """
     stages = [pipeline.by_name[name] for name in names]
     for i, stage in enumerate(stages):

@@ -73,11 +73,7 @@ class Space:
 
 
 def read_space(path: Path, pipeline: Pipeline, notebook: str = "") -> Space:
-    """Read and check a space file; `notebook` replaces the file's.
-
-    Raises:
-        SuiteError: the file, a notebook, a parameter or a value is not what is expected.
-    """
+    """Read a space file, SuiteError if anything in it is wrong; `notebook` replaces the file's."""
     try:
         # This loader leaves every value as text, for the reader of settings.
         content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
@@ -136,9 +132,7 @@ def run_trial(
 ) -> float:
     """Run one trial in a folder of its own and return its log loss, nats per battle.
 
-    Raises:
-        TrialPruned: its validations are worse than the median; its kernel is stopped.
-        SuiteError: the notebook failed.
+    TrialPruned if its validations are worse than the median, SuiteError if the notebook fails.
     """
     values = {name: suggest(trial, name, domain) for name, domain in space.parameters.items()}
     texts = [f"{trial.number:03d}", *[f"{name}={value}" for name, value in values.items()]]
@@ -162,7 +156,7 @@ def run_trial(
             losses = list(pd.read_csv(history)["log_loss"]) if history.exists() else []
             for step in range(n_reported, len(losses)):
                 trial.report(losses[step], step)
-            n_reported = len(losses)
+            n_reported = max(n_reported, len(losses))  # a run that starts again removes the file
             is_pruned = process.poll() is None and trial.should_prune()
     finally:
         process.terminate()  # its kernel ends with it
@@ -178,10 +172,9 @@ def run_trial(
 def search(
     space: Space, pipeline: Pipeline, storage: str, n_trials: int, options: Sequence[str]
 ) -> optuna.Study:
-    """Run trials until `n_trials` are finished (0: 20, or a whole grid), then write the results.
+    """Run trials until `n_trials` (0: 20, or all of a grid) are finished, and write the results.
 
-    `storage` is a journal file or a database URL (empty: a file beside the trials); `options` are
-    those of the suite, for every trial.
+    `storage` is a journal file or a database URL, `options` are the suite's, for every trial.
     """
     stage = pipeline.by_name[space.notebook]
     run_suite(pipeline, list(pipeline.needs(stage)), sys.stdout)
