@@ -242,6 +242,14 @@ def begun(_demo_pairs, tiny_base, tiny_configs, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_the_history_is_written_at_every_validation_of_all_models_but_the_refit(begun, many):
+    killed = pd.read_csv(begun[0].parents[1] / "history.csv")
+    assert killed["step"].tolist() == [1, 2, 3] and tuple(killed.columns) == HISTORY_COLUMNS
+    written = pd.read_csv(many[2] / "history.csv")
+    pd.testing.assert_frame_equal(written, many[3].history, check_dtype=False)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(begun, tmp_path, damage):
     folder = shutil.copytree(begun[0], tmp_path / "fold_0")

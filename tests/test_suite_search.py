@@ -12,28 +12,27 @@ import optuna
 import pandas as pd
 import psutil
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from test_suite_run import HEAD, STAGES, WRITE_WORDS, write_count, write_notebook
 
 from src.utils.config import SuiteError
+from src.utils.runs import write_pairs
 from src.utils.suite import search as module
 from src.utils.suite.pipeline import Pipeline
-from src.utils.suite.search import COMPLETE, PRUNED, read_space, search
+from src.utils.suite.search import COMPLETE, PRUNED, Space, read_space, run_trial, search
 
-# Scores (RATE - 2)**2; a run with a bad score takes a minute after its validation.
+# Scores (RATE - 2)**2; a run with a bad score takes a minute.
 FAKE_SUITE = """import json, sys, time
 from pathlib import Path
 artifacts = Path(sys.argv[sys.argv.index("--artifacts") + 1])
 values = dict(text.split(".", 1)[1].split("=") for text in sys.argv[sys.argv.index("--set") + 1:])
 with (artifacts.parent / "calls.txt").open("a") as file:
     file.write(artifacts.name + "\\n")
-if (artifacts.parent / "break").exists():
+if (artifacts.parents[3] / "break").exists():
     sys.exit("it broke")
 folder = artifacts / "02_count"
 folder.mkdir(exist_ok=True)
 loss = (float(values["RATE"]) - 2) ** 2
-(folder / "new.csv").write_text(f"log_loss\\n{loss}\\n")
-(folder / "new.csv").rename(folder / "history.csv")
 if loss > 50:
     (folder / "checkpoints").mkdir()
     time.sleep(60)
@@ -70,8 +69,14 @@ def run(folder, text, n_trials=0, storage=""):
     return search(space, pipeline, storage, n_trials, [])
 
 
+def results(folder):
+    """The folder of the only search that is named toy."""
+    (found,) = (folder / "artifacts/searches").glob("toy-*")
+    return found
+
+
 def calls(folder):
-    return (folder / "artifacts/searches/toy/calls.txt").read_text().split()
+    return (results(folder) / "calls.txt").read_text().split()
 
 
 GRID = "parameters: {RATE: ['1', '2', '3']}"
@@ -133,11 +138,10 @@ def test_a_range_of_whole_numbers_gives_whole_numbers(folder):
 
 
 def test_a_failed_trial_is_named_and_run_again_in_its_folder(folder):
-    (folder / "artifacts/searches/toy").mkdir(parents=True)
-    (folder / "artifacts/searches/toy/break").touch()
+    (folder / "break").touch()
     assert [trial.state for trial in run(folder, GRID, n_trials=1).trials] == [TrialState.FAIL]
     assert "it broke" in next(folder.rglob("suite.log")).read_text()
-    (folder / "artifacts/searches/toy/break").unlink()
+    (folder / "break").unlink()
     study = run(folder, GRID)
     assert len(study.get_trials(states=(COMPLETE, PRUNED))) == 3
     assert sorted(calls(folder)).count(calls(folder)[0]) == 2
@@ -171,41 +175,33 @@ toy.run(pathlib.Path({str(folder)!r}), {space_text!r})"""
 
 
 @pytest.mark.slow
-def test_a_trial_worse_than_the_median_is_pruned_and_its_kernel_stopped(folder, monkeypatch):
-    study = run(folder, RANGE, n_trials=5)  # the pruner wants five complete trials first
-    study.enqueue_trial({"RATE": 2.5})
-    suite = f"""import sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-import test_suite_search as toy
-from src.utils.suite import run
-def make_pipeline(options):
-    pipeline = toy.make_pipeline(toy.Path({str(folder)!r}))
-    pipeline.artifacts = toy.Path(options.artifacts)
-    return pipeline
-run.make_pipeline = make_pipeline
-sys.exit(run.main())"""
-    monkeypatch.setattr(module, "SUITE", [sys.executable, "-c", suite])
-    validate = """folder = root / "02_count"
-(folder / "checkpoints").mkdir()
-(folder / "new.csv").write_text("log_loss\\n324.0\\n")
-(folder / "new.csv").rename(folder / "history.csv")
-time.sleep(300)"""
-    write_count(folder, validate)
-    trial = run(folder, RANGE, n_trials=6).trials[-1]
-    assert (trial.state, trial.value) == (PRUNED, 324)
-    run_folder = folder / "artifacts/searches/toy" / trial.user_attrs["folder"] / "02_count"
-    assert [path.name for path in run_folder.iterdir()] == ["history.csv"]
+def test_a_training_worse_than_the_median_is_pruned_at_a_validation_and_its_kernel_stopped(
+    tmp_path, demo_pairs, tiny_base
+):
+    pipeline = Pipeline(tmp_path / "artifacts", {})
+    write_pairs(tmp_path / "artifacts/01_eda/pairs.parquet", demo_pairs)
+    (tmp_path / "artifacts/01_eda/bias.json").write_text("{}")
+    study = optuna.create_study()
+    better = {"value": 0.1, "intermediate_values": dict.fromkeys(range(40), 0.1)}
+    study.add_trials([create_trial(**better) for _ in range(5)])  # the pruner wants five of them
+    fixed = {"CHECKPOINT": str(tiny_base("modernbert")), "N_EPOCHS": "40"}
+    space = Space("real", "03_modernbert", {"SEED": ["1"]}, fixed)
+    folder, options = tmp_path / "artifacts/searches/real", ["--profile", "demo"]
+    study.optimize(lambda trial: run_trial(trial, space, pipeline, folder, options), n_trials=1)
+    run_folder = folder / study.trials[-1].user_attrs["folder"] / "03_modernbert"
+    losses = pd.read_csv(run_folder / "history.csv")["log_loss"]
+    assert (study.trials[-1].state, len(losses) < 40) == (PRUNED, True)
+    assert study.trials[-1].value in losses.tolist()
+    assert not (run_folder / "checkpoints").exists()
     alive = [child.cmdline() for child in psutil.Process().children(recursive=True)]
     assert not [command for command in alive if "ipykernel_launcher" in command]
 
 
-def test_a_study_is_not_resumed_with_other_settings_or_other_data(folder):
-    run(folder, f"fixed: {{RATE: 7}}\n{GRID}", n_trials=1)
-    with pytest.raises(SuiteError, match=r"RATE.*7.*8"):
-        run(folder, f"fixed: {{RATE: 8}}\n{GRID}")
+def test_other_settings_or_other_data_make_another_study(folder):
+    names = {run(folder, f"fixed: {{RATE: {rate}}}\n{GRID}", 1).study_name for rate in (7, 7, 8)}
+    assert len(names) == 2
     (folder / "artifacts/01_words/words.txt").write_text("others")
-    with pytest.raises(SuiteError, match=r"words\.txt"):
-        run(folder, f"fixed: {{RATE: 7}}\n{GRID}")
+    assert run(folder, f"fixed: {{RATE: 7}}\n{GRID}", 1).study_name not in names
 
 
 @pytest.mark.parametrize("storage", ["sqlite:///{}/shared.db", "{}/shared.log"])
@@ -213,37 +209,24 @@ def test_searches_share_a_storage(folder, storage):
     storage = storage.format(folder)
     run(folder, GRID, n_trials=1, storage=storage)
     others = run(folder, GRID, storage=storage)
-    assert sorted(trial.number for trial in others.get_trials(states=(COMPLETE, PRUNED))) == [
-        0,
-        1,
-        2,
-    ]
+    assert len(others.get_trials(states=(COMPLETE, PRUNED))) == 3
     assert len(calls(folder)) == 3
 
 
 def test_results_are_a_table_pictures_and_the_leaderboard(folder):
-    run(folder, RANGE, n_trials=1)
-    results = folder / "artifacts/searches/toy"
-    assert len(pd.read_csv(results / "trials.csv")) == 1
-    assert not list(results.glob("*.png"))  # of one trial there is nothing to see
     run(folder, RANGE, n_trials=6)
-    assert len(pd.read_csv(results / "trials.csv")) == 6
+    assert len(pd.read_csv(results(folder) / "trials.csv")) == 6
     for name in ("optimization_history", "slice", "param_importances"):
-        assert (results / f"{name}.png").stat().st_size > 5000
+        assert (results(folder) / f"{name}.png").stat().st_size > 5000
     board = pd.read_csv(folder / "artifacts/leaderboard.csv")
-    assert board["run"].str.match(r"searches/toy/\d+,RATE=[\d.]+/02_count").sum() == 6
+    assert board["run"].str.match(r"searches/toy-\w+/\d+,RATE=[\d.]+/02_count").sum() == 6
 
 
 def test_the_command_runs_a_search_and_names_what_is_wrong(folder, monkeypatch, capsys):
     monkeypatch.setattr(module, "make_pipeline", lambda _: make_pipeline(folder))
-    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
     (folder / "toy.yaml").write_text(GRID)
-    assert (
-        module.main(
-            [str(folder / "toy.yaml"), "--notebook", "02", "--n-trials", "2", "--profile", "demo"]
-        )
-        == 0
-    )
+    options = ["--notebook", "02", "--n-trials", "2", "--profile", "demo"]
+    assert module.main([str(folder / "toy.yaml"), *options]) == 0
     assert len(re.findall(r"[01]\.0000  00\d,RATE=[123]\n", capsys.readouterr().out)) == 2
-    assert module.main([str(folder / "none.yaml")]) == 1
-    assert "none.yaml" in capsys.readouterr().err
+    with pytest.raises(SuiteError, match=r"none\.yaml"):
+        module.main([str(folder / "none.yaml")])

@@ -1,14 +1,10 @@
 """The notebooks as a pipeline: what each reads and writes, and whether it is up to date.
 
 A complete run leaves `run.json`: the parameters, and the state (size, time of change, hash) of
-the notebook's code, of each file that it read and of each that it wrote. While these are
-unchanged, the notebook is up to date; so a deleted output makes its own notebook run again,
-and a later one only if the content that it reads has changed.
+the notebook's code and of each file that it read or wrote. While these are unchanged, the
+notebook is up to date.
 """
 
-import contextlib
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +20,7 @@ NOTEBOOKS = paths.ROOT / "notebooks"
 RECORD, CHECKPOINTS, CODE = "run.json", "checkpoints", "the notebook's code"
 MODELS = ("02_baseline", "03_modernbert", "04_qwen")
 _PLACES = ("DATA", "TEST")  # what raw data hold matters, not where they lie
-# Fields of metrics.json that differ between equal runs: seconds, tokens_per_second, peak_mib.
-_TIMINGS = re.compile(r"second|_mib$")
+Files = dict[str, tuple[str, ...]]  # notebook -> names in its run folder
 
 
 @dataclass(frozen=True)
@@ -34,62 +29,33 @@ class Stage:
 
     name: str  # of the notebook's file (without its ending) and of its run folder
     outputs: tuple[str, ...]  # if the last one exists, the run completed
-    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # notebook -> files, if any
-    may_read: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # not needed
+    reads: Files = field(default_factory=dict)  # of notebooks that must be complete
+    may_read: Files = field(default_factory=dict)
     raw: tuple[str, ...] = ()  # raw tables that it reads: train, test, sample_submission
     chosen_by: str = ""  # parameter that says which of MODELS it reads; if empty, all
 
 
-_PAIRS = {"01_eda": ("pairs.parquet", "truth.parquet")}
-_SCORED = ("config.json", "oof.parquet", "metrics.json")
-_LOADED = ("config.json", "model/", "base/")
+_PAIRS: Files = {"01_eda": ("pairs.parquet", "truth.parquet")}
 _MODEL = ("config.json", "model/", "oof.parquet", "figures/", "metrics.json")
+_BLEND = ("blend.json", "slices.csv", "figures/", "metrics.json")
+_SUBMITTED = ("submission.csv", "figures/", "timing.json")
+_TEST = ("test", "sample_submission")
+_CARD = ("model/", "README.md", "parity.json")
+_WEIGHTS: Files = {"05_ensemble": ("blend.json",)}
+# Without metrics.json: scores follow from the rest, and its timings change with every run.
+_SCORED: Files = dict.fromkeys(MODELS, ("config.json", "oof.parquet"))
+_LOADED: Files = dict.fromkeys(MODELS, ("config.json", "model/", "base/"))
+_PUBLISHED: Files = dict.fromkeys(MODELS[1:], ("config.json", "model/", "base/", "oof.parquet"))
 
 STAGES = (
     Stage("01_eda", ("pairs.parquet", "figures/", "bias.json"), raw=("train",)),
-    Stage("02_baseline", _MODEL, reads=_PAIRS),
-    Stage("03_modernbert", ("history.csv", *_MODEL), reads=_PAIRS),
-    Stage("04_qwen", ("history.csv", *_MODEL), reads=_PAIRS),
-    Stage(
-        "05_ensemble",
-        ("blend.json", "slices.csv", "figures/", "metrics.json"),
-        reads=_PAIRS | dict.fromkeys(MODELS, _SCORED),
-        chosen_by="MEMBERS",
-    ),
-    Stage(
-        "06_kaggle_inference",
-        ("submission.csv", "figures/", "timing.json"),
-        reads={"05_ensemble": ("blend.json",)},
-        may_read=dict.fromkeys(MODELS, _LOADED),
-        raw=("test", "sample_submission"),
-    ),
-    Stage(
-        "07_publish",
-        ("model/", "README.md", "parity.json"),
-        reads=_PAIRS | dict.fromkeys(MODELS[1:], (*_LOADED, "oof.parquet", "metrics.json")),
-        chosen_by="SOURCE",
-    ),
+    Stage("02_baseline", _MODEL, _PAIRS),
+    Stage("03_modernbert", ("history.csv", *_MODEL), _PAIRS),
+    Stage("04_qwen", ("history.csv", *_MODEL), _PAIRS),
+    Stage("05_ensemble", _BLEND, _PAIRS | _SCORED, chosen_by="MEMBERS"),
+    Stage("06_kaggle_inference", _SUBMITTED, _WEIGHTS, _LOADED, raw=_TEST),
+    Stage("07_publish", _CARD, _PAIRS | _PUBLISHED, chosen_by="SOURCE"),
 )
-
-
-def choose_notebooks(only: str, names: Sequence[str]) -> list[str]:
-    """Turn a selection into notebook names, in the pipeline's order; an empty one takes all.
-
-    Raises:
-        SuiteError: there is no such notebook (the nearest name is suggested), or a range falls.
-
-    Example:
-        "02,04-05" -> ["02_baseline", "04_qwen", "05_ensemble"]
-    """
-    chosen: set[str] = set()
-    for part in only.replace(",", " ").split():
-        first, _, last = part.partition("-")
-        start = names.index(find_name(first, names))
-        end = names.index(find_name(last or first, names))
-        if end < start:
-            raise SuiteError(f"notebooks {part!r}: expected a rising range, such as 02-05")
-        chosen.update(names[start : end + 1])
-    return [name for name in names if name in chosen or not only.strip()]
 
 
 def files_under(folder: Path, pattern: str) -> list[Path]:
@@ -100,24 +66,20 @@ def files_under(folder: Path, pattern: str) -> list[Path]:
 
 
 def hash_content(path: Path) -> str:
-    """Hash a file: of a notebook the code cells, of metrics.json all but the timings."""
+    """Hash a file, of a notebook only the code cells."""
     if path.suffix == ".ipynb":
         cells = nbformat.read(path, as_version=4).cells
         return hash_json([cell.source for cell in cells if cell.cell_type == "code"])
-    if path.name == "metrics.json":
-        with contextlib.suppress(ValueError):  # damaged
-            metrics = read_json(path)
-            return hash_json({name: metrics[name] for name in metrics if not _TIMINGS.search(name)})
     return hash_file(path)
 
 
 def measure_states(files: Mapping[str, Path]) -> dict[str, list[Any]]:
     """Measure size (bytes), time of change (ns) and hash of each file."""
-    states = {}
-    for name, path in files.items():
-        stat = path.stat()
-        states[name] = [stat.st_size, stat.st_mtime_ns, hash_content(path)]
-    return states
+    return {name: [*_stat(path), hash_content(path)] for name, path in files.items()}
+
+
+def _stat(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def _changes(before: Mapping[str, list[Any]], now: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
@@ -126,11 +88,9 @@ def _changes(before: Mapping[str, list[Any]], now: Mapping[str, Path]) -> Iterat
             yield name, "missing"
         elif name not in before:
             yield name, "new"
-        else:
-            stat = now[name].stat()
-            is_same = before[name][:2] == [stat.st_size, stat.st_mtime_ns]  # spares the hashing
-            if not is_same and before[name][2] != hash_content(now[name]):
-                yield name, "changed"
+        # An unchanged size and time of change spare the hashing.
+        elif before[name][:2] != _stat(now[name]) and before[name][2] != hash_content(now[name]):
+            yield name, "changed"
 
 
 @dataclass
@@ -149,16 +109,27 @@ class Pipeline:
         self.sources = {name: self.notebooks / f"{name}.ipynb" for name in self.by_name}
         self.defaults = {name: read_parameters(path) for name, path in self.sources.items()}
 
+    def choose_notebooks(self, only: str) -> list[str]:
+        """Turn "02,04-05" into notebook names, in order ("": all); SuiteError for unknown ones."""
+        names, chosen = list(self.by_name), set()
+        for part in only.replace(",", " ").split():
+            first, _, last = part.partition("-")
+            start = names.index(find_name(first, names))
+            end = names.index(find_name(last or first, names))
+            if end < start:
+                raise SuiteError(f"notebooks {part!r}: expected a rising range, such as 02-05")
+            chosen.update(names[start : end + 1])
+        return [name for name in names if name in chosen or not only.strip()]
+
     def all_parameters(self, name: str) -> dict[str, Any]:
         """Return a notebook's parameters, defaults included, without the places of its data."""
         known = {**self.defaults[name], **self.parameters.get(name, {})}
-        # JSON turns tuples into lists, as in run.json.
-        return json.loads(json.dumps({key: known[key] for key in known if key not in _PLACES}))
+        return {key: known[key] for key in known if key not in _PLACES}
 
     def needs(self, stage: Stage) -> dict[str, tuple[str, ...]]:
         """Return earlier notebook -> files, with only the models that were chosen."""
         chosen = self.all_parameters(stage.name).get(stage.chosen_by) or MODELS
-        unused = [name for name in MODELS if name not in chosen]
+        unused = set(MODELS).difference(chosen)
         return {name: files for name, files in stage.reads.items() if name not in unused}
 
     def missing_input(self, stage: Stage, selected: Sequence[str] = ()) -> str:
@@ -167,15 +138,15 @@ class Pipeline:
             outputs = self.by_name[name].outputs
             for file in (outputs[-1], *[file for file in files if file in outputs]):
                 if name not in selected and not files_under(self.artifacts / name, file):
+                    path, hint = self.artifacts / name / file, f"make run NB={name[:2]}"
                     choice = f", or set {stage.chosen_by}" if stage.chosen_by else ""
-                    path = self.artifacts / name / file
-                    return f"{stage.name} reads {path}, missing: make run NB={name[:2]}{choice}"
+                    return f"{stage.name} reads {path}, missing: {hint}{choice}"
         return ""
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
         """Find every file that a notebook's result depends on, apart from the library."""
         found = {CODE: self.sources[stage.name]}
-        for name, patterns in (self.needs(stage) | dict(stage.may_read)).items():
+        for name, patterns in (self.needs(stage) | stage.may_read).items():
             for pattern in patterns:
                 files = files_under(self.artifacts / name, pattern)
                 found |= {str(file.relative_to(self.artifacts)): file for file in files}
@@ -190,9 +161,9 @@ class Pipeline:
     def outputs(self, stage: Stage) -> dict[str, Path]:
         """Find every file in a run folder, apart from checkpoints and `run.json`."""
         folder = self.artifacts / stage.name
-        files = {file.relative_to(folder): file for file in files_under(folder, "./")}
-        own = (RECORD, CHECKPOINTS)
-        return {str(name): file for name, file in files.items() if name.parts[0] not in own}
+        files = {str(file.relative_to(folder)): file for file in files_under(folder, "./")}
+        own = (RECORD, f"{CHECKPOINTS}/")
+        return {name: file for name, file in files.items() if not name.startswith(own)}
 
     def lacks_test(self, stage: Stage) -> bool:
         """Return whether a notebook predicts test battles and there are none."""
@@ -211,8 +182,7 @@ class Pipeline:
 
     def damage(self, stage: Stage) -> dict[str, str]:
         """Compare outputs with those of the last complete run: name -> missing or changed."""
-        before = self.read_record(stage).get("outputs", {})
-        # A file that was added, for example by a file manager, does no harm.
+        before = self.read_record(stage).get("outputs", {})  # a file that was added does no harm
         return dict(_changes(before, {name: self.artifacts / stage.name / name for name in before}))
 
     def why_run(self, stage: Stage) -> str:

@@ -8,17 +8,15 @@ Notebooks that are up to date are skipped; `pipeline` says when.
 import argparse
 import contextlib
 import logging
-import math
 import os
 import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import nbformat
 import pandas as pd
@@ -26,47 +24,28 @@ import papermill
 import psutil
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
 from src.utils import config, paths
 from src.utils.config import SuiteError
 from src.utils.runs import Stopwatch, hash_file, hash_json, read_json, write_json, write_text
-from src.utils.suite.pipeline import (
-    RECORD,
-    Pipeline,
-    Stage,
-    choose_notebooks,
-    files_under,
-    measure_states,
-)
+from src.utils.suite.pipeline import RECORD, Pipeline, Stage, files_under, measure_states
 
 SAMPLE_S = 0.5  # between two measurements of memory
-LINE_S = 30.0  # between two lines of progress where there is no terminal
-# The kernels print warnings about these although nothing is wrong.
-_QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "TOKENIZERS_PARALLELISM": "false"}
+LINE_S = 30.0  # between two lines of progress
+# Kernels print warnings about these although nothing is wrong.
+QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "TOKENIZERS_PARALLELISM": "false"}
 _DIGITS = {"seconds": 1, "peak_mib": 0, "log_loss": 4, "accuracy": 3, "oracle": 4}
 _NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\|[█▏▎▍▌▋▊▉ ]*\|")  # colours and bars
 
 
 class Progress:
-    """Report a running notebook: cell, seconds, memory, and the last line that it printed.
-
-    A terminal shows one line that changes, anything else gets a line every `LINE_S` seconds.
-    """
+    """Print cell, seconds, memory and last printed line of a notebook every `LINE_S` seconds."""
 
     def __init__(self, name: str, n_cells: int, stream: IO[str]) -> None:
         self.name, self.n_cells, self.stream = name, n_cells, stream
         self.peak_mib, self.cell, self.source, self.printed = 0.0, 1, "", ""
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._report, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
 
     def cell_starts(self, cell: Any, cell_index: int) -> None:
         """Note that a cell starts; nbclient calls this."""
@@ -80,144 +59,117 @@ class Progress:
     def flush(self) -> None:
         """Do nothing; papermill calls this."""
 
-    def _report(self) -> None:
+    def report(self, ended: threading.Event) -> None:
+        """Measure memory and print lines until the event is set."""
         watch, next_line = Stopwatch(), LINE_S
-        while not self._ended.wait(SAMPLE_S):
+        while not ended.wait(SAMPLE_S):
             memory = 0.0
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
                     memory += process.memory_info().rss / 2**20
             self.peak_mib = max(self.peak_mib, memory)
-            place = f"{self.name}: cell {self.cell} of {self.n_cells}"
-            line = f"{place}, {watch.seconds:.0f} s, {memory:.0f} MiB  {self.printed}"
-            if self.stream.isatty():
-                line = line[: shutil.get_terminal_size().columns - 1]
-                print(f"{line}\x1b[K", end="\r", file=self.stream, flush=True)
-            elif watch.seconds >= next_line:
+            if watch.seconds >= next_line:
                 next_line += LINE_S
+                place = f"{self.name}: cell {self.cell} of {self.n_cells}"
+                line = f"{place}, {watch.seconds:.0f} s, {memory:.0f} MiB  {self.printed}"
                 print(line, file=self.stream, flush=True)
-        if self.stream.isatty():
-            print("\x1b[K", end="", file=self.stream)
 
 
-def _kernel_manager(log: IO[str], artifacts: Path) -> type[AsyncKernelManager]:
-    class OwnPythonKernelManager(AsyncKernelManager):
-        """Starts this very Python, whatever kernel named python3 a user has registered."""
+class OwnPythonKernelManager(AsyncKernelManager):
+    """Starts this very Python, whatever kernel named python3 a user has registered."""
 
-        def __init__(self, **options: Any) -> None:
-            # Without folders to search, python3 means `sys.executable -m ipykernel_launcher`.
-            super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
-
-        # jupyter_client types the method of its asynchronous manager as synchronous.
-        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
-            options["env"] = {**_QUIET, **os.environ, "ARENA_ARTIFACTS": str(artifacts)}
-            await super().start_kernel(stdout=log, stderr=log, **options)
-
-    return OwnPythonKernelManager
+    def __init__(self, **options: Any) -> None:
+        # Without folders to search, python3 means `sys.executable -m ipykernel_launcher`.
+        super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
 
 
 def _execute(pipeline: Pipeline, stage: Stage, progress: Progress, copy: Path) -> None:
+    def failure(what: str, code: str, rest: str = "") -> SuiteError:
+        code = "\n".join(f"    {line}" for line in code.splitlines())
+        return SuiteError(f"{stage.name} {what}\n\n{code}\n\n{rest}\n\nThe notebook so far: {copy}")
+
     # papermill reads braces in a path as places for parameters.
     both = (pipeline.sources[stage.name], copy)
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in both)
-
-    def failure(what: str, code: str, lines: Sequence[str] = ()) -> SuiteError:
-        code = "\n".join(f"    {line}" for line in code.splitlines())
-        rest = "\n".join(lines[-12:])
-        return SuiteError(f"{stage.name} {what}\n\n{code}\n\n{rest}\n\nThe notebook so far: {copy}")
-
-    with tempfile.TemporaryFile("w+") as log:
-        try:
-            executed = papermill.execute_notebook(
-                source,
-                target,
-                parameters=dict(pipeline.parameters.get(stage.name, {})),
-                kernel_name="python3",
-                progress_bar=False,
-                stdout_file=progress,
-                stderr_file=progress,
-                start_timeout=300,
-                kernel_manager_class=_kernel_manager(log, pipeline.artifacts),
-                on_cell_start=progress.cell_starts,
-                coalesce_streams=True,
-            )
-        except PapermillExecutionError as error:
-            what = f"failed in cell [{error.exec_count}]"
-            raise failure(what, error.source, str(error).rstrip().splitlines()) from error
-        except RuntimeError as error:  # the kernel died or did not start
-            log.seek(0)
-            # ipykernel warns about plain TCP on every start, here between two local processes.
-            lines = [line for line in log.read().splitlines() if "IPKernelApp" not in line]
-            what = f"failed, perhaps for lack of memory ({progress.peak_mib:.0f} MiB): {error}"
-            raise failure(what, progress.source, lines) from error
-    # papermill succeeds when a notebook leaves by `sys.exit()`.
-    for cell in executed.cells:
+    try:
+        executed = papermill.execute_notebook(
+            source,
+            target,
+            parameters=dict(pipeline.parameters.get(stage.name, {})),
+            kernel_name="python3",
+            progress_bar=False,
+            stdout_file=progress,
+            stderr_file=progress,
+            start_timeout=300,
+            kernel_manager_class=OwnPythonKernelManager,
+            extra_arguments=["--log-level=ERROR"],  # else it warns about TCP at every start
+            on_cell_start=progress.cell_starts,
+            coalesce_streams=True,
+        )
+    except PapermillExecutionError as error:
+        rest = "\n".join(str(error).rstrip().splitlines()[-12:])
+        raise failure(f"failed in cell [{error.exec_count}]", error.source, rest) from error
+    except RuntimeError as error:  # the kernel died or did not start
+        what = f"failed, perhaps for lack of memory ({progress.peak_mib:.0f} MiB): {error}"
+        raise failure(what, progress.source) from error
+    for cell in executed.cells:  # papermill succeeds when a notebook calls `sys.exit()`
         if any(output.get("ename") == "SystemExit" for output in cell.get("outputs", [])):
-            raise failure("left by SystemExit", cell.source)
-        if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
-            raise failure("never executed a cell", cell.source)
+            raise failure("ended by SystemExit", cell.source)
 
 
-def _check_outputs(stage: Stage, folder: Path, before: Mapping[Path, int]) -> None:
-    for promise in stage.outputs:
-        files = files_under(folder, promise)
-        if not files:
-            raise SuiteError(f"{stage.name} ran to its end but did not write {folder / promise}")
-        # Training that resumes may find a finished model; single files are always written again.
-        is_old = before.get(files[0]) == files[0].stat().st_mtime_ns
-        if is_old and not promise.endswith("/"):
-            raise SuiteError(f"{stage.name} did not write {folder / promise}: it is from before")
-    if "metrics.json" in stage.outputs:
-        value = read_json(folder / "metrics.json").get("log_loss")
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise SuiteError(f"{folder}/metrics.json: expected a finite log_loss, got {value!r}")
+def _read_metrics(folder: Path) -> dict[str, Any]:
+    path = folder / "metrics.json"
+    return read_json(path) if path.exists() else {}
 
 
 def _hash_library() -> str:
     library = Path(__file__).resolve().parents[1]
-    files = [file for file in library.rglob("*") if file.suffix in (".py", ".yaml")]
-    return hash_json([hash_file(file) for file in sorted(files)])
+    files = sorted(path for path in library.rglob("*") if path.suffix in (".py", ".yaml", ".md"))
+    return hash_json([hash_file(file) for file in files])
 
 
 def clear_outputs(pipeline: Pipeline, stage: Stage) -> None:
-    """Remove what a new run must not pick up: everything if forced, else damaged outputs.
+    """Remove `run.json` and single files, so that a killed run does not count as complete.
 
-    A folder with a damaged file goes as one: a model that lacks a file would pass for finished.
-    `run.json` and the last output go, so that a run that is killed does not count as complete.
+    Training resumes from its folders, so they stay, unless forced or a file in them is damaged:
+    a model that lacks a file would pass for finished.
     """
     folder = pipeline.artifacts / stage.name
     damaged = {folder / Path(name).parts[0] for name in pipeline.damage(stage)}
     for path in [folder] if pipeline.force else damaged:
         if path.is_dir():
             shutil.rmtree(path)
-    for name in (RECORD, stage.outputs[-1]):
-        (folder / name).unlink(missing_ok=True)
+    for name in (RECORD, *stage.outputs):
+        if not name.endswith("/"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
-    """Execute one notebook, check its outputs, write `run.json`, and HTML beside the copy.
+    """Execute a notebook, check its outputs, write `run.json`; SuiteError if it does not end well.
 
-    Raises:
-        SuiteError: a cell failed, the notebook ended early, or an output is missing or old.
+    An executed copy, also as HTML, goes to `notebooks/` beside the run folders.
     """
-    from nbconvert import HTMLExporter  # slow to import
-
     folder = pipeline.artifacts / stage.name
     copy = pipeline.artifacts / "notebooks" / f"{stage.name}.ipynb"
     clear_outputs(pipeline, stage)
-    for path in (folder, copy.parent):
-        path.mkdir(parents=True, exist_ok=True)
-    before = {file: file.stat().st_mtime_ns for file in files_under(folder, "./")}
+    folder.mkdir(parents=True, exist_ok=True)
+    copy.parent.mkdir(exist_ok=True)
     record: dict[str, Any] = {
+        "library": _hash_library(),
         "parameters": pipeline.all_parameters(stage.name),
         "inputs": measure_states(pipeline.inputs(stage)),
-        "library": _hash_library(),
     }
-    watch = Stopwatch()
+    watch, ended = Stopwatch(), threading.Event()
     n_cells = len(nbformat.read(pipeline.sources[stage.name], as_version=4).cells)
-    with Progress(stage.name, n_cells, stream) as progress:
+    progress = Progress(stage.name, n_cells, stream)
+    threading.Thread(target=progress.report, args=[ended], daemon=True).start()
+    try:
         _execute(pipeline, stage, progress, copy)
-    _check_outputs(stage, folder, before)
+    finally:
+        ended.set()
+    for promise in stage.outputs:
+        if not files_under(folder, promise):
+            raise SuiteError(f"{stage.name} ran to its end but did not write {folder / promise}")
     write_text(copy.with_suffix(".html"), HTMLExporter().from_filename(str(copy))[0])
     record["outputs"] = measure_states(pipeline.outputs(stage))
     record |= {"seconds": round(watch.seconds, 1), "peak_mib": round(progress.peak_mib, 1)}
@@ -227,15 +179,9 @@ def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
 def run_suite(
     pipeline: Pipeline, names: Sequence[str], stream: IO[str], list_only: bool = False
 ) -> list[dict[str, Any]]:
-    """Run notebooks in order, skip those that are up to date, stop at the first failure.
+    """Run notebooks in order, but those that are up to date; return the closing table's rows.
 
-    A notebook that predicts test battles is left out if there are none.
-
-    Returns:
-        The rows of the closing table.
-
-    Raises:
-        SuiteError: an earlier notebook that was not selected is incomplete, or a run failed.
+    SuiteError if a run fails, or if an earlier notebook was not selected and is incomplete.
     """
     stages = [pipeline.by_name[name] for name in names]
     for i, stage in enumerate(stages):
@@ -254,28 +200,30 @@ def run_suite(
         if reason:
             print(f"{title}: runs, {reason}", file=stream, flush=True)
             run_notebook(pipeline, stage, stream)
-        record, path = pipeline.read_record(stage), pipeline.artifacts / stage.name / "metrics.json"
+        record = pipeline.read_record(stage)
         state = f"done in {record['seconds']:.0f} s" if reason else "up to date"
-        if record["library"] != _hash_library():
-            state += " (the library changed since; FORCE=1 runs it again)"
+        if record.get("library") != _hash_library():
+            state += ", but the library changed since (FORCE=1 rebuilds)"
         print(f"{title}: {state}", file=stream, flush=True)
-        known = (read_json(path) if path.exists() else {}) | record
+        folder = pipeline.artifacts / stage.name
+        known = _read_metrics(folder) | record
         row: dict[str, Any] = {"notebook": stage.name, "status": "ran" if reason else "skipped"}
         row |= {name: known.get(name) for name in _DIGITS}
-        rows.append(row | {"oracle": known.get("oracle_log_loss"), "output": str(path.parent)})
+        rows.append(row | {"oracle": known.get("oracle_log_loss"), "output": str(folder)})
     return rows
 
 
 def format_results(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format the closing table, and below it each notebook's ladder with 95 % intervals."""
     table = pd.DataFrame(rows, columns=["notebook", "status", *_DIGITS, "output"])
-    formats = {name: f"{{:.{digits}f}}".format for name, digits in _DIGITS.items()}
-    table = table.astype(dict.fromkeys(_DIGITS, float))
+    for name, digits in _DIGITS.items():
+        values = table[name].astype(float)
+        table[name] = values.map(f"{{:.{digits}f}}".format, na_action="ignore").fillna("–")
     table["output"] = [os.path.relpath(path) for path in table["output"]]
-    texts = [table.to_string(index=False, na_rep="–", formatters=formats)]
+    table.columns = [name.replace("_mib", " MiB").replace("_", " ") for name in table]
+    texts = [table.to_string(index=False)]
     for row in rows:
-        path = Path(row["output"]) / "metrics.json"
-        metrics = read_json(path) if path.exists() else {}
+        metrics = _read_metrics(Path(row["output"]))
         if "ladder" in metrics:
             ladder = pd.DataFrame(metrics["ladder"])[["model", "log_loss", "low", "high"]]
             title = f"{row['notebook']}: log loss on {metrics['n_pairs']:,} held-out battles"
@@ -299,14 +247,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_pipeline(options: argparse.Namespace) -> Pipeline:
-    """Make the pipeline that the command line asks for.
-
-    Raises:
-        SuiteError: an unknown notebook or parameter, or a value of the wrong type.
-        FileNotFoundError: there is no such profile or data.
-    """
+    """Make the pipeline that the command line asks for, and set the kernels' environment."""
     if options.artifacts:
         os.environ["ARENA_ARTIFACTS"] = str(Path(options.artifacts).expanduser().resolve())
+    os.environ.update(QUIET)
     data, test = " | ".join(options.data), options.test
     kind = paths.find_raw_data(data, test).kind
     profile = config.read_profile(options.profile or ("demo" if kind == "demo" else "small"))
@@ -318,21 +262,26 @@ def make_pipeline(options: argparse.Namespace) -> Pipeline:
     return pipeline
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite from the command line; return the exit code."""
-    options = parse_arguments(arguments)
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # failures are reported below
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that kernels end with the suite
+def report_errors(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; errors and signals are reported on stderr."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that kernels end, too
     try:
-        pipeline = make_pipeline(options)
-        names = choose_notebooks(options.only, list(pipeline.by_name))
-        rows = run_suite(pipeline, names, sys.stdout, list_only=options.list)
+        return command()
     except (SuiteError, FileNotFoundError, ValueError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nStopped. The same command resumes from here.", file=sys.stderr)
         return 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite from the command line; return the exit code."""
+    options = parse_arguments(arguments)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # failures are reported once
+    pipeline = make_pipeline(options)
+    names = pipeline.choose_notebooks(options.only)
+    rows = run_suite(pipeline, names, sys.stdout, list_only=options.list)
     if not options.list:
         text = format_results(rows)
         write_json(pipeline.artifacts / "summary.json", rows)
@@ -342,4 +291,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report_errors(main))

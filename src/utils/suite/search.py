@@ -10,8 +10,9 @@
 
 Values are written as after SET=; a range from a whole number gives whole numbers. If every
 parameter is a list, each combination is tried once, else a trial whose validations are worse
-than the median is stopped. Further keys: `name` (else that of the file) and `seed`. The same
-command resumes; it can run several times at once, on several machines, with one storage.
+than the median is stopped. `name` (else that of the file) and `seed` may be added. The same
+command resumes (with other settings or data it starts another search); it can run several times
+at once, on several machines, with one storage.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import math
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -38,12 +38,12 @@ from matplotlib import pyplot as plt
 from optuna.storages import JournalStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import BaseTrial, FixedTrial, Trial, TrialState
-from optuna.visualization import matplotlib as pictures
+from optuna.visualization import matplotlib
 
 from src.utils import runs
 from src.utils.config import SuiteError, find_name, make_parameters
 from src.utils.suite.pipeline import CHECKPOINTS, CODE, Pipeline, measure_states
-from src.utils.suite.run import make_pipeline, parse_arguments, run_suite
+from src.utils.suite.run import make_pipeline, parse_arguments, report_errors, run_suite
 
 SUITE = [sys.executable, "-m", "src.utils.suite.run"]
 POLL_S = 1.0  # between two looks at history.csv
@@ -64,17 +64,16 @@ class Space:
         """Format the fixed and the given values as settings of the suite."""
         return [f"{self.notebook}.{name}={value}" for name, value in (self.fixed | values).items()]
 
-    def is_grid(self) -> bool:
-        """Return whether every parameter is a list of choices."""
-        return all(isinstance(domain, list) for domain in self.parameters.values())
+    @property
+    def n_combinations(self) -> int:
+        """Number of combinations if every parameter is a list, else 0."""
+        domains = self.parameters.values()
+        is_grid = all(isinstance(domain, list) for domain in domains)
+        return math.prod(map(len, domains)) if is_grid else 0
 
 
 def read_space(path: Path, pipeline: Pipeline, notebook: str = "") -> Space:
-    """Read and check a space file; `notebook` replaces the file's.
-
-    Raises:
-        SuiteError: the file, a notebook, a parameter or a value is not what is expected.
-    """
+    """Read a space file, SuiteError if anything in it is wrong; `notebook` replaces the file's."""
     try:
         # This loader leaves every value as text, for the reader of settings.
         content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
@@ -83,9 +82,8 @@ def read_space(path: Path, pipeline: Pipeline, notebook: str = "") -> Space:
         for name, domain in space.parameters.items():
             for value in domain if isinstance(domain, list) else (domain["low"], domain["high"]):
                 suggest(FixedTrial({name: value}), name, domain)
-                make_parameters(
-                    pipeline.defaults, profile={}, settings=space.settings({name: value})
-                )
+                settings = space.settings({name: value})
+                make_parameters(pipeline.defaults, profile={}, settings=settings)
     except (TypeError, KeyError, ValueError, AttributeError, OSError) as error:
         raise SuiteError(f"{path}: expected a space file, got {error!r}") from error
     if "metrics.json" not in pipeline.by_name[space.notebook].outputs:
@@ -104,41 +102,24 @@ def suggest(trial: BaseTrial, name: str, domain: Any) -> Any:
     return method(name, **limits, log=domain.get("log") == "true")
 
 
-def open_study(space: Space, storage: str, made_with: dict[str, Any]) -> optuna.Study:
-    """Create a study, or load it and queue its failed and interrupted trials again.
-
-    Args:
-        space: names the study.
-        storage: a journal file or a database URL.
-        made_with: JSON that must be the same whenever the search resumes.
-
-    Raises:
-        SuiteError: the study began with something else.
-    """
+def open_study(space: Space, storage: str) -> optuna.Study:
+    """Create a study, or load it and queue its failed and interrupted trials again."""
     study = optuna.create_study(
         storage=storage if "://" in storage else JournalStorage(JournalFileBackend(storage)),
-        pruner=optuna.pruners.NopPruner() if space.is_grid() else optuna.pruners.MedianPruner(),
+        pruner=optuna.pruners.NopPruner() if space.n_combinations else None,  # None: the median
         study_name=space.name,
         load_if_exists=True,
     )
-    before = study.user_attrs.get("made_with", made_with)
-    for key, value in made_with.items():
-        if before.get(key) != value:
-            change = f"{key}={before.get(key)}, now {value}"
-            raise SuiteError(f"search {space.name!r} began with {change}; give it another name")
-    study.set_user_attr("made_with", made_with)
     alive = [_identify(process) for process in psutil.process_iter()]
-    retried: set[int] = set()
-    for trial in reversed(study.trials):  # a retry comes after the trial that it repeats
-        retried |= set(trial.system_attrs.get("retry_history", []))
+    latest = {trial.user_attrs.get("folder"): trial for trial in study.trials}
+    for trial in latest.values():
         process = trial.user_attrs.get("process", "")
         is_dead = process.startswith(f"{platform.node()} ") and process not in alive
         if trial.state == TrialState.RUNNING and is_dead:
             study.tell(trial.number, state=TrialState.FAIL)
         elif trial.state != TrialState.FAIL:
             continue
-        if trial.number not in retried:
-            RetryHeartbeatStaleTrialCallback()(study, trial)
+        RetryHeartbeatStaleTrialCallback()(study, trial)
     return study
 
 
@@ -151,9 +132,7 @@ def run_trial(
 ) -> float:
     """Run one trial in a folder of its own and return its log loss, nats per battle.
 
-    Raises:
-        TrialPruned: its validations are worse than the median; its kernel is stopped.
-        SuiteError: the notebook failed.
+    TrialPruned if its validations are worse than the median, SuiteError if the notebook fails.
     """
     values = {name: suggest(trial, name, domain) for name, domain in space.parameters.items()}
     texts = [f"{trial.number:03d}", *[f"{name}={value}" for name, value in values.items()]]
@@ -165,61 +144,55 @@ def run_trial(
     for upstream in pipeline.needs(pipeline.by_name[space.notebook]):
         if not (artifacts / upstream).exists():
             (artifacts / upstream).symlink_to(Path("../../..", upstream))
-    run_dir, log = artifacts / space.notebook, artifacts / "suite.log"
     command = [*SUITE, *options, "--only", space.notebook, "--artifacts", str(artifacts)]
     command += ["--set", *space.settings(values)]
+    log, history = artifacts / "suite.log", artifacts / space.notebook / "history.csv"
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-    history, n_reported, is_running, is_pruned = run_dir / "history.csv", 0, True, False
+    n_reported, is_pruned = 0, False
     try:
-        while is_running and not is_pruned:
+        while process.poll() is None and not is_pruned:
             time.sleep(POLL_S)
-            is_running = process.poll() is None
-            if history.exists():
-                losses = pd.read_csv(history)["log_loss"].dropna().tolist()
-                for step in range(n_reported, len(losses)):
-                    trial.report(losses[step], step)
-                n_reported = len(losses)
-            is_pruned = is_running and trial.should_prune()
+            losses = list(pd.read_csv(history)["log_loss"]) if history.exists() else []
+            for step in range(n_reported, len(losses)):
+                trial.report(losses[step], step)
+            n_reported = max(n_reported, len(losses))  # a run that starts again removes the file
+            is_pruned = process.poll() is None and trial.should_prune()
     finally:
         process.terminate()  # its kernel ends with it
         process.wait()
     if is_pruned:
-        shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(history.parent / CHECKPOINTS, ignore_errors=True)
         raise optuna.TrialPruned
     if process.returncode:
         raise SuiteError(f"{log}: {log.read_text()[-2000:]}")
-    return runs.read_json(run_dir / "metrics.json")["log_loss"]
+    return runs.read_json(history.with_name("metrics.json"))["log_loss"]
 
 
 def search(
     space: Space, pipeline: Pipeline, storage: str, n_trials: int, options: Sequence[str]
 ) -> optuna.Study:
-    """Run trials until a study has enough finished ones, then write its results.
+    """Run trials until `n_trials` (0: 20, or all of a grid) are finished, and write the results.
 
-    Args:
-        space: from `read_space`.
-        pipeline: gives the folder of all run folders, and the notebooks that the trials read.
-        storage: a journal file or a database URL; empty takes a journal file beside the trials.
-        n_trials: finished trials of the study; 0 takes 20, or all of a grid.
-        options: of the suite, for every trial.
+    `storage` is a journal file or a database URL, `options` are the suite's, for every trial.
     """
-    folder = pipeline.artifacts / "searches" / space.name
-    folder.mkdir(parents=True, exist_ok=True)
     stage = pipeline.by_name[space.notebook]
     run_suite(pipeline, list(pipeline.needs(stage)), sys.stdout)
     inputs = {name: path for name, path in pipeline.inputs(stage).items() if name != CODE}
     hashes = {name: state[2] for name, state in measure_states(inputs).items()}
-    made_with = pipeline.all_parameters(stage.name) | space.fixed | hashes
-    study = open_study(space, storage or str(folder / "journal.log"), made_with)
-    n_wanted = n_trials or 20
-    if space.is_grid():
-        n_grid = math.prod(len(choices) for choices in space.parameters.values())
-        n_wanted = min(n_trials or n_grid, n_grid)
-    for _ in range(n_wanted - len(study.get_trials(states=(COMPLETE, PRUNED)))):
+    made_with = {**pipeline.all_parameters(stage.name), **space.fixed, **hashes}
+    # Scores can be compared only with equal settings and data; others make another study.
+    space.name += f"-{runs.hash_json(made_with)[:6]}"
+    folder = pipeline.artifacts / "searches" / space.name
+    folder.mkdir(parents=True, exist_ok=True)
+    study = open_study(space, storage or str(folder / "journal.log"))
+    n_wanted = n_trials or space.n_combinations or 20
+    if space.n_combinations:
+        n_wanted = min(n_wanted, space.n_combinations)
+    for _ in range(n_wanted):
         if len(study.get_trials(states=(COMPLETE, PRUNED))) >= n_wanted:
-            break  # another process ran the rest
-        if space.is_grid():
+            break
+        if space.n_combinations:
             study.sampler = optuna.samplers.GridSampler(space.parameters, int(space.seed))
         else:
             # Processes that share a storage must not draw the same values.
@@ -230,16 +203,14 @@ def search(
             n_trials=1,
             catch=(SuiteError,),
         )
-    write_results(study, folder)
+    runs.write_table(folder / "trials.csv", study.trials_dataframe())
+    write_pictures(study, folder)
     runs.write_leaderboard(pipeline.artifacts)
     return study
 
 
-def write_results(study: optuna.Study, folder: Path) -> None:
-    """Write `trials.csv`, and pictures of the search as soon as two trials are complete."""
-    runs.write_table(folder / "trials.csv", study.trials_dataframe())
-    if len(study.get_trials(states=(COMPLETE,))) < 2:
-        return
+def write_pictures(study: optuna.Study, folder: Path) -> None:
+    """Write pictures of the search, as far as there are different values to show."""
     # Optuna's default evaluator looks only at the best trials, where the best choice is constant.
     fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
     for name in ("optimization_history", "slice", "param_importances"):
@@ -247,11 +218,11 @@ def write_results(study: optuna.Study, folder: Path) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of values that are all alike
-                axes = getattr(pictures, f"plot_{name}")(study, target_name="log loss", **more)
+                axes = getattr(matplotlib, f"plot_{name}")(study, target_name="log loss", **more)
         except (ValueError, RuntimeError) as error:  # too few different values
             print(f"No picture of {name}: {error}")
-            continue
-        runs.write_figure(folder / f"{name}.png", np.ravel(axes)[0].figure)
+        else:
+            runs.write_figure(folder / f"{name}.png", np.ravel(axes)[0].figure)
     plt.close("all")
 
 
@@ -266,18 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--n-trials", type=int, default=0, help="in all (20, or all of a grid)")
     parser.add_argument("--storage", default="", help="journal file or database URL")
     given, options = parser.parse_known_args(arguments)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that trials end with the search
-    try:
-        pipeline = make_pipeline(parse_arguments(options))
-        space = read_space(given.space, pipeline, given.notebook)
-        study = search(space, pipeline, given.storage, given.n_trials, options)
-    except (SuiteError, FileNotFoundError, ValueError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped. The same command resumes from here.", file=sys.stderr)
-        return 130
+    pipeline = make_pipeline(parse_arguments(options))
+    space = read_space(given.space, pipeline, given.notebook)
+    study = search(space, pipeline, given.storage, given.n_trials, options)
     trials = study.get_trials(states=(COMPLETE,))
     for loss, name in sorted((trial.value or 0.0, trial.user_attrs["folder"]) for trial in trials):
         print(f"{loss:.4f}  {name}")
@@ -286,4 +248,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    sys.exit(report_errors(main))

@@ -52,7 +52,7 @@ def fit(
     Args:
         pairs: battles with label, group and fold.
         config: settings.
-        run_dir: gets `model/`, `checkpoints/` and `tensorboard/`.
+        run_dir: gets `model/`, `checkpoints/`, `tensorboard/` and `history.csv`.
         base: folder of the base model, in place of `config.checkpoint`.
 
     Raises:
@@ -63,19 +63,23 @@ def fit(
     members = plan_members(pairs, config)
     _remove_stale(run_dir, members)
     folds = [member for member in members if member.fold is not None]
-    results = [_fit_member(pairs, member, run_dir, base) for member in folds]
+    results: list[dict] = []
+    rows: list[dict] = []  # of all validations so far
+    for member in folds:
+        results.append(_fit_member(pairs, member, run_dir, base, rows))
+        rows += results[-1]["history"]
+    history = pd.DataFrame(rows, columns=list(HISTORY_COLUMNS))
     n_train_pairs = float(np.mean([result["n_train_pairs"] for result in results]))
     if config.refit:
         best = [min(one["history"], key=lambda row: row["log_loss"]) for one in results]
         stop_share = float(np.mean([row["epoch"] for row in best])) / config.n_epochs
-        results.append(_fit_member(pairs, members[-1], run_dir, base, stop_share))
-    rows = [row for result in results for row in result["history"]]
-    of_folds = [row for row in rows if row["fold"] is not None]
+        refit = dataclasses.replace(members[-1], stop_share=stop_share)
+        rows += _fit_member(pairs, refit, run_dir, base, rows)["history"]
     seconds = sum(row["seconds"] for row in rows)
     n_tok = sum(row["n_tok"] for row in rows)
     return FitResult(
         oof=pd.concat([_read_oof(run_dir, folds, k) for k in config.folds], ignore_index=True),
-        history=pd.DataFrame(of_folds, columns=list(HISTORY_COLUMNS)),
+        history=history,
         n_train_pairs=round(n_train_pairs),
         n_parameters=results[0]["n_parameters"],
         seconds=seconds,
@@ -121,7 +125,7 @@ def _read_oof(run_dir: Path, members: list[Member], fold: int) -> pd.DataFrame:
 
 
 def _fit_member(
-    pairs: pd.DataFrame, member: Member, run_dir: Path, base: Path | None, stop_share: float = 1.0
+    pairs: pd.DataFrame, member: Member, run_dir: Path, base: Path | None, earlier: list[dict]
 ) -> dict:
     """Train a model unless it is finished; returns history, n_parameters and n_train_pairs."""
     folder = run_dir / "checkpoints" / member.name
@@ -132,7 +136,7 @@ def _fit_member(
     model, tokenizer = load_classifier(member.config, base)
     _check_length(model, member.config)
     on_first(write_json)(folder / "key.json", member.key)
-    trainer = FoldTrainer(model, tokenizer, train_pairs, heldout, member, run_dir, stop_share)
+    trainer = FoldTrainer(model, tokenizer, train_pairs, heldout, member, run_dir, earlier)
     with quiet_transformers():
         trainer.train(find_checkpoint(folder))
     done = {

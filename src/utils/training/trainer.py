@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,18 +48,19 @@ class Member:
     fold: int | None  # held out; None for the refit
     config: FinetuneConfig  # with a seed of its own
     key: str = ""  # hash of everything that determines the model
+    stop_share: float = 1.0  # of all steps, after which to stop; above 0
 
 
 class FoldTrainer:
     """Trains one model and validates it on the held-out battles of its fold.
 
     `run_dir` gets the best weights, with their predictions of `heldout`, in `model/NAME`, and
-    `checkpoints/NAME` and `tensorboard/NAME`. Without held-out battles the last weights are kept.
+    `checkpoints/NAME` and `tensorboard/NAME`, and at every validation `history.csv`. Without
+    held-out battles the last weights are kept, and there is no history.
 
     Args:
         model: from `checkpoints.load_classifier`, like its tokenizer.
-        stop_share: share of the steps after which to stop, above 0 to 1; the learning rate
-            follows the schedule of all steps.
+        earlier: validations of the models before this one, for `history.csv`.
     """
 
     def __init__(
@@ -69,10 +71,11 @@ class FoldTrainer:
         heldout: pd.DataFrame,
         member: Member,
         run_dir: Path,
-        stop_share: float = 1.0,
+        earlier: Sequence[dict] = (),
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.heldout, self.member, self.run_dir = heldout, member, run_dir
+        self.earlier = list(earlier)
         self.config = config = member.config
         self.device = choose_device()
         self.dtype, self._dtype_reason = choose_precision(self.device, hidden_size(model))
@@ -95,7 +98,8 @@ class FoldTrainer:
         self._totals = np.cumsum(counts, axis=0)
         self._rows_per_batch = self._totals[-1, 0] / len(plan)
 
-        self.last_step = max(1, round(stop_share * len(self.steps)))
+        # The learning rate follows the schedule of all steps nevertheless.
+        self.last_step = max(1, round(member.stop_share * len(self.steps)))
         n_validations = min(max(1, round(config.n_evals * config.n_epochs)), len(self.steps))
         ends = np.linspace(0, len(self.steps), n_validations + 1)[1:].round()
         self.validation_steps = {int(end) for end in ends if end < self.last_step}
@@ -311,6 +315,9 @@ class FoldTrainer:
             write_manifest(folder)
         for old in list_checkpoints(parent)[N_CHECKPOINTS:]:
             shutil.rmtree(old)
+        if len(self.heldout):
+            table = pd.DataFrame(self.earlier + self.history, columns=list(HISTORY_COLUMNS))
+            write_table(self.run_dir / "history.csv", table)
 
     def _load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
