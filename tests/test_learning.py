@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from src.utils.battles.demo import REFUSALS, make_battles
+from src.utils.battles.demo import PHRASES, make_battles
 from src.utils.battles.readers import add_groups_and_folds
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.models.checkpoints import load_finetuned
@@ -76,9 +76,9 @@ def test_it_is_well_below_the_class_prior(trained):
 
 def test_a_refusal_lowers_the_odds_of_the_answer(trained):
     sample = trained.heldout[:200]
-    refused = sample.assign(
-        response_a=[(REFUSALS[row % len(REFUSALS)],) for row in range(len(sample))]
-    )
+    refusals = PHRASES["refusals"]
+    turns = [(refusals[row % len(refusals)],) for row in range(len(sample))]
+    refused = sample.assign(response_a=turns)
     probs = trained.predict(refused)
     before = np.log(trained.probs[:200, A_WINS] / trained.probs[:200, B_WINS])
     odds = np.log(probs[:, A_WINS] / probs[:, B_WINS])

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from src.utils.config import SuiteError
+from src.utils.runs import read_json, write_json
 from src.utils.suite import run as runner
 from src.utils.suite.pipeline import Pipeline, Stage
 from src.utils.suite.run import run_suite
@@ -168,6 +169,14 @@ def test_only_force_removes_checkpoints(folder, force):
 def test_an_added_file_is_no_damage(folder):
     (folder / "artifacts/02_count/.DS_Store").touch()
     assert reasons(folder) == {}
+
+
+def test_a_skip_says_that_the_library_changed(folder, monkeypatch):
+    record = folder / "artifacts/02_count/run.json"
+    assert "library changed" not in run(folder)[1]
+    write_json(record, read_json(record) | {"library": "of another version"})
+    printed = run(folder)[1].splitlines()
+    assert [line.split()[1] for line in printed if "FORCE=1" in line] == ["02_count:"]
 
 
 def test_a_notebook_alone_needs_complete_earlier_ones(folder):

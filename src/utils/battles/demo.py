@@ -24,16 +24,16 @@ import yaml
 from src.utils.runs import write_json, write_table
 from src.utils.schema import LABELS, MODELS, TEXTS, Turns, join_turns
 
-_TEXTS = yaml.safe_load(Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8"))
-_TOPIC_WORDS = {topic: words.split() for topic, words in _TEXTS["topics"].items()}
-_CONTENT_WORDS = frozenset(" ".join(_TEXTS["topics"].values()).split())
-_STRONG_WORDS = frozenset(_TEXTS["strong"].split())
-_WEAK_WORDS = frozenset(_TEXTS["weak"].split())
-_COMMON_WORDS = _TEXTS["common"].split()
+PHRASES = yaml.safe_load(Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8"))
+_TOPIC_WORDS = {topic: words.split() for topic, words in PHRASES["topics"].items()}
+_CONTENT_WORDS = frozenset(" ".join(PHRASES["topics"].values()).split())
+_STRONG_WORDS = frozenset(PHRASES["strong"].split())
+_WEAK_WORDS = frozenset(PHRASES["weak"].split())
+_COMMON_WORDS = PHRASES["common"].split()
 _PUNCTUATION = re.compile(r"[,;:!?]")
 _LIST_ITEM = re.compile(r"^- ", re.MULTILINE)
 _WORD = re.compile(r"\w+")
-_REFUSAL = re.compile("|".join(map(re.escape, _TEXTS["refusals"])))
+_REFUSAL = re.compile("|".join(map(re.escape, PHRASES["refusals"])))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Chatbot:
     focus: float  # probability of taking up a content word of the prompt
 
 
-CHATBOTS = tuple(Chatbot(**habits) for habits in _TEXTS["chatbots"])
+CHATBOTS = tuple(Chatbot(**habits) for habits in PHRASES["chatbots"])
 
 
 def measure_answer(prompt: Turns, answer: Turns) -> np.ndarray:
@@ -113,7 +113,9 @@ class _Writer:
         rng = self._rng
         topic = str(rng.choice(list(_TOPIC_WORDS)))
         n_turns = int(rng.choice([1, 2, 3], p=[0.86, 0.11, 0.03]))
-        templates = self._pick(_TEXTS["prompts"], 1) + self._pick(_TEXTS["follow_ups"], n_turns - 1)
+        templates = self._pick(PHRASES["prompts"], 1) + self._pick(
+            PHRASES["follow_ups"], n_turns - 1
+        )
         words = _TOPIC_WORDS[topic]
         return topic, tuple(text.format(*rng.choice(words, 3, replace=False)) for text in templates)
 
@@ -132,7 +134,7 @@ class _Writer:
     def _write_turn(self, chatbot: Chatbot, topic: str, question: str, n_words: int) -> str:
         rng = self._rng
         if rng.random() < chatbot.refusing:
-            return self._pick(_TEXTS["refusals"], 1)[0]
+            return self._pick(PHRASES["refusals"], 1)[0]
         asked = [word for word in _WORD.findall(question.lower()) if word in _CONTENT_WORDS]
         words = [word for word in asked if rng.random() < chatbot.focus]
         skill = np.clip(chatbot.skill + rng.normal(0, 0.18), 0, 1)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import psutil
@@ -218,9 +219,9 @@ def format_results(rows: Sequence[Mapping[str, Any]]) -> str:
     table = pd.DataFrame(rows, columns=["notebook", "status", *_DIGITS, "output"])
     for name, digits in _DIGITS.items():
         values = table[name].astype(float)
-        table[name] = values.map(f"{{:.{digits}f}}".format, na_action="ignore").fillna("–")
+        table[name] = ["–" if np.isnan(value) else f"{value:.{digits}f}" for value in values]
     table["output"] = [os.path.relpath(path) for path in table["output"]]
-    table.columns = [name.replace("_mib", " MiB").replace("_", " ") for name in table]
+    table.columns = [str(name).replace("_mib", " MiB").replace("_", " ") for name in table]
     texts = [table.to_string(index=False)]
     for row in rows:
         metrics = _read_metrics(Path(row["output"]))
