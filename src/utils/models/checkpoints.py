@@ -31,6 +31,7 @@ from src.utils.config import FinetuneConfig
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.heads import add_contrast
 from src.utils.models.template import TEMPLATE_VERSION, make_pieces
+from src.utils.paths import find_checkpoints
 from src.utils.runs import atomic_folder, read_json, write_json
 from src.utils.schema import LABELS
 
@@ -394,6 +395,21 @@ def check_base(folder: Path, base: Path) -> Path:
             "or an exact copy of it."
         )
     return base
+
+
+def find_base(folder: Path, config: FinetuneConfig) -> Path | None:
+    """Find the attached base that an adapter was trained on; None if none is needed or attached.
+
+    Raises:
+        ValueError: checkpoints of its name are attached, and all have other weights.
+    """
+    if not config.lora_rank or config.checkpoint.startswith(TINY):
+        return None
+    attached = find_checkpoints(config.checkpoint)
+    for base in attached:
+        with contextlib.suppress(ValueError):
+            return check_base(folder, base)
+    return check_base(folder, attached[0]) if attached else None  # raises: says what differs
 
 
 @contextlib.contextmanager
