@@ -249,16 +249,10 @@ class _Member:
             n_reached = int(is_read.any(axis=0).sum())
             n_twice = int(is_twice.sum())
             n_cut = int(is_cut.sum())
-        return MemberTiming(
-            member=name,
-            status=status,
-            n_asked=len(self.rows),
-            n_reached=n_reached,
-            n_twice=n_twice,
-            n_cut=n_cut,
-            seconds=round(self.seconds, 2),
-            note="; ".join(self.notes),
-        )
+        seconds = round(self.seconds, 2)
+        note = "; ".join(self.notes)
+        n_asked = len(self.rows)
+        return MemberTiming(name, status, n_asked, n_reached, n_twice, n_cut, seconds, note)
 
 
 def _is_known(probs: np.ndarray) -> np.ndarray:

@@ -50,17 +50,10 @@ def quiet_transformers() -> Iterator[None]:
 def load_classifier(config: FinetuneConfig, base: Path | None = None) -> Classifier:
     """Load a base with a new head of three classes, ready to train, on `choose_device()`.
 
-    The joint head is transformers' own, with the settings of the checkpoint's config.json. It reads
-    - ModernBERT: the mean of all tokens where `classifier_pooling` is "mean" (ModernBERT-base,
-      Ettin), [CLS] where it is "cls" (the tiny encoder);
-    - BERT, RoBERTa, DeBERTa: [CLS], the first token;
-    - decoders (Qwen, Llama, Gemma, reward models): the last token, the template's own.
-
-    With LoRA only adapters and head are trainable. `config.seed` is that of both.
-
-    Args:
-        config: settings.
-        base: folder of the base, in place of what `config.checkpoint` names.
+    The joint head is transformers' own. It reads of ModernBERT the mean of all tokens or [CLS],
+    as the checkpoint's `classifier_pooling` says; of BERT, RoBERTa and DeBERTa [CLS]; of decoders
+    the last token, the template's own. With LoRA only adapters and head are trainable;
+    `config.seed` is the seed of both. `base` is a folder in place of `config.checkpoint`.
 
     Raises:
         OSError: the checkpoint is neither in the cache nor reachable, or a tiny one is not made.
@@ -92,8 +85,13 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
         skeleton = _make_skeleton(source, revision, config.head)
         if config.quantization != "none":
             options["device_map"] = {"": device}
-            options["quantization_config"] = _quantization(
-                config.quantization, choose_dtype(device), skipped=head_names(skeleton)
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_8bit=config.quantization == "8bit",
+                load_in_4bit=config.quantization == "4bit",
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=choose_dtype(device),
+                llm_int8_skip_modules=head_names(skeleton),  # is read for 4 bit, too
             )
         loader = AutoModelForSequenceClassification if config.head == "joint" else type(skeleton)
         model, loading = loader.from_pretrained(
@@ -112,9 +110,8 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
     except OSError as error:
         raise OSError(
             f"checkpoint {source}: not found on the hub or in the cache "
-            f"({str(error).splitlines()[0]}). With network: check the name. Without: set HF_HOME "
-            "to a cache that has it, set CHECKPOINT to a folder with its files, or use "
-            "PROFILE=demo, which needs no download."
+            f"({str(error).splitlines()[0]}). Check the name; without network set HF_HOME to a "
+            "cache or CHECKPOINT to a folder that has it, or use PROFILE=demo."
         ) from error
     _check_loaded(source, head_names(skeleton), loading)
     _replace_mismatched_heads(model, skeleton)
@@ -137,15 +134,13 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
 
 def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
     """Name and revision for `from_pretrained`."""
-    if base is not None or config.checkpoint.startswith(TINY):
-        if base is None or not (Path(base) / "config.json").exists():
-            raise FileNotFoundError(
-                f"{base}: expected the folder of {config.checkpoint}; call prepare_base() first"
-            )
-        return str(base), "main"
-    folder = Path(config.checkpoint).expanduser()
-    if folder.is_dir():
+    folder = base or Path(config.checkpoint).expanduser()
+    if (folder / "config.json").exists():
         return str(folder), "main"
+    if base is not None or config.checkpoint.startswith(TINY):
+        raise FileNotFoundError(
+            f"{base}: expected the folder of {config.checkpoint}; call prepare_base() first"
+        )
     return config.checkpoint, config.revision or "main"
 
 
@@ -159,17 +154,6 @@ def _make_skeleton(source: str, revision: str, head: str) -> Any:
         if head == "joint":
             return joint
         return add_contrast(type(joint))(config)  # type: ignore[arg-type]  # classes are hashable
-
-
-def _quantization(kind: str, dtype: torch.dtype, skipped: list[str]) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_8bit=kind == "8bit",
-        load_in_4bit=kind == "4bit",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skipped,  # is read for 4 bit, too
-    )
 
 
 def _check_loaded(source: str, heads: list[str], loading: dict[str, Iterable]) -> None:
@@ -228,11 +212,9 @@ def head_names(model: Any) -> list[str]:
 
 
 def hidden_size(model: Any) -> int | None:
-    """Return the width of a model, wrapped or not; None if its config has none."""
-    config: Any = getattr(getattr(model, "module", model), "config", None)
-    if not hasattr(config, "get_text_config"):
-        return None
-    return getattr(config.get_text_config(), "hidden_size", None)
+    """Return the width of a model; None if its config has none."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config.get_text_config(), "hidden_size", None) if config else None
 
 
 def longest_row(model: Any) -> int | None:
@@ -295,7 +277,7 @@ def hash_base(folder: Path) -> str:
 
     Training changes some of them; the number of files that hold the weights changes nothing.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder}: expected a checkpoint with *.safetensors, found none")
     samples = {}
@@ -336,7 +318,7 @@ def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = Non
     if base is not None:
         check_base(folder, base)
     elif config.checkpoint.startswith(TINY):
-        base = Path(folder).parents[1] / "base"
+        base = folder.parents[1] / "base"
     if origin["commit"]:
         config = dataclasses.replace(config, revision=origin["commit"])
     model, tokenizer = _load_base(config, base)
@@ -359,10 +341,9 @@ def load_unquantized(folder: Path, config: FinetuneConfig, base: Path | None = N
 
 
 def merge(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Classifier:
-    """Merge LoRA into a base that is not quantised: a plain model that does not need peft.
+    """Merge LoRA, if there is any, into a base in 16 bit (32 bit on a CPU): a plain model.
 
-    Merging into a quantised base changes probabilities by up to one half, so the base is loaded
-    again in 16 bit (32 bit on a CPU). Without LoRA the model is returned as it is.
+    Merging into a quantised base would change probabilities by up to one half.
     """
     model, tokenizer = load_unquantized(folder, config, base)
     if isinstance(model, PeftModel):
@@ -371,7 +352,7 @@ def merge(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Cla
 
 
 def _read_origin(folder: Path) -> dict:
-    path = Path(folder) / "origin.json"
+    path = folder / "origin.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; expected a model that save_model() wrote")
     origin = read_json(path)
@@ -391,8 +372,8 @@ def check_base(folder: Path, base: Path) -> Path:
     if expected not in (None, got):
         raise ValueError(
             f"{base}: expected the weights of {origin['base']} (hash {expected}) that "
-            f"{Path(folder).name} was trained on, got others (hash {got}). Attach that checkpoint "
-            "or an exact copy of it."
+            f"{folder.name} was trained on, got others (hash {got}). Attach that checkpoint or an "
+            "exact copy of it."
         )
     return base
 
