@@ -251,8 +251,7 @@ class _Member:
             n_cut = int(is_cut.sum())
         seconds = round(self.seconds, 2)
         note = "; ".join(self.notes)
-        n_asked = len(self.rows)
-        return MemberTiming(name, status, n_asked, n_reached, n_twice, n_cut, seconds, note)
+        return MemberTiming(name, status, len(self.rows), n_reached, n_twice, n_cut, seconds, note)
 
 
 def _is_known(probs: np.ndarray) -> np.ndarray:
@@ -399,8 +398,7 @@ def open_reader(
 def choose_devices(n_workers: int | None) -> list[int | None]:
     """Choose the GPU of each process, None for the CPU; `n_workers` as for `open_reader`."""
     n_gpus = torch.cuda.device_count() if choose_device().type == "cuda" else 0
-    if n_workers is None:
-        n_workers = max(n_gpus, 1)
+    n_workers = max(n_gpus, 1) if n_workers is None else n_workers
     return [worker % n_gpus if n_gpus else None for worker in range(n_workers)]
 
 

@@ -78,10 +78,9 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
     device = choose_device()
     source, revision = _locate(config, base)
     options: dict[str, Any] = {}
+    safely: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **safely)
         skeleton = _make_skeleton(source, revision, config.head)
         if config.quantization != "none":
             options["device_map"] = {"": device}
@@ -96,15 +95,14 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
         loader = AutoModelForSequenceClassification if config.head == "joint" else type(skeleton)
         model, loading = loader.from_pretrained(
             source,
-            revision=revision,
             num_labels=len(LABELS),
             # The default is the checkpoint's dtype, and bf16 weights do not move in training.
             dtype=choose_dtype(device) if config.lora_rank else torch.float32,
             attn_implementation="sdpa" if skeleton._supports_sdpa else "eager",
             use_safetensors=True,
-            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # a reward model's head of one score is replaced
             output_loading_info=True,
+            **safely,
             **options,
         )
     except OSError as error:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -30,28 +31,18 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from src.utils.models.heads import Contrasting
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # an older torch
-    varlen_attn = None
-
 ATTENTION = "sdpa_by_document"
 # Causal, read at the last token, without soft caps or biases.
 _DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-_HALVES = (torch.float16, torch.bfloat16)
 _MIN_CHUNK = 64  # queries per chunk at least: below, overhead outweighs the products
 _LONGEST_PLAIN = 2048  # tokens; beyond, the scores that plain products keep take too much memory
 
 
 @dataclass
 class Documents:
-    """Where the documents of a packed row begin and end.
+    """Where the documents of a packed row begin and end."""
 
-    Args:
-        cu_seq_lens: (documents + 1,) int32, tokens before each document, and all of them last.
-    """
-
-    cu_seq_lens: torch.Tensor
+    cu_seq_lens: torch.Tensor  # (documents + 1,) int32, tokens before each, and all of them last
     lengths: list[int] = field(init=False)
     _biases: dict[tuple, torch.Tensor] = field(init=False, default_factory=dict)
 
@@ -201,7 +192,7 @@ def _split_with_neighbours(states: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _has_kernel(query: torch.Tensor) -> bool:
-    if varlen_attn is None or not query.is_cuda or query.dtype not in _HALVES:
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     # torch 2.10, as on Kaggle, has neither windows nor a scale, torch 2.11 no grouped heads.
     parameters = inspect.signature(varlen_attn).parameters

@@ -184,8 +184,7 @@ def predict_pairs(
         deadline: `time.monotonic()` value, s, that must not be passed.
         progress: title of a progress bar; "" shows none.
         keep: called with the prediction so far, about once a minute.
-        uncertainty: (N,) float, how uncertain each battle is, e.g. `measure_entropy` of what
-            other members predict; only its order counts.
+        uncertainty: (N,) float, e.g. `measure_entropy` of other members; only its order counts.
         twice_share: share of the battles, 0 to 1, that get a second reading: the least certain.
     """
     readings = _Readings(pairs, tokenizer, max_tokens, swap, uncertainty, twice_share)
@@ -326,8 +325,7 @@ class _Loop:
         self._plan(order, self.readings.wanted(order), postponed=np.zeros(0, dtype=int))
         while True:
             while len(self._under_way) < self.reader.capacity:
-                batch = self._next_batch(order)
-                if batch is None:
+                if (batch := self._next_batch(order)) is None:
                     break
                 self._n_sent += 1
                 self._under_way[self._n_sent] = batch
@@ -383,8 +381,7 @@ class _Loop:
         if order == 0:
             self.readings.cut(unread, limit_tok, self.tokens_per_batch)
         lengths = self.readings.lengths(order)
-        by_certainty = np.argsort(-self.readings.uncertainty(order)[unread], kind="stable")
-        rows = unread[by_certainty]
+        rows = unread[np.argsort(-self.readings.uncertainty(order)[unread], kind="stable")]
         rows = rows[lengths[rows] <= affordable_tok]  # a longer one would block all others
         while True:
             n_rows = np.searchsorted(np.cumsum(lengths[rows]), limit_tok, side="right")

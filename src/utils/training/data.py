@@ -107,16 +107,15 @@ def add_extra_battles(
 
     An extra battle is dropped when its prompt occurs in the held-out battles (compared by
     `readers.hash_prompt`), or when it repeats a battle of the arena (same id, same texts).
+    Without a vote its label is `NO_VOTE`, and it needs a row in `soft_labels`.
 
     Args:
-        pairs: all battles of the arena, with `group`.
+        pairs: N battles, all of the arena, with `group`.
         is_heldout: (N,) bool, which of them this model must not see.
-        config: `extra_battles` names files in the competition's layout; battles without votes
-            get the label `NO_VOTE` and need a row in `soft_labels`.
+        config: `extra_battles` names files in the competition's layout.
 
     Raises:
-        ValueError: an id belongs to another battle already, or a battle has neither a vote
-            nor a soft label; the file, row and id are named.
+        ValueError: an id of another battle, or neither vote nor soft label; where is named.
     """
     train_pairs = pairs[~is_heldout]
     if not config.extra_battles:
@@ -170,8 +169,7 @@ def plan_batches(
     Args:
         lengths: (N,) tokens of each battle.
         config: n_epochs, both_orders, tokens_per_batch and seed are read.
-        is_packed: batches have no padding and are filled at random up to the budget; else
-            battles of similar length share a batch.
+        is_packed: fill batches at random without padding; else by similar length.
 
     Returns:
         Items of each batch, see `Examples`. With `both_orders` every epoch has each battle in
