@@ -132,7 +132,7 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
 
 def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
     """Name and revision for `from_pretrained`."""
-    folder = base or Path(config.checkpoint).expanduser()
+    folder = Path(base or config.checkpoint).expanduser()
     if (folder / "config.json").exists():
         return str(folder), "main"
     if base is not None or config.checkpoint.startswith(TINY):
@@ -275,7 +275,7 @@ def hash_base(folder: Path) -> str:
 
     Training changes some of them; the number of files that hold the weights changes nothing.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder}: expected a checkpoint with *.safetensors, found none")
     samples = {}
@@ -316,7 +316,7 @@ def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = Non
     if base is not None:
         check_base(folder, base)
     elif config.checkpoint.startswith(TINY):
-        base = folder.parents[1] / "base"
+        base = Path(folder).parents[1] / "base"
     if origin["commit"]:
         config = dataclasses.replace(config, revision=origin["commit"])
     model, tokenizer = _load_base(config, base)
@@ -350,7 +350,7 @@ def merge(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Cla
 
 
 def _read_origin(folder: Path) -> dict:
-    path = folder / "origin.json"
+    path = Path(folder) / "origin.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; expected a model that save_model() wrote")
     origin = read_json(path)
@@ -370,8 +370,8 @@ def check_base(folder: Path, base: Path) -> Path:
     if expected not in (None, got):
         raise ValueError(
             f"{base}: expected the weights of {origin['base']} (hash {expected}) that "
-            f"{folder.name} was trained on, got others (hash {got}). Attach that checkpoint or an "
-            "exact copy of it."
+            f"{Path(folder).name} was trained on, got others (hash {got}). Attach that checkpoint "
+            "or an exact copy of it."
         )
     return base
 
