@@ -333,7 +333,7 @@ def test_the_kernel_of_an_older_torch_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     query = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=None)
     assert packing._has_kernel(query)
-    for kernel in (of_2_10, of_2_11, None):
+    for kernel in (of_2_10, of_2_11):
         monkeypatch.setattr(packing, "varlen_attn", kernel)
         assert not packing._has_kernel(query)
 

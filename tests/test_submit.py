@@ -27,7 +27,6 @@ from src.utils.delivery.submit import (
     check_submission,
     choose_devices,
     describe_timing,
-    find_base,
     load_reader,
     make_submission,
     open_reader,
@@ -432,18 +431,18 @@ def test_an_attached_base_is_found_in_both_layouts_and_checked(
     monkeypatch.setattr(paths, "KAGGLE_INPUT", tmp_path / "input")
     folder = trained[DECODER] / "model" / "fold_0"
     config = dataclasses.replace(CONFIGS[DECODER], checkpoint="Qwen/Qwen3-4B-Instruct-2507")
-    assert find_base(folder, config) is None
+    assert checkpoints.find_base(folder, config) is None
     name = "qwen3-4b-instruct-2507/transformers/default"
     right = tmp_path / "input" / layout / name / "2"
     shutil.copytree(trained[DECODER] / "base", right)
-    assert find_base(folder, config) == right
+    assert checkpoints.find_base(folder, config) == right
     wrong = tmp_path / "input" / layout / name / "1"
     shutil.copytree(right, wrong)
     tiny.prepare_base(dataclasses.replace(CONFIGS[DECODER], seed=7), pairs, wrong, n_steps=0)
-    assert find_base(folder, config) == right
+    assert checkpoints.find_base(folder, config) == right
     shutil.rmtree(right)
     with pytest.raises(ValueError, match=f"{wrong}.*hash"):
-        find_base(folder, config)
+        checkpoints.find_base(folder, config)
     with pytest.raises(ValueError, match=f"{wrong}.*hash"):
         checkpoints.load_finetuned(folder, config, wrong)
 

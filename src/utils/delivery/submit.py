@@ -1,9 +1,8 @@
 """Test battles to a submission that is valid from the first minute on.
 
 The CPU baseline answers for every battle before any network is loaded, and
-`submission.csv` is written at once. Each network then improves it, the one that is worth
-most per second first. A network that fails or runs out of time costs quality, never rows.
-Networks run in processes of their own, one per GPU.
+`submission.csv` is written at once. Each network then improves it, in processes of its own,
+the one worth most per second first. One that fails or runs out of time costs quality, never rows.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ import torch
 from src.utils import paths
 from src.utils.config import FinetuneConfig
 from src.utils.models.baseline import load_baseline
-from src.utils.models.checkpoints import TINY, check_base, load_finetuned, load_tokenizer
+from src.utils.models.checkpoints import find_base, load_finetuned, load_tokenizer
 from src.utils.models.hardware import choose_device
 from src.utils.models.predict import (
     LocalReader,
@@ -48,6 +47,7 @@ _GRACE_S = 3.0  # after the deadline, for a process to end by itself
 _LONGEST_S = 1e6  # that is waited for where there is no deadline
 
 Keep = Callable[[Prediction], None]  # is given what a model has predicted so far
+Predict = Callable[[pd.DataFrame, "_Member", Keep], Prediction]
 
 
 @dataclass(frozen=True)
@@ -58,80 +58,63 @@ class MemberTiming:
     status: str  # complete, partial (time ran out), given up, failed, absent or zero weight
     n_asked: int  # battles that it was to predict: all, or the least certain share
     n_reached: int  # battles that it predicted
+    n_twice: int  # battles that each of its models read in both orders
+    n_cut: int  # battles that were read shorter than trained, because time was short
     seconds: float
-    note: str = ""
-    n_twice: int = 0  # battles that each of its models read in both orders
-    n_cut: int = 0  # battles that were read shorter than trained, because time was short
+    note: str
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The probabilities of the submission, and how they came about.
+    """The probabilities of the submission, and how they came about."""
 
-    Args:
-        probs: (N, C) float64, rows sum to 1.
-        timings: one per member of the blend.
-        n_pairs_by_members: "member + member" -> battles that got exactly these members.
-    """
-
-    probs: np.ndarray
-    timings: list[MemberTiming]
-    n_pairs_by_members: dict[str, int]
+    probs: np.ndarray  # (N, C) float64, rows sum to 1
+    timings: list[MemberTiming]  # one per member of the blend
+    n_pairs_by_members: dict[str, int]  # "a + b" -> battles that got exactly these members
 
 
+@dataclass
 class Submission:
-    """The file `submission.csv`, replaced as better probabilities arrive.
+    """The file `submission.csv`, replaced as better probabilities arrive."""
 
-    Args:
-        path: of the file.
-        ids: (N,) ids of the test battles.
-        sample_ids: (M,) ids that the competition expects, in its order.
-    """
-
-    def __init__(self, path: Path, ids: np.ndarray, sample_ids: np.ndarray) -> None:
-        self.path, self._ids, self._sample_ids = path, ids, sample_ids
+    path: Path
+    ids: np.ndarray  # (N,) ids of the test battles
+    sample_ids: np.ndarray  # (M,) ids that the competition expects, in its order
 
     def write(self, probs: np.ndarray) -> Path:
         """Write (N, C) probabilities, read them back, and check them as the competition would."""
-        write_table(self.path, make_submission(self._ids, probs, self._sample_ids))
-        check_submission(pd.read_csv(self.path, dtype={"id": str}), self._sample_ids)
+        write_table(self.path, make_submission(self.ids, probs, self.sample_ids))
+        check_submission(pd.read_csv(self.path, dtype={"id": str}), self.sample_ids)
         return self.path
 
 
 def make_submission(ids: np.ndarray, probs: np.ndarray, sample_ids: np.ndarray) -> pd.DataFrame:
-    """Order predictions as in the sample submission, every id once.
+    """Order predictions as in the sample: M rows of id and one float64 column per label.
 
     Args:
         ids: (N,) ids of the test rows; of an id that repeats the first row is taken.
         probs: (N, C) float, rows sum to 1, columns in `LABELS` order.
         sample_ids: (M,) ids that the competition expects, in its order.
 
-    Returns:
-        A table of M rows: id and one float64 column per label.
-
     Raises:
         ValueError: an expected id has no prediction, or a prediction was not expected.
     """
     check_probs(probs, n_pairs=len(ids))
-    table = pd.DataFrame({"id": ids}).drop_duplicates("id")
-    table[list(LABELS)] = np.asarray(probs, dtype=np.float64)[table.index]
-    expected, found = pd.Index(sample_ids), pd.Index(table["id"])
-    missing, extra = expected.difference(found), found.difference(expected)
+    table = pd.DataFrame(probs, index=ids, columns=list(LABELS), dtype=np.float64)
+    table = table[~table.index.duplicated()]
+    expected = pd.Index(sample_ids)
+    missing, extra = expected.difference(table.index), table.index.difference(expected)
     if len(missing) or len(extra):
         raise ValueError(
-            f"submission: expected the {len(expected)} ids of the sample, got {len(found)}: "
+            f"submission: expected the {len(expected)} ids of the sample, got {len(table)}: "
             f"{len(missing)} missing (first {missing[:3].tolist()}), "
             f"{len(extra)} unexpected (first {extra[:3].tolist()})"
         )
-    return table.set_index("id").loc[expected].rename_axis("id").reset_index()
+    return table.loc[expected].rename_axis("id").reset_index()
 
 
 def check_submission(submission: pd.DataFrame, sample_ids: np.ndarray) -> pd.DataFrame:
-    """Assert what the competition asserts, and return the table.
-
-    Args:
-        submission: as read back from `submission.csv`.
-        sample_ids: (M,) ids of `sample_submission.csv`, in order.
+    """Return a table read back from `submission.csv` if the competition would accept it.
 
     Raises:
         ValueError: other columns, other ids or order, or a row that does not hold probabilities.
@@ -141,12 +124,8 @@ def check_submission(submission: pd.DataFrame, sample_ids: np.ndarray) -> pd.Dat
         raise ValueError(f"submission: expected columns {list(SUBMISSION_COLUMNS)}, got {columns}")
     if submission["id"].astype(str).tolist() != [str(value) for value in sample_ids]:
         raise ValueError("submission: expected the ids of sample_submission in order, got others")
-    if len(submission):
-        check_probs(submission[list(LABELS)].to_numpy(dtype=np.float64), tolerance=1e-6)
+    check_probs(submission[list(LABELS)].to_numpy(dtype=np.float64), tolerance=1e-6)
     return submission
-
-
-# ---- the plan ----------------------------------------------------------------
 
 
 def predict_submission(
@@ -163,11 +142,9 @@ def predict_submission(
 
     When time is short, the last networks in the order of `order_networks` are given up first;
     then, of the one under way, what `predict_pairs` states: second readings, length, and the
-    most certain battles, which keep what other members predict.
-
-    With `cascade` below 1 the costly work goes to the least certain battles from the start:
-    the first network reads every battle once and that share of them twice; the other
-    networks, or the only one there is, read that share only.
+    most certain battles, which keep what other members predict. With `cascade` below 1 the
+    first network reads every battle once, and that share of them, the least certain, twice;
+    the other networks, or the only one there is, read that share only.
 
     Args:
         pairs: N test battles, `schema.PAIR_COLUMNS`.
@@ -175,8 +152,7 @@ def predict_submission(
         blend: weights of the members; missing ones are left out, row by row.
         submission: written after the CPU baseline, after each network, and each minute.
         deadline_s: seconds from now that must not be passed, margin included.
-        cascade: share of the battles, above 0 to 1, least certain first by the entropy of what
-            is known so far, that gets the costly work.
+        cascade: share, above 0 to 1; the least certain have the highest entropy so far.
         n_workers: processes per network, as for `open_reader`.
 
     Raises:
@@ -195,19 +171,17 @@ def predict_submission(
             state.run(member, functools.partial(_predict_baseline, run))
     networks = order_networks(runs, blend)
     # With two networks or more, the first one reads every battle.
-    weighted = {name for name, _ in networks if state.members[name].weight}
-    first = networks[0][0] if len(weighted) > 1 else None
+    n_weighted = len({name for name, _ in networks if state.members[name].weight})
     for name, folder in networks:
         member = state.members[name]
         if member.uncertainty is None:
-            state.choose_battles(member, cascade, is_first=name == first)
+            state.choose_battles(member, cascade, n_weighted > 1 and name == networks[0][0])
         if not member.weight and state.is_reached.all():
             member.give_up("zero weight", "")
         elif time.monotonic() >= deadline:
             member.give_up("given up", f"{folder.name}: no time was left")
         else:
-            predict = functools.partial(_predict_network, folder, deadline, n_workers)
-            state.run(member, predict)
+            state.run(member, functools.partial(_predict_network, folder, deadline, n_workers))
     timings = [member.timing(name) for name, member in state.members.items()]
     if len(pairs) and not state.is_reached.any():
         notes = "; ".join(f"{timing.member}: {timing.note}" for timing in timings)
@@ -216,24 +190,27 @@ def predict_submission(
 
 
 def order_networks(runs: Mapping[str, Path | None], blend: Blend) -> list[tuple[str, Path]]:
-    """Order the models of all networks by worth per second, most first.
+    """Order the models of all networks, member and folder, by worth per second, most first.
 
     The worth is the weight in the blend, for the second model of a network half of it, for
     the third a third; the size of the weights stands for the seconds.
-
-    Returns:
-        Member and folder of each model.
     """
     worth: dict[tuple[str, Path], float] = {}
     for name, weight in zip(blend.members, blend.weights, strict=True):
         run = runs.get(name)
         if run is None or not _is_network(run):
             continue
+        config = read_json(run / "config.json")
+        bases = []
+        if config.get("lora_rank"):
+            bases = [run / "base", *paths.find_checkpoints(config["checkpoint"])[:1]]
         models = run / "model"
         folders = [*models.glob("refit"), *sorted(models.glob("fold_*"))]
         # Where none is found, the first is tried all the same: its error says what is missing.
         for place, folder in enumerate(folders or [models / "fold_0"], start=1):
-            worth[name, folder] = weight / place / max(_count_bytes(run, folder), 1)
+            files = [file for part in (folder, *bases) for file in part.glob("*.safetensors")]
+            n_bytes = sum(file.stat().st_size for file in files)
+            worth[name, folder] = weight / place / max(n_bytes, 1)
     return sorted(worth, key=lambda model: -worth[model])
 
 
@@ -242,16 +219,6 @@ def _is_network(run: Path) -> bool:
         return "checkpoint" in read_json(run / "config.json")
     except (OSError, ValueError):
         return False  # the attempt to load it reports the damage
-
-
-def _count_bytes(run: Path, folder: Path) -> int:
-    """Size of the weights of a model, the base of its adapters included."""
-    config = read_json(run / "config.json")
-    folders = [folder]
-    if config.get("lora_rank"):
-        folders += [run / "base", *paths.find_checkpoints(config["checkpoint"])[:1]]
-    files = [file for place in folders for file in place.glob("*.safetensors")]
-    return sum(file.stat().st_size for file in files)
 
 
 @dataclass
@@ -263,7 +230,6 @@ class _Member:
     uncertainty: np.ndarray | None = None  # (M,) float, once the battles are chosen
     twice_share: float = 1.0  # of these battles, least certain first, in both orders
     predictions: list[Prediction] = field(default_factory=list)  # one per model, of M battles
-    early: list[Prediction] = field(default_factory=list)  # the last one of the model under way
     status: str = ""
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -273,22 +239,19 @@ class _Member:
         self.notes += [note] if note else []
 
     def timing(self, name: str) -> MemberTiming:
-        note, seconds = "; ".join(self.notes), round(self.seconds, 2)
-        if not self.predictions:
-            return MemberTiming(name, self.status, len(self.rows), 0, seconds, note)
-        is_read = np.stack([_is_known(prediction.probs) for prediction in self.predictions])
-        n_readings = np.sum([prediction.n_readings for prediction in self.predictions], axis=0)
-        is_cut = np.any([prediction.is_cut for prediction in self.predictions], axis=0)
-        return MemberTiming(
-            name,
-            "complete" if is_read.all() and not self.notes else "partial",
-            n_asked=len(self.rows),
-            n_reached=int(is_read.any(axis=0).sum()),
-            seconds=seconds,
-            note=note,
-            n_twice=int((n_readings >= 2 * len(self.predictions)).sum()),
-            n_cut=int(is_cut.sum()),
-        )
+        status = self.status
+        n_reached = n_twice = n_cut = 0
+        if self.predictions:
+            is_read = np.stack([_is_known(each.probs) for each in self.predictions])
+            is_twice = np.all([each.n_readings == 2 for each in self.predictions], axis=0)
+            is_cut = np.any([each.is_cut for each in self.predictions], axis=0)
+            status = "complete" if is_read.all() and not self.notes else "partial"
+            n_reached = int(is_read.any(axis=0).sum())
+            n_twice = int(is_twice.sum())
+            n_cut = int(is_cut.sum())
+        seconds = round(self.seconds, 2)
+        note = "; ".join(self.notes)
+        return MemberTiming(name, status, len(self.rows), n_reached, n_twice, n_cut, seconds, note)
 
 
 def _is_known(probs: np.ndarray) -> np.ndarray:
@@ -303,29 +266,28 @@ class _State:
         weights = zip(blend.members, blend.weights, strict=True)
         self.members = {name: _Member(weight, np.arange(len(pairs))) for name, weight in weights}
 
-    def run(
-        self, member: _Member, predict: Callable[[pd.DataFrame, _Member, Keep], Prediction]
-    ) -> None:
+    def run(self, member: _Member, predict: Predict) -> None:
         """Let one model of a member predict, and write the submission; an error is noted."""
+        complete = list(member.predictions)
 
-        def keep(early: Prediction) -> None:
-            member.early = [early]
-            self._write()
+        def keep(*early: Prediction) -> None:
+            member.predictions = [*complete, *early]
+            if self.is_reached.any() or not len(self._pairs):
+                self._submission.write(self.blend())
 
         start = time.monotonic()
         try:
             prediction = predict(self._pairs.iloc[member.rows], member, keep)
-            member.early = []
-            member.predictions.append(prediction)
+            complete.append(prediction)
             member.notes += [prediction.note] if prediction.note else []
-            self._write()
+            keep()
         except Exception as error:  # whatever a damaged model does, the others must still submit
             traceback.print_exc()
-            member.early = []
+            member.predictions = complete
             member.give_up("failed", f"{type(error).__name__}: {error}")
         member.seconds += time.monotonic() - start
 
-    def choose_battles(self, member: _Member, cascade: float, *, is_first: bool) -> None:
+    def choose_battles(self, member: _Member, cascade: float, is_first: bool) -> None:
         """Choose what a network reads, the same for each of its models."""
         # A battle that nobody has read is the least certain.
         uncertainty = np.full(len(self._pairs), np.log(len(LABELS)))
@@ -339,9 +301,8 @@ class _State:
         """Member -> (N, C), the mean over its models, NaN where none has read."""
         known = {}
         for name, member in self.members.items():
-            predictions = member.predictions + member.early
-            if predictions:
-                stacked = np.stack([prediction.probs for prediction in predictions])
+            if member.predictions:
+                stacked = np.stack([each.probs for each in member.predictions])
                 n_read = _is_known(stacked).sum(axis=0)
                 known[name] = np.full((len(self._pairs), len(LABELS)), np.nan)
                 with np.errstate(invalid="ignore"):
@@ -365,18 +326,13 @@ class _State:
             probs[~reached] = ((a + b) / 2, (a + b) / 2, tie)
         return probs
 
-    def _write(self) -> None:
-        if self.is_reached.any() or not len(self._pairs):
-            self._submission.write(self.blend())
-
     def count_members(self) -> dict[str, int]:
         """Count the battles by the members that predicted them, most frequent first."""
-        reached = {name: _is_known(probs) for name, probs in self._known().items()}
-        kinds: Counter[str] = Counter()
-        for row in range(len(self._pairs)):
-            names = [name for name, is_known in reached.items() if is_known[row]]
-            kinds[" + ".join(names) or "mean of the others"] += 1
-        return dict(kinds.most_common())
+        kinds = np.full(len(self._pairs), "", dtype=object)
+        for name, probs in self._known().items():
+            kinds[_is_known(probs)] += f" + {name}"
+        counts = Counter(kind.removeprefix(" + ") or "mean of the others" for kind in kinds)
+        return dict(counts.most_common())
 
 
 def _predict_baseline(run: Path, pairs: pd.DataFrame, member: _Member, keep: Keep) -> Prediction:
@@ -411,27 +367,6 @@ def _predict_network(
         )
 
 
-def find_base(folder: Path, config: FinetuneConfig) -> Path | None:
-    """Find the attached base of an adapter: the one that it was trained on, by its weights.
-
-    Returns:
-        Its folder; None where none is needed or none is attached.
-
-    Raises:
-        ValueError: checkpoints of its name are attached, and all have other weights.
-    """
-    if not config.lora_rank or config.checkpoint.startswith(TINY):
-        return None
-    attached = paths.find_checkpoints(config.checkpoint)
-    for base in attached:
-        with contextlib.suppress(ValueError):
-            return check_base(folder, base)
-    return check_base(folder, attached[0]) if attached else None  # raises: says what differs
-
-
-# ---- processes ---------------------------------------------------------------
-
-
 def load_reader(folder: Path, config: FinetuneConfig, base: Path | None) -> LocalReader:
     """Load a fine-tuned model to read with in this process; arguments as for `load_finetuned`."""
     model, tokenizer = load_finetuned(folder, config, base)
@@ -448,9 +383,6 @@ def open_reader(
         deadline: `time.monotonic()` value by which the model must be loaded.
         n_workers: processes; None takes one per GPU, or one on the CPU; 0 reads in this process.
 
-    Returns:
-        A reader to close after use.
-
     Raises:
         RuntimeError: the model cannot be loaded in time.
     """
@@ -466,8 +398,7 @@ def open_reader(
 def choose_devices(n_workers: int | None) -> list[int | None]:
     """Choose the GPU of each process, None for the CPU; `n_workers` as for `open_reader`."""
     n_gpus = torch.cuda.device_count() if choose_device().type == "cuda" else 0
-    if n_workers is None:
-        n_workers = max(n_gpus, 1)
+    n_workers = max(n_gpus, 1) if n_workers is None else n_workers
     return [worker % n_gpus if n_gpus else None for worker in range(n_workers)]
 
 
@@ -476,35 +407,26 @@ class ProcessReader:
 
     Each process is an executor of its own, so that when one dies the others read its batches.
     When all die, often for lack of memory, this process does not try as well.
-
-    Args:
-        load: as for `open_reader`.
-        devices: GPU of each process, None for the CPU.
-        deadline: by which they must be ready.
-
-    Raises:
-        OSError: no process can be started.
-        RuntimeError: none could load the model in time.
     """
 
     def __init__(
         self, load: Callable[[], LocalReader], devices: Sequence[int | None], deadline: float
     ) -> None:
+        """Load the model in a process per device, None for the CPU; OSError if none starts."""
         left_s = _seconds_until(deadline)
         # A fork would share the state of CUDA and of threads.
         context = multiprocessing.get_context("spawn")
-        start = functools.partial(_end_in_time, left_s)
-        self._executors = [ProcessPoolExecutor(1, context, start) for _ in devices]
+        self._executors = [ProcessPoolExecutor(1, context) for _ in devices]
         self._failures: dict[ProcessPoolExecutor, str] = {}
         self._under_way: dict[Future, tuple[int, TokenRows, ProcessPoolExecutor]] = {}
         try:
-            loading = {
-                executor.submit(_load, load, device, len(devices)): executor
+            tasks = [
+                executor.submit(_load, load, device, left_s)
                 for executor, device in zip(self._executors, devices, strict=True)
-            }
-            if wait(loading, left_s).not_done:
+            ]
+            if wait(tasks, left_s).not_done:
                 raise RuntimeError("time ran out while the model was being loaded")
-            for task, executor in loading.items():
+            for executor, task in zip(self._executors, tasks, strict=True):
                 self._note(executor, task.exception())
             if len(self._failures) == len(devices):
                 raise RuntimeError("; ".join(self._failures.values()))
@@ -552,32 +474,26 @@ def _seconds_until(deadline: float) -> float:
     return min(max(0.0, deadline - time.monotonic()), _LONGEST_S)
 
 
-_reader: LocalReader | None = None  # of a process that `ProcessReader` started
+_reader: LocalReader  # of a process that `ProcessReader` started
 
 
 def _end_in_time(left_s: float) -> None:
     """End this process with its parent or soon after the deadline, whatever it is doing."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join(left_s + _GRACE_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join(left_s + _GRACE_S)
+    os._exit(1)
 
 
-def _load(load: Callable[[], LocalReader], device: int | None, n_processes: int) -> None:
+def _load(load: Callable[[], LocalReader], device: int | None, left_s: float) -> None:
     global _reader
+    threading.Thread(target=_end_in_time, args=(left_s,), daemon=True).start()
     if device is not None:
         torch.cuda.set_device(device)
-    elif n_processes > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_processes))
     _reader = load()
 
 
 def _read(rows: TokenRows) -> np.ndarray:
-    assert _reader is not None
     return _reader.read(rows)
 
 

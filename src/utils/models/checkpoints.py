@@ -31,6 +31,7 @@ from src.utils.config import FinetuneConfig
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.heads import add_contrast
 from src.utils.models.template import TEMPLATE_VERSION, make_pieces
+from src.utils.paths import find_checkpoints
 from src.utils.runs import atomic_folder, read_json, write_json
 from src.utils.schema import LABELS
 
@@ -49,17 +50,10 @@ def quiet_transformers() -> Iterator[None]:
 def load_classifier(config: FinetuneConfig, base: Path | None = None) -> Classifier:
     """Load a base with a new head of three classes, ready to train, on `choose_device()`.
 
-    The joint head is transformers' own, with the settings of the checkpoint's config.json. It reads
-    - ModernBERT: the mean of all tokens where `classifier_pooling` is "mean" (ModernBERT-base,
-      Ettin), [CLS] where it is "cls" (the tiny encoder);
-    - BERT, RoBERTa, DeBERTa: [CLS], the first token;
-    - decoders (Qwen, Llama, Gemma, reward models): the last token, the template's own.
-
-    With LoRA only adapters and head are trainable. `config.seed` is that of both.
-
-    Args:
-        config: settings.
-        base: folder of the base, in place of what `config.checkpoint` names.
+    The joint head is transformers' own. It reads of ModernBERT the mean of all tokens or [CLS],
+    as the checkpoint's `classifier_pooling` says; of BERT, RoBERTa and DeBERTa [CLS]; of decoders
+    the last token, the template's own. With LoRA only adapters and head are trainable;
+    `config.seed` is the seed of both. `base` is a folder in place of `config.checkpoint`.
 
     Raises:
         OSError: the checkpoint is neither in the cache nor reachable, or a tiny one is not made.
@@ -84,36 +78,38 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
     device = choose_device()
     source, revision = _locate(config, base)
     options: dict[str, Any] = {}
+    safely: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **safely)
         skeleton = _make_skeleton(source, revision, config.head)
         if config.quantization != "none":
             options["device_map"] = {"": device}
-            options["quantization_config"] = _quantization(
-                config.quantization, choose_dtype(device), skipped=head_names(skeleton)
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_8bit=config.quantization == "8bit",
+                load_in_4bit=config.quantization == "4bit",
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=choose_dtype(device),
+                llm_int8_skip_modules=head_names(skeleton),  # is read for 4 bit, too
             )
         loader = AutoModelForSequenceClassification if config.head == "joint" else type(skeleton)
         model, loading = loader.from_pretrained(
             source,
-            revision=revision,
             num_labels=len(LABELS),
             # The default is the checkpoint's dtype, and bf16 weights do not move in training.
             dtype=choose_dtype(device) if config.lora_rank else torch.float32,
             attn_implementation="sdpa" if skeleton._supports_sdpa else "eager",
             use_safetensors=True,
-            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # a reward model's head of one score is replaced
             output_loading_info=True,
+            **safely,
             **options,
         )
     except OSError as error:
         raise OSError(
             f"checkpoint {source}: not found on the hub or in the cache "
-            f"({str(error).splitlines()[0]}). With network: check the name. Without: set HF_HOME "
-            "to a cache that has it, set CHECKPOINT to a folder with its files, or use "
-            "PROFILE=demo, which needs no download."
+            f"({str(error).splitlines()[0]}). Check the name; without network set HF_HOME to a "
+            "cache or CHECKPOINT to a folder that has it, or use PROFILE=demo."
         ) from error
     _check_loaded(source, head_names(skeleton), loading)
     _replace_mismatched_heads(model, skeleton)
@@ -136,15 +132,13 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
 
 def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
     """Name and revision for `from_pretrained`."""
-    if base is not None or config.checkpoint.startswith(TINY):
-        if base is None or not (Path(base) / "config.json").exists():
-            raise FileNotFoundError(
-                f"{base}: expected the folder of {config.checkpoint}; call prepare_base() first"
-            )
-        return str(base), "main"
-    folder = Path(config.checkpoint).expanduser()
-    if folder.is_dir():
+    folder = Path(base or config.checkpoint).expanduser()
+    if (folder / "config.json").exists():
         return str(folder), "main"
+    if base is not None or config.checkpoint.startswith(TINY):
+        raise FileNotFoundError(
+            f"{base}: expected the folder of {config.checkpoint}; call prepare_base() first"
+        )
     return config.checkpoint, config.revision or "main"
 
 
@@ -158,17 +152,6 @@ def _make_skeleton(source: str, revision: str, head: str) -> Any:
         if head == "joint":
             return joint
         return add_contrast(type(joint))(config)  # type: ignore[arg-type]  # classes are hashable
-
-
-def _quantization(kind: str, dtype: torch.dtype, skipped: list[str]) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_8bit=kind == "8bit",
-        load_in_4bit=kind == "4bit",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skipped,  # is read for 4 bit, too
-    )
 
 
 def _check_loaded(source: str, heads: list[str], loading: dict[str, Iterable]) -> None:
@@ -227,11 +210,9 @@ def head_names(model: Any) -> list[str]:
 
 
 def hidden_size(model: Any) -> int | None:
-    """Return the width of a model, wrapped or not; None if its config has none."""
-    config: Any = getattr(getattr(model, "module", model), "config", None)
-    if not hasattr(config, "get_text_config"):
-        return None
-    return getattr(config.get_text_config(), "hidden_size", None)
+    """Return the width of a model; None if its config has none."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config.get_text_config(), "hidden_size", None) if config else None
 
 
 def longest_row(model: Any) -> int | None:
@@ -358,10 +339,9 @@ def load_unquantized(folder: Path, config: FinetuneConfig, base: Path | None = N
 
 
 def merge(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Classifier:
-    """Merge LoRA into a base that is not quantised: a plain model that does not need peft.
+    """Merge LoRA, if there is any, into a base in 16 bit (32 bit on a CPU): a plain model.
 
-    Merging into a quantised base changes probabilities by up to one half, so the base is loaded
-    again in 16 bit (32 bit on a CPU). Without LoRA the model is returned as it is.
+    Merging into a quantised base would change probabilities by up to one half.
     """
     model, tokenizer = load_unquantized(folder, config, base)
     if isinstance(model, PeftModel):
@@ -394,6 +374,21 @@ def check_base(folder: Path, base: Path) -> Path:
             "or an exact copy of it."
         )
     return base
+
+
+def find_base(folder: Path, config: FinetuneConfig) -> Path | None:
+    """Find the attached base that an adapter was trained on; None if none is needed or attached.
+
+    Raises:
+        ValueError: checkpoints of its name are attached, and all have other weights.
+    """
+    if not config.lora_rank or config.checkpoint.startswith(TINY):
+        return None
+    attached = find_checkpoints(config.checkpoint)
+    for base in attached:
+        with contextlib.suppress(ValueError):
+            return check_base(folder, base)
+    return check_base(folder, attached[0]) if attached else None  # raises: says what differs
 
 
 @contextlib.contextmanager

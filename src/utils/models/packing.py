@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -31,28 +31,18 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from src.utils.models.heads import Contrasting
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # an older torch
-    varlen_attn = None
-
 ATTENTION = "sdpa_by_document"
 # Causal, read at the last token, without soft caps or biases.
 _DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-_HALVES = (torch.float16, torch.bfloat16)
 _MIN_CHUNK = 64  # queries per chunk at least: below, overhead outweighs the products
 _LONGEST_PLAIN = 2048  # tokens; beyond, the scores that plain products keep take too much memory
 
 
 @dataclass
 class Documents:
-    """Where the documents of a packed row begin and end.
+    """Where the documents of a packed row begin and end."""
 
-    Args:
-        cu_seq_lens: (documents + 1,) int32, tokens before each document, and all of them last.
-    """
-
-    cu_seq_lens: torch.Tensor
+    cu_seq_lens: torch.Tensor  # (documents + 1,) int32, tokens before each, and all of them last
     lengths: list[int] = field(init=False)
     _biases: dict[tuple, torch.Tensor] = field(init=False, default_factory=dict)
 
@@ -63,14 +53,8 @@ class Documents:
     def window_bias(self, left: int, right: int, size: int, dtype: torch.dtype) -> torch.Tensor:
         """What to add to the scores: 0 where a query sees a key, else minus infinity.
 
-        Args:
-            left: tokens before it that a query sees.
-            right: tokens after it that a query sees.
-            size: queries per chunk.
-            dtype: of the scores.
-
-        Returns:
-            (chunks, 1, size, 3 size): keys are those of the chunk before, the chunk, and the next.
+        A query sees `left` tokens before it and `right` after it. The bias of chunks of `size`
+        queries is (chunks, 1, size, 3 size), for the keys of the chunk and its neighbours.
         """
         kind = (left, right, size, dtype)  # the same for many layers
         if kind not in self._biases:
@@ -107,7 +91,6 @@ def attend_by_document(
         query: (1, heads, T, width).
         key: and `value`: (1, key heads, T, width); heads are a multiple of key heads.
         attention_mask: of a padded batch; a packed row needs none.
-        documents: of a packed row.
         **options: scaling, dropout and sliding_window (keys at least this far away are not seen).
 
     Returns:
@@ -129,10 +112,8 @@ def attend_by_document(
     if attention.dropout == 0 and _has_kernel(attention.query):
         return attention.with_kernel(), None
     if attention.window is None or attention.window > max(documents.lengths):
-        attended = attention.in_documents()
-    else:
-        attended = attention.in_window(attention.window - 1)
-    return attended.transpose(1, 2), None
+        return attention.in_documents().transpose(1, 2), None
+    return attention.in_window(attention.window - 1).transpose(1, 2), None
 
 
 @dataclass
@@ -150,14 +131,9 @@ class _Attention:
 
     def in_documents(self) -> torch.Tensor:
         # Slices would each send back a gradient of the whole row; `split` sends one.
-        queries = self.query.split(self.documents.lengths, dim=2)
-        keys = self.key.split(self.documents.lengths, dim=2)
-        values = self.value.split(self.documents.lengths, dim=2)
-        attended = [
-            self._attend(query, key, value, is_causal=self.is_causal)
-            for query, key, value in zip(queries, keys, values, strict=True)
-        ]
-        return torch.cat(attended, dim=2)
+        states = (self.query, self.key, self.value)
+        parts = zip(*(x.split(self.documents.lengths, dim=2) for x in states), strict=True)
+        return torch.cat([self._attend(*part) for part in parts], dim=2)
 
     def in_window(self, reach: int) -> torch.Tensor:
         """Attend chunk by chunk to keys at most `reach` tokens away."""
@@ -194,24 +170,17 @@ class _Attention:
         key: torch.Tensor,
         value: torch.Tensor,
         bias: torch.Tensor | None = None,
-        is_causal: bool = False,
     ) -> torch.Tensor:
-        is_grouped = query.shape[1] != key.shape[1]
-        needs_fused = is_causal or is_grouped or self.dropout or query.shape[2] > _LONGEST_PLAIN
+        is_causal = self.is_causal and bias is None
+        is_gqa = query.shape[1] != key.shape[1]
+        needs_fused = is_causal or is_gqa or self.dropout or query.shape[2] > _LONGEST_PLAIN
         # On CPUs the fused attention of torch takes 2.5 times as long in bf16 as plain products.
         is_slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
         if is_slow and not needs_fused and self.scale is not None:
             scores = (query * self.scale) @ key.transpose(-1, -2)
             return torch.softmax(scores if bias is None else scores + bias, dim=-1) @ value
         return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=bias,
-            dropout_p=self.dropout,
-            is_causal=is_causal,
-            scale=self.scale,
-            enable_gqa=is_grouped,
+            query, key, value, bias, self.dropout, is_causal, scale=self.scale, enable_gqa=is_gqa
         )
 
 
@@ -223,7 +192,7 @@ def _split_with_neighbours(states: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _has_kernel(query: torch.Tensor) -> bool:
-    if varlen_attn is None or not query.is_cuda or query.dtype not in _HALVES:
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     # torch 2.10, as on Kaggle, has neither windows nor a scale, torch 2.11 no grouped heads.
     parameters = inspect.signature(varlen_attn).parameters
@@ -254,7 +223,7 @@ def collate_packed(rows: Sequence[Sequence[int] | np.ndarray]) -> dict[str, torc
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether `enable_packing` knows this classifier's architecture, also under peft or DDP."""
+    """Whether `enable_packing` knows this classifier's architecture, also under peft."""
     classifier = _unwrap(model)
     config = getattr(classifier, "config", None)
     if config is None or config._attn_implementation not in ("sdpa", ATTENTION):
@@ -267,31 +236,24 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def enable_packing(model: nn.Module) -> nn.Module:
-    """Let a classifier read packed rows as well as padded batches.
+    """Let a classifier, changed in place, read packed rows as well as padded batches.
 
     `model(**collate_packed(rows))` then gives logits of (documents, C).
-
-    Args:
-        model: changed in place, once.
 
     Raises:
         TypeError: an architecture that `can_pack` does not know.
     """
     classifier = _unwrap(model)
     if not can_pack(model):
-        raise TypeError(
-            f"expected a classifier that can_pack() knows, got {type(classifier).__name__}; pad it"
-        )
+        raise TypeError(f"expected a model that can_pack() knows, got {type(classifier).__name__}")
     if classifier.config._attn_implementation != ATTENTION:
         classifier.config._attn_implementation = ATTENTION
-        # On the object and not by a subclass: saving, peft and DDP look at the class.
+        # On the object and not by a subclass: saving and peft look at the class.
         classifier.forward = MethodType(_forward, classifier)
     return model
 
 
 def _unwrap(model: nn.Module) -> Any:
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -317,18 +279,15 @@ def _forward(
         documents=documents,
         **({} if is_encoder else {"use_cache": False}),
     ).last_hidden_state[0]
-    if not is_encoder:
-        logits = classifier.score(hidden[cu_seq_lens[1:].long() - 1])
-    elif classifier.config.classifier_pooling == "cls":
-        logits = _read_head(classifier, hidden[cu_seq_lens[:-1].long()])
+    if is_encoder:
+        pooled = hidden[cu_seq_lens[:-1].long()]
+        if classifier.config.classifier_pooling == "mean":
+            means = [part.mean(dim=0) for part in hidden.split(documents.lengths)]
+            pooled = torch.stack(means)
+        logits = classifier.classifier(classifier.drop(classifier.head(pooled)))
     else:
-        means = [part.mean(dim=0) for part in hidden.split(documents.lengths)]
-        logits = _read_head(classifier, torch.stack(means))
+        logits = classifier.score(hidden[cu_seq_lens[1:].long() - 1])
     if isinstance(classifier, Contrasting):
         rows = input_ids[0].cpu().split(documents.lengths)
         logits = logits + classifier.read_contrast(rows, hidden.split(documents.lengths))
     return SequenceClassifierOutput(logits=logits)
-
-
-def _read_head(classifier: Any, pooled: torch.Tensor) -> torch.Tensor:
-    return classifier.classifier(classifier.drop(classifier.head(pooled)))

@@ -5,6 +5,7 @@ runs on Kaggle. A `Reader` runs the model, in this process or in others.
 """
 
 import functools
+import math
 import sys
 import time
 from collections import deque
@@ -38,22 +39,15 @@ TokenRows = Sequence[np.ndarray]  # token ids of each battle
 
 @dataclass(frozen=True)
 class Prediction:
-    """Probabilities of N battles, and how well each battle was read.
+    """Probabilities of N battles, and how well each battle was read."""
 
-    Args:
-        probs: (N, C) float64, rows sum to 1; NaN where a battle was not reached, or its
-            logits were not finite even in 32 bit.
-        n_readings: (N,) int, 2 in both orders, 1 in one, 0 not at all.
-        is_cut: (N,) bool, read with fewer tokens than asked for, because time was short.
-        note: what went wrong, or "".
-        swap_gap: (N,) float, mean change of a battle's probabilities when its answers are
-            exchanged, before averaging; NaN where it was read in one order only.
-    """
-
+    # (N, C) float64, rows sum to 1; NaN: not reached, or logits not finite even in 32 bit
     probs: np.ndarray
-    n_readings: np.ndarray
-    is_cut: np.ndarray
-    note: str = ""
+    n_readings: np.ndarray  # (N,) int, 2 in both orders, 1 in one, 0 not at all
+    is_cut: np.ndarray  # (N,) bool, read with fewer tokens than asked for, as time was short
+    note: str = ""  # what went wrong
+    # (N,) float, mean change of the probabilities when the answers are exchanged, before
+    # averaging; NaN where a battle was read in one order only
     swap_gap: np.ndarray | None = None
 
 
@@ -74,12 +68,9 @@ class Reader(Protocol):
 
 
 class LocalReader:
-    """A model in this process, one batch at a time; a `Reader`.
+    """A classifier in this process, one batch at a time; a `Reader`.
 
-    Args:
-        model: a sequence classifier.
-        pad_id: padding token.
-        packing: read a batch as one row without padding, where `can_pack` knows the model.
+    With `packing` a batch is one row without padding, where `can_pack` knows the model.
     """
 
     capacity = 1
@@ -108,61 +99,48 @@ class LocalReader:
         A batch that does not fit into memory is halved until it does. NaN where a single
         row does not fit, or where logits are not finite even in 32 bit.
         """
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            return self._read(rows)
-        finally:
-            self.model.train(was_training)
-
-    def _read(self, rows: TokenRows) -> np.ndarray:
         try:
             return self._predict(rows)
         except torch.OutOfMemoryError:
             pass  # retried below, where the failed pass no longer holds its memory
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing without a GPU
         if len(rows) == 1:
             return np.full((1, len(LABELS)), np.nan)
         half = len(rows) // 2
-        return np.concatenate([self._read(rows[:half]), self._read(rows[half:])])
+        return np.concatenate([self.read(rows[:half]), self.read(rows[half:])])
 
     @torch.no_grad()
     def _predict(self, rows: TokenRows) -> np.ndarray:
-        logits = self._logits(rows, choose_dtype(self._device, hidden_size(self.model)))
+        device = next(self.model.parameters()).device
+        logits = self._logits(rows, device, choose_dtype(device, hidden_size(self.model)))
         overflowed = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
         if overflowed:
             with in_float32(self.model):
                 for row in overflowed:
-                    logits[row] = self._logits([rows[row]], torch.float32)[0]
+                    logits[row] = self._logits([rows[row]], device, torch.float32)[0]
         logits[~torch.isfinite(logits).all(dim=1)] = torch.nan
         return torch.softmax(logits, dim=1).numpy()
 
-    def _logits(self, rows: TokenRows, dtype: torch.dtype) -> torch.Tensor:
+    def _logits(self, rows: TokenRows, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         batch = collate_packed(rows) if self.is_packed else collate(rows, self.pad_id)
-        batch = {name: tensor.to(self._device) for name, tensor in batch.items()}
-        with torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self.model(**batch).logits.double().cpu()
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                return self.model(**batch).logits.double().cpu()
+        finally:
+            self.model.train(was_training)
 
 
 def predict_probs(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame, **options: Any
 ) -> np.ndarray:
-    """Predict how each battle is voted, with a model in this process.
+    """Predict how each battle is voted, with a model in this process: `Prediction.probs`.
 
     Args:
         model: a sequence classifier, logits in `LABELS` order; its mode is restored.
-        tokenizer: its tokenizer.
-        pairs: N battles; only the texts are read.
         **options: as for `predict_pairs`; max_tokens and tokens_per_batch are needed.
-
-    Returns:
-        (N, C) float64, rows sum to 1; each depends on its own battle only. NaN where a battle
-        was not reached, or its logits were not finite even in 32 bit.
     """
     reader = LocalReader(model, tokenizer.pad_token_id)
     return predict_pairs(reader, tokenizer, pairs, **options).probs
@@ -176,7 +154,7 @@ def predict_pairs(
     max_tokens: int,
     tokens_per_batch: int,
     swap: bool = True,
-    deadline: float | None = None,
+    deadline: float = math.inf,
     progress: str = "",
     keep: Callable[[Prediction], None] | None = None,
     uncertainty: np.ndarray | None = None,
@@ -198,32 +176,22 @@ def predict_pairs(
     What was given up is taken up again where time is left after all.
 
     Args:
-        reader: runs the model.
-        tokenizer: its tokenizer.
+        reader: runs the model that `tokenizer` belongs to.
         pairs: N battles; only the texts are read.
         max_tokens: token budget of one battle.
         tokens_per_batch: padded tokens of one forward pass, at most.
         swap: average over both orders; False reads each battle once, as given.
-        deadline: `time.monotonic()` value, s, that must not be passed; None never stops.
+        deadline: `time.monotonic()` value, s, that must not be passed.
         progress: title of a progress bar; "" shows none.
         keep: called with the prediction so far, about once a minute.
-        uncertainty: (N,) float, how uncertain each battle is, e.g. `measure_entropy` of what
-            other members predict; only its order counts.
+        uncertainty: (N,) float, e.g. `measure_entropy` of other members; only its order counts.
         twice_share: share of the battles, 0 to 1, that get a second reading: the least certain.
     """
     readings = _Readings(pairs, tokenizer, max_tokens, swap, uncertainty, twice_share)
     n_tok = sum(int(readings.lengths(order).sum()) for order in readings.orders)
-    bar = tqdm(
-        total=n_tok,
-        desc=progress,
-        unit="tok",
-        unit_scale=True,
-        disable=not progress,
-        file=sys.stdout,
-    )
-    end = float("inf") if deadline is None else deadline
-    with bar:
-        loop = _Loop(reader, readings, tokens_per_batch, end, bar, keep)
+    style: dict[str, Any] = {"unit": "tok", "unit_scale": True, "file": sys.stdout}
+    with tqdm(total=n_tok, desc=progress, disable=not progress, **style) as bar:
+        loop = _Loop(reader, readings, tokens_per_batch, deadline, bar, keep)
         try:
             for order in readings.orders:
                 loop.read(order)
@@ -262,9 +230,7 @@ class _Readings:
     def __post_init__(self) -> None:
         n_pairs = len(self.pairs)
         self.orders = (0, 1) if self.swap else (0,)
-        self._is_as_given = np.ones(n_pairs, dtype=bool)
-        if self.swap:
-            self._is_as_given = is_canonical(self.pairs)
+        self._is_as_given = is_canonical(self.pairs) if self.swap else np.ones(n_pairs, dtype=bool)
         self.rows = [[np.zeros(0, dtype=np.int32)] * n_pairs for _ in self.orders]
         self.probs = np.full((2, n_pairs, len(LABELS)), np.nan)
         self.is_cut = np.zeros(n_pairs, dtype=bool)
@@ -272,8 +238,7 @@ class _Readings:
         # Two answers that read the same need no second reading to be made symmetric.
         self._is_same = np.zeros(n_pairs, dtype=bool)
         if self.swap:
-            is_same = [np.array_equal(*both) for both in zip(*self.rows, strict=True)]
-            self._is_same = np.array(is_same, dtype=bool)
+            self._is_same[:] = [np.array_equal(*both) for both in zip(*self.rows, strict=True)]
 
     def _encode(self, rows: np.ndarray, max_tokens: int) -> None:
         given, swapped = encode_both_orders(self.pairs.iloc[rows], self.tokenizer, max_tokens)
@@ -360,8 +325,7 @@ class _Loop:
         self._plan(order, self.readings.wanted(order), postponed=np.zeros(0, dtype=int))
         while True:
             while len(self._under_way) < self.reader.capacity:
-                batch = self._next_batch(order)
-                if batch is None:
+                if (batch := self._next_batch(order)) is None:
                     break
                 self._n_sent += 1
                 self._under_way[self._n_sent] = batch
@@ -374,7 +338,7 @@ class _Loop:
         """Plan to read these rows, longest first; for the postponed ones time seems too short."""
         self._lengths = self.readings.lengths(order)
         batches = make_batches(self._lengths[rows], self.tokens_per_batch)
-        self._planned = deque(rows[batch] for batch in batches)
+        self._planned = [rows[batch] for batch in batches]
         self._planned_tok = sum(map(self._padded, self._planned))
         self._postponed = postponed
 
@@ -391,8 +355,7 @@ class _Loop:
         return self._take(0) if self._planned else None
 
     def _take(self, place: int) -> np.ndarray:
-        batch = self._planned[place]
-        del self._planned[place]
+        batch = self._planned.pop(place)
         self._planned_tok -= self._padded(batch)
         return batch
 
@@ -402,7 +365,7 @@ class _Loop:
         if left_s < 0:
             return 0.0
         if not self._measured:
-            return float("inf")
+            return math.inf
         seconds, n_tok = np.sum(self._measured, axis=0)
         under_way_tok = sum(map(self._padded, self._under_way.values()))
         return left_s * n_tok / max(seconds, 1e-9) - under_way_tok
@@ -418,8 +381,7 @@ class _Loop:
         if order == 0:
             self.readings.cut(unread, limit_tok, self.tokens_per_batch)
         lengths = self.readings.lengths(order)
-        by_certainty = np.argsort(-self.readings.uncertainty(order)[unread], kind="stable")
-        rows = unread[by_certainty]
+        rows = unread[np.argsort(-self.readings.uncertainty(order)[unread], kind="stable")]
         rows = rows[lengths[rows] <= affordable_tok]  # a longer one would block all others
         while True:
             n_rows = np.searchsorted(np.cumsum(lengths[rows]), limit_tok, side="right")
@@ -473,17 +435,14 @@ def measure_budgets(
     """Score a trained model on held-out battles at smaller token budgets.
 
     Args:
-        model: and `tokenizer`: from `load_finetuned`.
-        pairs: battles that it has not seen, with label and group.
+        pairs: battles that the model has not seen, with label and group; at most `n_pairs` of
+            them, drawn at random, are read.
         max_tokens: budget that the model predicts with; costs are relative to it.
-        tokens_per_batch: padded tokens of one forward pass at most.
         budgets: tokens of one battle; above `max_tokens` only `cut_share` is measured.
-        n_pairs: battles at most, drawn at random.
-        seed: of the draw.
 
     Returns:
         One row per budget, `max_tokens` included: cut_share (of the battles), log_loss in nats
-        per battle, cost (log loss minus that at `max_tokens`), low and high (its 95 % interval).
+        per battle, cost (increase against `max_tokens`), low and high (its 95 % interval).
     """
     pairs = pairs.sample(min(n_pairs, len(pairs)), random_state=seed).reset_index(drop=True)
     n_tok, labels = count_tokens(pairs, tokenizer), pairs["label"].to_numpy()

@@ -1,12 +1,10 @@
 """Turn a battle into token ids: the template around its texts, and fair cuts to a token budget.
 
 An encoder reads [CLS] prompt [SEP] A [SEP] B [SEP], each answer under a heading: position
-alone is hard to learn. A decoder reads the same three texts in one chat message that asks for
-a verdict, so the last token, which its classification head reads, is always the template's.
-
-The template itself is never cut. The texts share the rest of the budget max-min fairly; within a
-text the last turns are kept first, and a turn that does not fit loses its middle. Exchanging A
-and B exchanges what is cut. Special tokens in the texts are tokenised as plain text.
+alone is hard to learn. A decoder reads the texts in one chat message that asks for a verdict.
+The template itself, and with it the last token, which a decoder's head reads, is never cut. The
+texts share the rest of the budget max-min fairly; within a text the last turns are kept first,
+and a turn that does not fit loses its middle. Exchanging A and B exchanges what is cut.
 """
 
 from collections.abc import Sequence
@@ -98,7 +96,6 @@ def cut_turns(
 
 
 def _count(turns: Sequence[Sequence[Token]], n_between: int) -> int:
-    """Tokens of one text, separators included."""
     return sum(map(len, turns)) + n_between * max(len(turns) - 1, 0)
 
 
@@ -127,8 +124,7 @@ def make_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     if pieces[-1][-1:] == (tokenizer.pad_token_id,):
         raise ValueError(
             f"{tokenizer.name_or_path}: expected a padding token that no battle ends with, got "
-            f"{tokenizer.pad_token}; take the tokenizer from load_classifier or load_tokenizer, "
-            "which choose another"
+            f"{tokenizer.pad_token}; load_classifier and load_tokenizer choose another"
         )
     turn, cut = _tokenize([TURN_TEXT, CUT_TEXT], tokenizer)
     return Template(pieces, tuple(turn), tuple(cut))
@@ -145,8 +141,7 @@ def _encoder_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...]
     cls = tokenizer.bos_token_id if cls is None else cls
     if sep is None:
         raise ValueError(
-            f"{tokenizer.name_or_path}: expected a chat template, or the tokens [CLS] and [SEP], "
-            "or EOS, got none of them"
+            f"{tokenizer.name_or_path}: expected a chat template, or the token [SEP] or EOS"
         )
     special = (sep if cls is None else cls, sep, sep, sep)
     headings = _tokenize(ENCODER_HEADINGS, tokenizer)
@@ -182,7 +177,7 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
         encoded = tokenizer(
             list(texts[start : start + _TEXTS_PER_CALL]),
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=True,  # in a text they are plain text
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
@@ -194,7 +189,6 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
 def _tokenize_texts(
     pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[Turns, ...]]:
-    """Token ids of each battle's three texts, not cut."""
     columns = []
     for name in TEXTS:
         turns = [clean_text(turn) for turns in pairs[name] for turn in turns]
@@ -220,18 +214,18 @@ def _assemble(texts: Sequence[Turns], template: Template, max_tokens: int) -> li
 def encode_pairs(
     pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[list[int]]:
-    """Write each battle as the token ids that a model reads, at most `max_tokens` of them.
-
-    Raises:
-        ValueError: `max_tokens` has no room for the template and a part of each text.
-    """
+    """Write each battle as the token ids that a model reads, at most `max_tokens` of them."""
     return encode_both_orders(pairs, tokenizer, max_tokens)[0]
 
 
 def encode_both_orders(
     pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return `encode_pairs` of the battles as given and with A and B exchanged, tokenising once."""
+    """Return `encode_pairs` of the battles as given and with A and B exchanged, tokenising once.
+
+    Raises:
+        ValueError: `max_tokens` has no room for the template and a part of each text.
+    """
     template = make_template(tokenizer)
     least = template.n_fixed + len(TEXTS) * (len(template.cut) + 2)
     if max_tokens < least:

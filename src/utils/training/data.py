@@ -52,8 +52,7 @@ def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
         (N, C) float32, rows sum to 1.
 
     Raises:
-        FileNotFoundError: the file of soft labels does not exist.
-        ValueError: it does not fit these battles, or a battle has neither vote nor soft label.
+        ValueError: the file does not fit, or a battle has neither vote nor soft label.
 
     Source: distillation, Hinton et al. 2015, arXiv:1503.02531.
     """
@@ -77,11 +76,11 @@ def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
 
 
 def find_file(name: str) -> Path:
-    """The path of a file that a setting names, which must exist; `~` is the home folder."""
+    """The path of a file that a setting names; `~` is the home folder. It must exist."""
     path = Path(name).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: not found; 05 writes soft labels with WRITE_SOFT_LABELS=True"
+            f"{path}: not found; 05 writes soft labels (WRITE_SOFT_LABELS=True)"
         )
     return path
 
@@ -97,9 +96,7 @@ def _read_soft_labels(path: Path, ids: pd.Series) -> np.ndarray:
             f"soft_labels: {path}: expected columns id and {LABELS}, one row per id: {error}"
         ) from error
     if (rows < 0).all():
-        raise ValueError(
-            f"soft_labels: {path}: expected some of the {len(ids)} training battles, found none"
-        )
+        raise ValueError(f"soft_labels: {path}: expected some of {len(ids)} battles, found none")
     return np.where(rows[:, None] < 0, np.nan, probs[rows])
 
 
@@ -110,17 +107,15 @@ def add_extra_battles(
 
     An extra battle is dropped when its prompt occurs in the held-out battles (compared by
     `readers.hash_prompt`), or when it repeats a battle of the arena (same id, same texts).
+    Without a vote its label is `NO_VOTE`, and it needs a row in `soft_labels`.
 
     Args:
-        pairs: all battles of the arena, with `group`.
+        pairs: N battles, all of the arena, with `group`.
         is_heldout: (N,) bool, which of them this model must not see.
-        config: `extra_battles` names files in the competition's layout; battles without votes
-            get the label `NO_VOTE` and need a row in `soft_labels`.
+        config: `extra_battles` names files in the competition's layout.
 
     Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: an id belongs to another battle already, or a battle has neither a vote
-            nor a soft label; the file, row and id are named.
+        ValueError: an id of another battle, or neither vote nor soft label; where is named.
     """
     train_pairs = pairs[~is_heldout]
     if not config.extra_battles:
@@ -174,8 +169,7 @@ def plan_batches(
     Args:
         lengths: (N,) tokens of each battle.
         config: n_epochs, both_orders, tokens_per_batch and seed are read.
-        is_packed: batches have no padding and are filled at random up to the budget; else
-            battles of similar length share a batch.
+        is_packed: fill batches at random without padding; else by similar length.
 
     Returns:
         Items of each batch, see `Examples`. With `both_orders` every epoch has each battle in

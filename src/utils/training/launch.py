@@ -50,9 +50,6 @@ def fit_launched(
     The result is that of one process, up to rounding; `batches_per_step` is raised to a multiple
     of the number of processes.
 
-    Args:
-        pairs: as for `fit.fit`, like the other arguments.
-
     Raises:
         ValueError: more processes than GPUs.
         RuntimeError: a process failed; the message quotes its error.
@@ -84,9 +81,9 @@ def _run_torchrun(n_processes: int, options: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(n_processes), *PROGRAM, *options]
     n_threads = max(1, (os.cpu_count() or 1) // n_processes)
-    environment = {"OMP_NUM_THREADS": str(n_threads)} | os.environ
     search_path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
+    environment = {"OMP_NUM_THREADS": str(n_threads)} | os.environ
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, search_path))}
     environment |= {"PYTHONUNBUFFERED": "1", _LAUNCHER: str(os.getpid())}
     process = Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, errors="replace")
     last_lines: deque[str] = deque(maxlen=40)

@@ -55,12 +55,9 @@ class FoldTrainer:
     """Trains one model and validates it on the held-out battles of its fold.
 
     `run_dir` gets the best weights, with their predictions of `heldout`, in `model/NAME`, and
-    `checkpoints/NAME` and `tensorboard/NAME`, and at every validation `history.csv`. Without
-    held-out battles the last weights are kept, and there is no history.
-
-    Args:
-        model: from `checkpoints.load_classifier`, like its tokenizer.
-        earlier: validations of the models before this one, for `history.csv`.
+    `checkpoints/NAME`, `tensorboard/NAME` and, at every validation, `history.csv` (whose earlier
+    rows are `earlier`). Without held-out battles the last weights are kept, without a history.
+    Training stops after `member.stop_share` of the steps; the rate is planned for all of them.
     """
 
     def __init__(
@@ -98,12 +95,10 @@ class FoldTrainer:
         self._totals = np.cumsum(counts, axis=0)
         self._rows_per_batch = self._totals[-1, 0] / len(plan)
 
-        # The learning rate follows the schedule of all steps nevertheless.
         self.last_step = max(1, round(member.stop_share * len(self.steps)))
         n_validations = min(max(1, round(config.n_evals * config.n_epochs)), len(self.steps))
         ends = np.linspace(0, len(self.steps), n_validations + 1)[1:].round()
-        self.validation_steps = {int(end) for end in ends if end < self.last_step}
-        self.validation_steps.add(self.last_step)
+        self.validation_steps = {min(int(end), self.last_step) for end in ends}
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -154,11 +149,7 @@ class FoldTrainer:
         return [row["log_loss"] for row in self.history if "log_loss" in row]
 
     def take_step(self) -> None:
-        """Take one optimizer step on the next batches of the plan.
-
-        When memory runs out, the whole step is repeated in smaller parts and with the same
-        random numbers, as some of its gradients may have been added already.
-        """
+        """Take one optimizer step; when memory runs out, repeat all of it in smaller parts."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         batches = self.steps[self.step][rank() :: world_size()]
@@ -244,9 +235,8 @@ class FoldTrainer:
         n_lost = int(np.isnan(probs).any(axis=1).sum())
         if n_lost:
             raise FloatingPointError(
-                f"{self.member.name}, step {self.step}: expected finite logits, {n_lost} of "
-                f"{len(probs)} battles have others; lower learning_rate "
-                f"({self.config.learning_rate})"
+                f"{self.member.name}, step {self.step}: logits of {n_lost} of {len(probs)} battles "
+                f"are not finite; lower learning_rate ({self.config.learning_rate})"
             )
         row["log_loss"] = log_loss(probs, self.heldout["label"].to_numpy())
         row["swap_gap"] = float(np.nanmean(processes.gather_rows(np.asarray(prediction.swap_gap))))
@@ -263,12 +253,7 @@ class FoldTrainer:
                 write_table(folder / "oof.parquet", table)
 
     def describe_interval(self) -> dict:
-        """Describe training since the last validation.
-
-        Returns:
-            `HISTORY_COLUMNS` without log_loss and swap_gap; seconds, tokens, and tokens with
-            padding. Losses are in nats per battle, the learning rate is the next step's.
-        """
+        """Describe training since the last validation: losses in nats, the next learning rate."""
         seconds = time.perf_counter() - self._interval_start
         last_step = self.history[-1]["step"] if self.history else 0
         n_rows, n_tok, n_padded = self._totals[self.step] - self._totals[last_step]
@@ -353,6 +338,6 @@ def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Opti
 
     for module in model.modules():
         if isinstance(module, nn.Embedding):  # keeps 32-bit state, as bitsandbytes advises
-            override = {"optim_bits": 32}
-            GlobalOptimManager.get_instance().register_module_override(module, "weight", override)
+            manager = GlobalOptimManager.get_instance()
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
     return AdamW8bit(groups, **options)
