@@ -85,15 +85,15 @@ def _run_torchrun(n_processes: int, options: list[str]) -> None:
     environment = {"OMP_NUM_THREADS": str(n_threads)} | os.environ
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, search_path))}
     environment |= {"PYTHONUNBUFFERED": "1", _LAUNCHER: str(os.getpid())}
-    process = Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, errors="replace")
     last_lines: deque[str] = deque(maxlen=40)
-    try:
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            last_lines.append(line)
-    finally:
-        process.terminate()  # in case the notebook was interrupted
-        code = process.wait()
+    with Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, errors="replace") as process:
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                last_lines.append(line)
+        finally:
+            process.terminate()  # in case the notebook was interrupted
+            code = process.wait()
     if code:
         raise RuntimeError(
             f"training in {n_processes} processes failed (exit code {code}):\n{''.join(last_lines)}"
