@@ -89,9 +89,7 @@ def load_pairs(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read battles from one or several files in the competition's layout.
 
-    Args:
-        paths: `.csv`, `.csv.gz` or `.parquet` files.
-        labelled: True for training rows, which have votes and (mostly) model names.
+    `paths` are `.csv`, `.csv.gz` or `.parquet` files, `labelled` if they hold votes.
 
     Returns:
         pairs: one row per battle, in file order: `schema.LABELLED_COLUMNS`, or

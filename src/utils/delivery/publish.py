@@ -47,13 +47,8 @@ def publish_model(
 ) -> dict[str, Any]:
     """Merge a fine-tuned model, save it, and compare what is on disk with the unmerged model.
 
-    Args:
-        source: a saved model, e.g. `03_modernbert/model/fold_0`.
-        config: settings that it was trained with.
-        pairs: N held-out battles with label.
-        oof: their held-out probabilities: id and one column per label.
-        folder: gets the merged model.
-        base: as for `load_finetuned`.
+    `source` is a saved model, trained with `config`; `pairs` are N held-out battles with label,
+    and `oof` has their id and held-out probabilities. `folder` gets the merged model.
 
     Returns:
         What `parity.json` holds: max_abs_difference between merged and unmerged (both on
@@ -151,16 +146,8 @@ def make_card(
 def push_model(run_dir: Path, repo_id: str, dry_run: bool) -> str:
     """Upload `model/` and `README.md` to the hub, unless this is a dry run.
 
-    Args:
-        run_dir: holds both.
-        repo_id: "owner/name".
-        dry_run: True uploads nothing and needs no account.
-
-    Returns:
-        What was done, or would be.
-
-    Raises:
-        ValueError: asked to push without a repository, or a file is missing.
+    Returns what was done, or would be; a dry run needs no account. ValueError if `repo_id`
+    ("owner/name") or a file is missing.
     """
     files = [path for path in (run_dir / "model").iterdir() if path.is_file()]
     card = run_dir / "README.md"

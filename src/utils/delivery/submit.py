@@ -91,10 +91,8 @@ class Submission:
 def make_submission(ids: np.ndarray, probs: np.ndarray, sample_ids: np.ndarray) -> pd.DataFrame:
     """Order predictions as in the sample: M rows of id and one float64 column per label.
 
-    Args:
-        ids: (N,) ids of the test rows; of an id that repeats the first row is taken.
-        probs: (N, C) float, rows sum to 1, columns in `LABELS` order.
-        sample_ids: (M,) ids that the competition expects, in its order.
+    `ids`, (N,), are those of the rows of `probs`, (N, C); of an id that repeats the first row is
+    taken. `sample_ids`, (M,), are what the competition expects, in its order.
 
     Raises:
         ValueError: an expected id has no prediction, or a prediction was not expected.

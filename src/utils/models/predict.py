@@ -176,8 +176,7 @@ def predict_pairs(
     What was given up is taken up again where time is left after all.
 
     Args:
-        reader: runs the model that `tokenizer` belongs to.
-        pairs: N battles; only the texts are read.
+        reader: runs the model that `tokenizer` belongs to, over the texts of N `pairs`.
         max_tokens: token budget of one battle.
         tokens_per_batch: padded tokens of one forward pass, at most.
         swap: average over both orders; False reads each battle once, as given.

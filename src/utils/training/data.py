@@ -44,12 +44,8 @@ def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
     The teachers of soft labels were fitted to votes that are held out here, so their student's
     score is slightly optimistic.
 
-    Args:
-        pairs: N battles with `id` and `label`, which may be `NO_VOTE`.
-        config: `soft_labels` and `soft_weight` are read.
-
-    Returns:
-        (N, C) float32, rows sum to 1.
+    `pairs` are N battles with `id` and `label`, which may be `NO_VOTE`. Returns (N, C) float32,
+    rows sum to 1.
 
     Raises:
         ValueError: the file does not fit, or a battle has neither vote nor soft label.
@@ -109,10 +105,8 @@ def add_extra_battles(
     `readers.hash_prompt`), or when it repeats a battle of the arena (same id, same texts).
     Without a vote its label is `NO_VOTE`, and it needs a row in `soft_labels`.
 
-    Args:
-        pairs: N battles, all of the arena, with `group`.
-        is_heldout: (N,) bool, which of them this model must not see.
-        config: `extra_battles` names files in the competition's layout.
+    `pairs` are all N battles of the arena, with `group`; `is_heldout`, (N,) bool, says which of
+    them this model must not see. `config.extra_battles` names files in the competition's layout.
 
     Raises:
         ValueError: an id of another battle, or neither vote nor soft label; where is named.

@@ -49,11 +49,8 @@ def fit(
     random, and the next epoch the other. A model that was finished or begun with the same
     settings and battles is kept or resumed; all other models in `run_dir` are removed.
 
-    Args:
-        pairs: battles with label, group and fold.
-        config: settings.
-        run_dir: gets `model/`, `checkpoints/`, `tensorboard/` and `history.csv`.
-        base: folder of the base model, in place of `config.checkpoint`.
+    `pairs` have label, group and fold; `base` is a folder in place of `config.checkpoint`.
+    `run_dir` also gets `checkpoints/`, `tensorboard/` and `history.csv`.
 
     Raises:
         ValueError: a fold of the config is empty, or holds all battles.

@@ -25,12 +25,8 @@ class Progress:
     line every `LINE_S` seconds, also during a validation. Each validation is written as an event
     for `tensorboard --logdir FOLDER`, and a notebook shows the learning curve, redrawn.
 
-    Args:
-        title: of the model, e.g. "fold 0".
-        folder: gets the event files.
-        step: steps taken already; what a killed run logged after them becomes void.
-        n_steps: steps of the whole training.
-        labels: (N,) int, votes of the held-out battles; without any there is no curve.
+    `step` of `n_steps` are taken already; what a killed run logged after them becomes void.
+    `labels` are the held-out votes, (N,) int; without any there is no curve.
     """
 
     def __init__(
