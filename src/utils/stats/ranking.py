@@ -100,9 +100,8 @@ def fit_bradley_terry(
     losses links to the rest have no finite strength and are left out of the fit (Ford 1957,
     doi:10.2307/2308513), as are unknown names. Strengths have mean zero over those reported.
 
-    Args:
-        covariates: N rows, one column per difference A − B; None for no control.
-        min_battles: a chatbot with fewer is fitted but not reported.
+    `covariates` are N rows, one column per difference A − B. A chatbot with fewer than
+    `min_battles` is fitted but not reported.
 
     Source: Davidson 1970, doi:10.1080/01621459.1970.10481082; position as in Davidson and Beaver
         1977, doi:10.2307/2529467; style as in https://lmsys.org/blog/2024-08-28-style-control.

@@ -108,8 +108,7 @@ def add_extra_battles(
     `pairs` are all N battles of the arena, with `group`; `is_heldout`, (N,) bool, says which of
     them this model must not see. `config.extra_battles` names files in the competition's layout.
 
-    Raises:
-        ValueError: an id of another battle, or neither vote nor soft label; where is named.
+    ValueError for an id of another battle, or neither vote nor soft label; where is named.
     """
     train_pairs = pairs[~is_heldout]
     if not config.extra_battles:
