@@ -331,3 +331,10 @@ def test_a_record_of_an_older_layout_counts_as_no_complete_run(folder):
     path = folder / "artifacts/02_count/run.json"
     path.write_text(json.dumps({"parameters": {}, "left": {}, "read": {}}))
     assert reasons(folder) == {"02_count": "no complete run"}
+
+
+@pytest.mark.parametrize(("busy", "n_idle"), [(0, 8), (50, 4), (95, 1), (100, 1)])
+def test_kernels_get_a_thread_per_idle_core(monkeypatch, busy, n_idle):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: float(busy))
+    assert runner.count_idle_cores() == n_idle

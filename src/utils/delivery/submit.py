@@ -94,8 +94,7 @@ def make_submission(ids: np.ndarray, probs: np.ndarray, sample_ids: np.ndarray) 
     `ids`, (N,), are those of the rows of `probs`, (N, C); of an id that repeats the first row is
     taken. `sample_ids`, (M,), are what the competition expects, in its order.
 
-    Raises:
-        ValueError: an expected id has no prediction, or a prediction was not expected.
+    ValueError if an expected id has no prediction, or a prediction was not expected.
     """
     check_probs(probs, n_pairs=len(ids))
     table = pd.DataFrame(probs, index=ids, columns=list(LABELS), dtype=np.float64)
@@ -153,9 +152,7 @@ def predict_submission(
         cascade: share, above 0 to 1; the least certain have the highest entropy so far.
         n_workers: processes per network, as for `open_reader`.
 
-    Raises:
-        ValueError: `cascade` is out of range.
-        RuntimeError: no member could predict a battle, so there is nothing to submit.
+    ValueError if `cascade` is out of range, RuntimeError if no member could predict a battle.
     """
     if not 0 < cascade <= 1:
         raise ValueError(f"cascade: expected a share above 0, at most 1, got {cascade}")

@@ -247,11 +247,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def count_idle_cores() -> int:
+    """Count the cores that are idle now, at least one: beside a busy process more threads wait."""
+    busy_share = psutil.cpu_percent(interval=0.5) / 100
+    return max(1, round((os.cpu_count() or 1) * (1 - busy_share)))
+
+
 def make_pipeline(options: argparse.Namespace) -> Pipeline:
     """Make the pipeline that the command line asks for, and set the kernels' environment."""
     if options.artifacts:
         os.environ["ARENA_ARTIFACTS"] = str(Path(options.artifacts).expanduser().resolve())
     os.environ.update(QUIET)
+    os.environ.setdefault("OMP_NUM_THREADS", str(count_idle_cores()))
     data, test = " | ".join(options.data), options.test
     kind = paths.find_raw_data(data, test).kind
     profile = config.read_profile(options.profile or ("demo" if kind == "demo" else "small"))

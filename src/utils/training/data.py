@@ -47,8 +47,7 @@ def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
     `pairs` are N battles with `id` and `label`, which may be `NO_VOTE`. Returns (N, C) float32,
     rows sum to 1.
 
-    Raises:
-        ValueError: the file does not fit, or a battle has neither vote nor soft label.
+    ValueError if the file does not fit, or a battle has neither vote nor soft label.
 
     Source: distillation, Hinton et al. 2015, arXiv:1503.02531.
     """

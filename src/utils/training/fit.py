@@ -52,9 +52,8 @@ def fit(
     `pairs` have label, group and fold; `base` is a folder in place of `config.checkpoint`.
     `run_dir` also gets `checkpoints/`, `tensorboard/` and `history.csv`.
 
-    Raises:
-        ValueError: a fold of the config is empty, or holds all battles.
-        FloatingPointError: validation gave logits that are not finite.
+    ValueError if a fold is empty or holds all battles, FloatingPointError if validation gives
+    logits that are not finite.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
     members = plan_members(pairs, config)

@@ -80,9 +80,9 @@ def count_processes(config: FinetuneConfig) -> int:
 def _run_torchrun(n_processes: int, options: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(n_processes), *PROGRAM, *options]
-    n_threads = max(1, (os.cpu_count() or 1) // n_processes)
+    n_threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     search_path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {"OMP_NUM_THREADS": str(n_threads)} | os.environ
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, n_threads // n_processes))}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, search_path))}
     environment |= {"PYTHONUNBUFFERED": "1", _LAUNCHER: str(os.getpid())}
     last_lines: deque[str] = deque(maxlen=40)
