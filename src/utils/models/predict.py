@@ -172,7 +172,6 @@ def predict_pairs(
     2. length: the battles not yet read are cut until all of them fit, to `MIN_TOKENS` at least;
     3. battles, most certain first (by `uncertainty`; else longest first), where even that is
        too slow. Another member of the blend answers for them.
-
     What was given up is taken up again where time is left after all.
 
     Args:
