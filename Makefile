@@ -30,7 +30,7 @@ $(READY): requirements.txt pyproject.toml
 	@echo "Installing requirements.txt into $(VENV); the first time takes a minute or more."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv 2>/dev/null || true
 	@export UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_INDEX_URL="$${UV_INDEX_URL:-$$PIP_INDEX_URL}"; \
-		uv="$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt"; \
+		uv="$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.txt"; \
 		$$uv --torch-backend=auto 2>/dev/null || $$uv 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .

@@ -26,16 +26,16 @@ START = "<!-- results: made by benchmarks/results/record.py -->"
 END = "<!-- end of results -->"
 MODELS = {
     "02_baseline": "02 CPU baseline",
-    "03_modernbert": "03 ModernBERT",
-    "04_qwen": "04 Qwen3",
+    "03_modernbert": "03 stand-in for ModernBERT",
+    "04_qwen": "04 stand-in for Qwen3",
     "05_ensemble": "05 blend",
 }
 SEARCHES = {"heads_03": "03_modernbert", "heads_04": "04_qwen"}
 WEIGHTS = {"none": "32-bit", "4bit": "NF4, LoRA", "8bit": "8-bit, LoRA"}
 TITLES = {
-    "demo": "**Demo arena** (`make run`: {n_pairs:,} battles, tiny models), {machine}:",
+    "demo": "**Demo arena** (`make run`: {n_pairs:,} battles, tiny stand-ins), {machine}:",
     "heads": "**Both heads on the demo arena** (log loss, and its distance from the oracle):",
-    "real": "**Real battles** ({n_pairs:,} rows of the competition, the same tiny models, which "
+    "real": "**Real battles** ({n_pairs:,} rows of the competition, the same stand-ins, which "
     "learn little from so few), {machine}:",
 }
 FIELDS = (
