@@ -16,19 +16,7 @@ from src.utils.stats.blend import (
     read_members,
 )
 from src.utils.stats.scores import log_loss
-
-
-def make_votes(n_pairs, seed=0):
-    """True probabilities, and votes drawn by them."""
-    rng = np.random.default_rng(seed)
-    truth = rng.dirichlet([1.5, 1.5, 1.5], n_pairs)
-    return truth, (rng.random((n_pairs, 1)) > truth.cumsum(axis=1)[:, :-1]).sum(axis=1)
-
-
-def blur(probs, noise, power=1.0, seed=1):
-    logits = power * np.log(probs) + noise * np.random.default_rng(seed).normal(size=probs.shape)
-    weights = np.exp(logits)
-    return weights / weights.sum(axis=1, keepdims=True)
+from tests.votes import blur, make_votes
 
 
 def test_a_blend_survives_json():
