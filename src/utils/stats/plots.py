@@ -209,10 +209,7 @@ def _draw_curve(ax: Axes, curve: pd.DataFrame, bins: pd.DataFrame, color: str) -
 def plot_token_distribution(
     ax: Axes, lengths: dict[str, np.ndarray], budgets: Sequence[int] = (1024, 512, 2048, 3072)
 ) -> Axes:
-    """Show how long battles are, tokenizer -> (N,) int tokens, and what each budget truncates.
-
-    The title is about the first budget.
-    """
+    """Show how long battles are, tokenizer -> (N,) int tokens, and what each budget truncates."""
     every = np.maximum(np.concatenate(list(lengths.values())), 1)
     edges = np.geomspace(max(np.quantile(every, 0.002), 1), max(every.max(), *budgets) * 1.2, 50)
     look: dict[str, Any] = {"bins": edges, "histtype": "step", "linewidth": 2}
@@ -233,7 +230,8 @@ def plot_token_distribution(
     ax.legend(loc="upper left", title=several)
     first, counts = next(iter(lengths.items()))
     cut = percent(float((counts > budgets[0]).mean()))
-    title = f"A budget of {budgets[0]:,} tokens truncates {cut} of battles ({first})"
+    of = f" ({first})" if several else ""  # else the legend names it, and the title fits
+    title = f"A budget of {budgets[0]:,} tokens truncates {cut} of battles{of}"
     x = "tokens of prompt and both answers (log scale; at each budget: share truncated)"
     return _label(ax, title, x, "battles")
 
