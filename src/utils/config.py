@@ -145,8 +145,12 @@ class FinetuneConfig(Config):
     lora_dropout: float = field(0.05, "dropout before LoRA", "share of inputs", ge=0, lt=1)
     max_tokens: int = field(2048, "budget of one battle in training", "tokens", ge=32)
     predict_tokens: int = field(3072, "budget of one battle in prediction", "tokens", ge=32)
-    tokens_per_batch: int = field(16384, "most tokens of one forward pass", "tokens")
-    batches_per_step: int = field(2, "gradient accumulation", "batches", ge=1)
+    tokens_per_step: int = field(
+        32768, "tokens that one optimizer step learns from", "tokens", ge=1
+    )
+    tokens_per_batch: int = field(
+        0, "most tokens of one pass; 0: what memory holds", "tokens", ge=0
+    )
     packing: bool = field(True, "no padding, for architectures that can do without")
     gradient_checkpointing: bool = field(False, "recompute activations to save memory")
     n_epochs: float = field(2.0, "passes over the training battles", "epochs", gt=0)
@@ -156,10 +160,12 @@ class FinetuneConfig(Config):
     weight_decay: float = field(0.01, "AdamW's decay of weight matrices", ge=0)
     optimizer: Literal["adamw", "adamw_8bit"] = field("adamw", "adamw_8bit has 8-bit states")
     n_evals: int = field(4, "validations per epoch", "validations", ge=1)
-    patience: int = field(0, "stop after so many without a gain; 0: never", "validations", ge=0)
+    eval_pairs: int = field(1000, "held-out battles of each validation", "battles", ge=1)
+    save_minutes: float = field(30.0, "between two checkpoints to resume from", "minutes", gt=0)
+    train_hours: float = field(0.0, "shorten the schedule to end in time; 0: never", "hours", ge=0)
     folds: tuple[int, ...] = field((0,), "to hold out, one model each", "folds", min_length=1)
     n_seeds: int = field(1, "models per fold, whose probabilities are averaged", "models", ge=1)
-    refit: bool = field(False, "one more model, on every battle, for the folds' best step count")
+    refit: bool = field(False, "one more model, which learns from every battle")
     max_pairs: int = field(0, "training battles at most; 0 takes all", "battles", ge=0)
     extra_battles: tuple[str, ...] = field((), "further training files, laid out as train.csv")
     soft_labels: str = field("", "soft_labels.parquet of 05, or a submission.csv, to learn from")
@@ -173,9 +179,9 @@ class FinetuneConfig(Config):
             object.__setattr__(self, "revision", "")
         if self.quantization != "none" and not self.lora_rank:
             raise SuiteError("lora_rank: expected above 0 to train a quantised base, got 0")
-        longest = max(self.max_tokens * (2 if self.both_orders else 1), self.predict_tokens)
-        if self.tokens_per_batch < longest:
-            expected = f"expected at least {longest}, for the longest battle in both orders"
+        longest = max(self.max_tokens, self.predict_tokens)
+        if 0 < self.tokens_per_batch < longest:
+            expected = f"expected 0 or at least {longest}, the longest battle"
             raise SuiteError(f"tokens_per_batch: {expected}, got {self.tokens_per_batch}")
 
 

@@ -1,6 +1,7 @@
 """Make the training data: battles in both orders, their targets, and the plan of batches."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -153,32 +154,53 @@ def _find_repeated(extra: pd.DataFrame, pairs: pd.DataFrame) -> np.ndarray:
     return has_known_id
 
 
-def plan_batches(
+def plan_steps(
     lengths: np.ndarray, config: FinetuneConfig, is_packed: bool = False
 ) -> list[list[int]]:
-    """Plan every batch of a training run, so that a resumed run can start at any of them.
+    """Plan every optimizer step of a training run, so that a resumed run can start at any of them.
 
     Args:
         lengths: (N,) tokens of each battle.
-        config: n_epochs, both_orders, tokens_per_batch and seed are read.
-        is_packed: fill batches at random without padding; else by similar length.
+        config: n_epochs, both_orders, tokens_per_step and seed are read.
+        is_packed: rows of a step are drawn at random; else they have similar lengths.
 
     Returns:
-        Items of each batch, see `Examples`. With `both_orders` every epoch has each battle in
-        both, side by side in one batch; else in one, and epochs 2k and 2k + 1 in opposite ones.
-        A fraction of an epoch takes this share of its batches.
+        Items of each step, see `Examples`. With `both_orders` every epoch has each battle in
+        both, side by side; else in one, and epochs 2k and 2k + 1 in opposite ones. A fraction of
+        an epoch takes this share of its steps.
     """
     plan: list[list[int]] = []
     make = make_packs if is_packed else make_batches
-    budget = config.tokens_per_batch // (2 if config.both_orders else 1)
+    budget = config.tokens_per_step // (2 if config.both_orders else 1)
     for epoch in range(math.ceil(config.n_epochs)):
         rng = np.random.default_rng((config.seed, epoch // 2))
         orders = rng.integers(0, 2, len(lengths)) ^ (epoch % 2)
-        batches = make(lengths, budget, config.seed, epoch)
-        n_batches = math.ceil(min(1.0, config.n_epochs - epoch) * len(batches))
-        for rows in batches[:n_batches]:
+        steps = make(lengths, budget, config.seed, epoch)
+        n_steps = math.ceil(min(1.0, config.n_epochs - epoch) * len(steps))
+        for rows in steps[:n_steps]:
             items = 2 * rows + orders[rows]
             if config.both_orders:
                 items = np.stack([items, items ^ 1], axis=1).ravel()
             plan.append(items.tolist())
     return plan
+
+
+def split_step(
+    items: Sequence[int], lengths: np.ndarray, tokens_per_batch: int, is_packed: bool
+) -> list[list[int]]:
+    """Split a step into passes of at most so many tokens, padding included; no item is lost.
+
+    `lengths`, (N,), are those of the N items; a longer item gets a pass of its own.
+    """
+    order = np.arange(len(items)) if is_packed else np.argsort(-lengths, kind="stable")
+    passes: list[list[int]] = []
+    n_tok = 0
+    for place in order:
+        # Without packing items come longest first: a pass is as wide as its first one.
+        width = lengths[place] if is_packed or not n_tok else n_tok // len(passes[-1])
+        if not passes or n_tok + width > tokens_per_batch:
+            passes.append([])
+            n_tok, width = 0, lengths[place]
+        passes[-1].append(items[place])
+        n_tok += width
+    return passes

@@ -1,8 +1,15 @@
-"""Train a classifier fold by fold; a run killed at any moment resumes where it was."""
+"""Train a classifier fold by fold; a run killed at any moment resumes where it was.
+
+A finished model is never removed. Settings that only touch prediction predict again, further folds
+and seeds add to what is there, and models of other settings are set aside (`earlier`).
+"""
 
 import dataclasses
+import math
 import shutil
+import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,24 +19,29 @@ from accelerate.utils import release_memory
 from torch import nn
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.checkpoints import load_classifier, longest_row, quiet_transformers
-from src.utils.models.template import TEMPLATE_VERSION
-from src.utils.runs import find_damage, hash_file, hash_json, hash_pairs, read_json, write_json
+from src.utils.models.checkpoints import (
+    load_classifier,
+    load_finetuned,
+    longest_row,
+    quiet_transformers,
+)
+from src.utils.runs import find_damage, read_json, write_json, write_table
 from src.utils.schema import FROZEN_COLUMNS, check_pairs, probs_of, probs_table
 from src.utils.training.data import add_extra_battles, find_file
+from src.utils.training.earlier import BEGUN, RECORD, arrange_models, identify, list_finished
+from src.utils.training.heldout import Member, predict_heldout
 from src.utils.training.processes import on_first
-from src.utils.training.trainer import HISTORY_COLUMNS, FoldTrainer, Member, list_checkpoints
-
-# They decide which models there are and who trains them, not what a model becomes.
-_NOT_IN_KEY = ("folds", "n_seeds", "refit", "n_processes")
+from src.utils.training.trainer import HISTORY_COLUMNS, FoldTrainer, list_checkpoints
 
 
 @dataclass(frozen=True)
 class FitResult:
     """Held-out probabilities, and how training went."""
 
+    config: FinetuneConfig  # with every fold that has a model, also of earlier runs
     oof: pd.DataFrame  # id, fold, one float32 column per label; every battle of `config.folds`
     history: pd.DataFrame  # one row per validation, `HISTORY_COLUMNS`; losses in nats per battle
+    swap_gap: float  # of whole folds, mean; see `scores.swap_gap`
     n_train_pairs: int  # mean over the folds, without the refit
     n_parameters: int  # that were trained
     seconds: float  # of training all models, without validation
@@ -42,74 +54,78 @@ def fit(
 ) -> FitResult:
     """Train one or several models per held-out fold, and predict that fold.
 
-    `run_dir / "model" / "fold_k"` gets the weights that had the lowest log loss on fold k, and
-    `fold_k_seed_1` and so on those of further seeds. With `config.refit` one more model, `refit`,
-    learns from every battle, for the average share of steps at which the others were best. Every
-    epoch reads each battle in both orders; with `both_orders=False` it reads one order, drawn at
-    random, and the next epoch the other. A model that was finished or begun with the same
-    settings and battles is kept or resumed; all other models in `run_dir` are removed.
+    `run_dir / "model" / "fold_k"` gets the last weights of the model that never saw fold k, and
+    its predictions; `fold_k_seed_1` and so on are those of further seeds. With `config.refit` one
+    more model, `refit`, learns from every battle. Every epoch reads each battle in both orders;
+    with `both_orders=False` it reads one order, drawn at random, and the next epoch the other.
+    Models of the same settings that are there are kept, whatever folds and seeds `config` names.
 
     `pairs` have label, group and fold; `base` is a folder in place of `config.checkpoint`.
-    `run_dir` also gets `checkpoints/`, `tensorboard/` and `history.csv`.
+    `run_dir` also gets `checkpoints/`, `tensorboard/` and `history.csv`, and `earlier/` where
+    models of other settings were in the way.
 
-    ValueError if a fold is empty or holds all battles, FloatingPointError if validation gives
-    logits that are not finite.
+    ValueError if a fold is empty or holds all battles, FloatingPointError if a validation loses
+    more than one in a hundred battles to logits that are not finite.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
-    members = plan_members(pairs, config)
-    _remove_stale(run_dir, members)
-    folds = [member for member in members if member.fold is not None]
-    results: list[dict] = []
+    deadline = time.monotonic() + config.train_hours * 3600 if config.train_hours else math.inf
+    members = prepare_members(pairs, config, run_dir)
+    finished = on_first(list_finished)(run_dir)
+    to_train = [member.name for member in members if member.name not in finished]
+    records: dict[str, dict] = {}
     rows: list[dict] = []  # of all validations so far
-    for member in folds:
-        results.append(_fit_member(pairs, member, run_dir, base, rows))
-        rows += results[-1]["history"]
-    history = pd.DataFrame(rows, columns=list(HISTORY_COLUMNS))
-    n_train_pairs = float(np.mean([result["n_train_pairs"] for result in results]))
-    if config.refit:
-        best = [min(one["history"], key=lambda row: row["log_loss"]) for one in results]
-        stop_share = float(np.mean([row["epoch"] for row in best])) / config.n_epochs
-        refit = dataclasses.replace(members[-1], stop_share=stop_share)
-        rows += _fit_member(pairs, refit, run_dir, base, rows)["history"]
+    for member in members:
+        if member.name in to_train:
+            n_left = len(to_train) - to_train.index(member.name)
+            left_s = (deadline - time.monotonic()) / n_left
+            _train_member(pairs, member, run_dir, base, rows, time.monotonic() + left_s)
+        records[member.name] = _read_predicted(pairs, member, run_dir, base)
+        rows += records[member.name]["history"]
+    folds = [member for member in members if member.fold is not None]
+    of_folds = [records[member.name] for member in folds]
+    history = [row for record in of_folds for row in record["history"]]
     seconds = sum(row["seconds"] for row in rows)
     n_tok = sum(row["n_tok"] for row in rows)
+    numbers = sorted({member.fold for member in folds})
+    is_refitted = any(member.fold is None for member in members)
     return FitResult(
-        oof=pd.concat([_read_oof(run_dir, folds, k) for k in config.folds], ignore_index=True),
-        history=history,
-        n_train_pairs=round(n_train_pairs),
-        n_parameters=results[0]["n_parameters"],
+        config=dataclasses.replace(config, folds=tuple(numbers), refit=is_refitted),
+        oof=pd.concat([_read_oof(run_dir, folds, k) for k in numbers], ignore_index=True),
+        history=pd.DataFrame(history, columns=list(HISTORY_COLUMNS)),
+        swap_gap=float(np.mean([record["swap_gap"] for record in of_folds])),
+        n_train_pairs=round(np.mean([record["n_train_pairs"] for record in of_folds])),
+        n_parameters=of_folds[0]["n_parameters"],
         seconds=seconds,
         tokens_per_second=n_tok / max(seconds, 1e-9),
         padding_share=1 - n_tok / sum(row["n_padded"] for row in rows),
     )
 
 
-def plan_members(pairs: pd.DataFrame, config: FinetuneConfig) -> list[Member]:
-    """The models of all folds and seeds, then the refit if it is asked for."""
+def prepare_members(pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path) -> list[Member]:
+    """List the models of all folds and seeds, asked for or there already; the refit comes last.
+
+    Models of other settings are set aside, and those of these settings brought back.
+    """
     files = [*config.extra_battles, *([config.soft_labels] if config.soft_labels else [])]
-    data = [hash_pairs(pairs), TEMPLATE_VERSION, *(hash_file(find_file(file)) for file in files)]
-    members, keys = [], []
-    for number in range(config.n_seeds):
-        seeded = dataclasses.replace(config, seed=config.seed + number)
-        settings = {k: v for k, v in seeded.to_json().items() if k not in _NOT_IN_KEY}
-        keys.append(hash_json([settings, *data]))
-        for fold in config.folds:
-            name = f"fold_{fold}_seed_{number}" if number else f"fold_{fold}"
-            members.append(Member(name, fold, seeded, keys[-1]))
-    if config.refit:  # where it stops depends on all other models
-        members.append(Member("refit", None, config, hash_json([keys, list(config.folds)])))
-    return members
+    first = identify(config, pairs, [find_file(file) for file in files])
 
+    def plan(name: str) -> Member:
+        """Plan the model of a name: fold_K, fold_K_seed_N or refit."""
+        _, fold, _, number = (*name.split("_"), "", "", "")[:4]
+        seeded = dataclasses.replace(config, seed=config.seed + int(number or 0))
+        identity = {"settings": {**first["settings"], "seed": seeded.seed}, "data": first["data"]}
+        return Member(name, int(fold) if fold else None, seeded, identity)
 
-@on_first
-def _remove_stale(run_dir: Path, members: list[Member]) -> None:
-    """Remove the models of other settings: whoever predicts with this run uses all it finds."""
-    keys = {member.name: member.key for member in members}
-    for kind in ("model", "tensorboard", "checkpoints"):  # which hold the keys: last
-        for folder in [*(run_dir / kind).glob("fold_*"), *(run_dir / kind).glob("refit")]:
-            path = run_dir / "checkpoints" / folder.name / "key.json"
-            if not path.exists() or read_json(path) != keys.get(folder.name):
-                shutil.rmtree(folder)
+    on_first(arrange_models)(run_dir, lambda name: plan(name).identity)
+    asked = [
+        f"fold_{fold}_seed_{number}" if number else f"fold_{fold}"
+        for number in range(config.n_seeds)
+        for fold in config.folds
+    ]
+    names = list(dict.fromkeys([*asked, *on_first(list_finished)(run_dir)]))
+    if config.refit or "refit" in names:
+        names = [name for name in names if name != "refit"] + ["refit"]
+    return [plan(name) for name in names]
 
 
 def _read_oof(run_dir: Path, members: list[Member], fold: int) -> pd.DataFrame:
@@ -120,43 +136,52 @@ def _read_oof(run_dir: Path, members: list[Member], fold: int) -> pd.DataFrame:
     return probs_table(tables[0]["id"], probs, fold=fold)
 
 
-def _fit_member(
-    pairs: pd.DataFrame, member: Member, run_dir: Path, base: Path | None, earlier: list[dict]
-) -> dict:
-    """Train a model unless it is finished; returns history, n_parameters and n_train_pairs."""
-    folder = run_dir / "checkpoints" / member.name
-    done = _read_done(folder, run_dir / "model" / member.name)
-    if done:
-        return done
+def _train_member(
+    pairs: pd.DataFrame,
+    member: Member,
+    run_dir: Path,
+    base: Path | None,
+    earlier: Sequence[dict],
+    deadline: float,
+) -> None:
     train_pairs, heldout = _split(pairs, member.fold, member.config)
     model, tokenizer = load_classifier(member.config, base)
     _check_length(model, member.config)
-    on_first(write_json)(folder / "key.json", member.key)
+    folder = run_dir / "checkpoints" / member.name
+    on_first(write_json)(folder / BEGUN, {"identity": member.identity})
     trainer = FoldTrainer(model, tokenizer, train_pairs, heldout, member, run_dir, earlier)
     with quiet_transformers():
-        trainer.train(find_checkpoint(folder))
-    done = {
-        "history": trainer.history,
-        "n_parameters": sum(weight.numel() for weight in trainer.weights),
-        "n_train_pairs": len(train_pairs),
-    }
-    _write_done(folder, done)
+        trainer.train(find_checkpoint(folder), deadline)
+    on_first(_remove_checkpoints)(folder)
     del trainer, model
     release_memory()
-    return done
 
 
-@on_first
-def _read_done(folder: Path, model_dir: Path) -> dict | None:
-    is_done = (folder / "done.json").exists() and (model_dir / "origin.json").exists()
-    return read_json(folder / "done.json") if is_done else None
-
-
-@on_first
-def _write_done(folder: Path, done: dict) -> None:
-    write_json(folder / "done.json", done)
+def _remove_checkpoints(folder: Path) -> None:
     for path in list_checkpoints(folder):
         shutil.rmtree(path)
+
+
+def _read_predicted(pairs: pd.DataFrame, member: Member, run_dir: Path, base: Path | None) -> dict:
+    """Read how a finished model was trained; predict again where that is asked for."""
+    folder = run_dir / "model" / member.name
+    record = on_first(read_json)(folder / RECORD)
+    is_there = on_first((folder / "oof.parquet").exists)()
+    n_tok = member.config.predict_tokens
+    if member.fold is None or (is_there and record["predict_tokens"] == n_tok):
+        return record
+    print(f"{member.name}: predicts its fold again, at PREDICT_TOKENS {n_tok:,}", flush=True)
+    heldout = pairs[pairs["fold"] == member.fold].reset_index(drop=True)
+    base = base if member.config.lora_rank else None
+    model, tokenizer = load_finetuned(folder, member.config, base)
+    prediction = predict_heldout(model, tokenizer, heldout, member)
+    record |= {"predict_tokens": n_tok, "swap_gap": prediction.swap_gap}
+    table = probs_table(heldout["id"], prediction.probs, fold=member.fold)
+    on_first(write_table)(folder / "oof.parquet", table)
+    on_first(write_json)(folder / RECORD, record)
+    del model
+    release_memory()
+    return record
 
 
 @on_first

@@ -1,7 +1,8 @@
 """Train the model of one fold: a training loop in plain PyTorch that resumes exactly.
 
-All batches of all epochs are planned before the first step, so a checkpoint needs only the
-number of the step to know what comes next.
+The rows of every optimizer step are planned before the first one, so a checkpoint needs only the
+number of the step to know what comes next. A step is read in passes as large as memory allows,
+which changes no more than its rounding.
 """
 
 import math
@@ -9,7 +10,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,41 +23,37 @@ from src.utils.models.batches import collate
 from src.utils.models.checkpoints import hidden_size, write_model
 from src.utils.models.hardware import choose_device, choose_precision
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
-from src.utils.models.predict import LocalReader, predict_pairs
-from src.utils.runs import atomic_folder, measure_peak_mib, write_manifest, write_table
+from src.utils.runs import atomic_folder, measure_peak_mib, write_json, write_manifest, write_table
 from src.utils.schema import probs_table
 from src.utils.stats.scores import log_loss
 from src.utils.training import processes
-from src.utils.training.data import Examples, plan_batches
+from src.utils.training.data import Examples, plan_steps, split_step
+from src.utils.training.earlier import RECORD
+from src.utils.training.heldout import HeldOut, Member, predict_heldout, sample_groups
 from src.utils.training.processes import rank, world_size
 from src.utils.training.progress import Progress
+from src.utils.training.schedule import Schedule
 
 MAX_GRAD_NORM = 1.0
 N_CHECKPOINTS = 2  # that are kept: should the newest be damaged, the one before it serves
 HISTORY_COLUMNS = (
-    *("fold", "seed", "step", "epoch", "train_loss", "log_loss", "swap_gap", "learning_rate"),
+    *("fold", "seed", "step", "epoch", "train_loss", "log_loss", "learning_rate"),
     *("tokens_per_second", "padding_share", "peak_mib"),
 )
-
-
-@dataclass(frozen=True)
-class Member:
-    """One model to train."""
-
-    name: str  # of its folders, e.g. "fold_0"
-    fold: int | None  # held out; None for the refit
-    config: FinetuneConfig  # with a seed of its own
-    key: str = ""  # hash of everything that determines the model
-    stop_share: float = 1.0  # of all steps, after which to stop; above 0
+CPU_TOKENS = 4096  # of one pass on a CPU: larger ones leave its cache and are slower
+_MEMORY_SHARE = 0.95  # of a GPU's memory that a pass may take; the rest is lost to fragments
+_CLOCK_STEPS = 10  # between two looks at the clock, for checkpoints and the deadline
+_FILL = 0.97  # share of the time left that a shortened schedule fills
 
 
 class FoldTrainer:
-    """Trains one model and validates it on the held-out battles of its fold.
+    """Trains one model, and predicts the held-out battles of its fold at the end.
 
-    `run_dir` gets the best weights, with their predictions of `heldout`, in `model/NAME`, and
-    `checkpoints/NAME`, `tensorboard/NAME` and, at every validation, `history.csv` (whose earlier
-    rows are `earlier`). Without held-out battles the last weights are kept, without a history.
-    Training stops after `member.stop_share` of the steps; the rate is planned for all of them.
+    `run_dir` gets, at the end and at once, `model/NAME` with the last weights, the predictions of
+    `heldout` and how training went; before that `checkpoints/NAME`, `tensorboard/NAME` and, at
+    every validation, `history.csv` (whose earlier rows are `earlier`). A validation reads a fixed
+    sample of whole prompts, in one order. It chooses nothing: the schedule ends at a rate of zero,
+    and the weights that it ends with are kept, so that a score is of battles that had no say.
     """
 
     def __init__(
@@ -73,6 +69,7 @@ class FoldTrainer:
         self.model, self.tokenizer = model, tokenizer
         self.heldout, self.member, self.run_dir = heldout, member, run_dir
         self.earlier = list(earlier)
+        self.n_train_pairs = len(train_pairs)
         self.config = config = member.config
         self.device = choose_device()
         self.dtype, self._dtype_reason = choose_precision(self.device, hidden_size(model))
@@ -81,116 +78,118 @@ class FoldTrainer:
             enable_packing(model)
 
         self.examples = Examples(train_pairs, tokenizer, config)
-        plan = plan_batches(self.examples.lengths, config, self.is_packed)
-        # A multiple of the processes, so that all have equally much to do in a step.
-        self.batches_per_step = math.ceil(config.batches_per_step / world_size()) * world_size()
-        starts = range(0, len(plan), self.batches_per_step)
-        self.steps = [plan[start : start + self.batches_per_step] for start in starts]
-        counts = np.zeros((len(self.steps) + 1, 3), dtype=np.int64)
-        for number, batch in enumerate(plan):
-            lengths = self.examples.lengths[np.array(batch) // 2]
-            n_padded = lengths.sum() if self.is_packed else len(batch) * lengths.max()
-            counts[number // self.batches_per_step + 1] += len(batch), lengths.sum(), n_padded
-        # Rows, tokens, and tokens with padding, that are read before each step and in all.
+        self.steps = plan_steps(self.examples.lengths, config, self.is_packed)
+        counts = np.zeros((len(self.steps) + 1, 2), dtype=np.int64)
+        for number, items in enumerate(self.steps, start=1):
+            counts[number] = len(items), self._lengths(items).sum()
+        # Rows and tokens that are read before each step and in all.
         self._totals = np.cumsum(counts, axis=0)
-        self._rows_per_batch = self._totals[-1, 0] / len(plan)
+        self._rows_per_step = self._totals[-1, 0] / len(self.steps)
 
-        self.last_step = max(1, round(member.stop_share * len(self.steps)))
+        self.schedule = Schedule(len(self.steps), config.warmup_share)
         n_validations = min(max(1, round(config.n_evals * config.n_epochs)), len(self.steps))
-        ends = np.linspace(0, len(self.steps), n_validations + 1)[1:].round()
-        self.validation_steps = {min(int(end), self.last_step) for end in ends}
+        ends = np.linspace(0, len(self.steps), n_validations + 1)[1:-1].round()
+        # The last step is followed by a prediction of the whole fold.
+        self.validation_steps = set(ends.astype(int).tolist() if len(heldout) else [])
+        self.sample = sample_groups(heldout, config.eval_pairs)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.n_orders = 2 if config.both_orders else 1  # rows of a battle in a batch
-        self.n_parts = 1  # that each batch is split into; more when memory runs out
-        # Steps depend on both. Whether batches are packed depends on the version of transformers.
-        self._made_by = {"n_processes": world_size(), "packed": self.is_packed}
+        self.tokens_per_batch = config.tokens_per_batch  # lower once memory has run out
         self.step = 0  # optimizer steps taken so far
-        self.history: list[dict] = []  # per validation: `describe_interval`, log_loss, swap_gap
-        self._loss_sum = 0.0  # of the rows since the last validation
+        self.history: list[dict] = []  # per validation: `describe_interval` and log_loss
+        # Since the last validation.
+        self._loss_sum = 0.0  # of the rows
+        self._n_padded = 0  # tokens with padding that this process read
+        self._seconds = 0.0  # of steps
 
-    def train(self, checkpoint: Path | None = None) -> None:
-        """Train to the end, from the start or from a checkpoint of the same settings."""
+    def _lengths(self, items: Sequence[int]) -> np.ndarray:
+        return self.examples.lengths[np.asarray(items, dtype=int) // 2]
+
+    def train(self, checkpoint: Path | None = None, deadline: float = math.inf) -> None:
+        """Train to the end, from the start or from a checkpoint of the same settings.
+
+        `deadline` is a `time.monotonic()` value, s. Where the steps would take longer, the rest of
+        the schedule is shortened, so that training and prediction end in time.
+        """
         processes.copy_from_first(self.weights)
         if checkpoint:
             self._load(checkpoint)
-        progress = None if rank() or self.is_finished else self._start_progress()
-        self._interval_start = time.perf_counter()  # of the steps since the last validation
+        if not self.tokens_per_batch:
+            self.tokens_per_batch = self._choose_tokens_per_batch()
+        progress = None if rank() else self._start_progress()
+        n_steps, seconds = 0, 0.0  # since this process began
+        saved_at = time.monotonic()
         try:
-            while not self.is_finished:
+            while self.step < self.schedule.last_step:
+                started = time.perf_counter()
                 self.take_step()
-                row = self.describe_interval()
+                seconds += time.perf_counter() - started
+                n_steps += 1
                 if progress:
-                    progress.show_step(row)
-                if self.step in self.validation_steps:
-                    if len(self.heldout):
-                        self._validate(row)
-                    self.history.append(row)
-                    self._save()
-                    if progress:
-                        progress.show_validation(self.history)
-                    self._loss_sum = 0.0
-                    self._interval_start = time.perf_counter()
+                    progress.show_step(self.describe_interval())
+                is_saved = self.step in self.validation_steps
+                if is_saved:
+                    self._validate(progress)
+                if n_steps % _CLOCK_STEPS == 0:
+                    is_saved |= self._watch_clock(saved_at, deadline, n_steps / seconds)
+                saved_at = time.monotonic() if is_saved else saved_at
+            self._finish(progress)
         finally:
             if progress:
                 progress.close()
-        if not len(self.heldout):
-            self._write_model(None)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last step is taken, or the best loss is `patience` validations old."""
-        losses = self._losses()
-        n_since_best = len(losses) - 1 - int(np.argmin(losses)) if losses else 0
-        return self.step >= self.last_step or 0 < self.config.patience <= n_since_best
-
-    def _losses(self) -> list[float]:
-        return [row["log_loss"] for row in self.history if "log_loss" in row]
 
     def take_step(self) -> None:
-        """Take one optimizer step; when memory runs out, repeat all of it in smaller parts."""
+        """Take one optimizer step; when memory runs out, repeat all of it in smaller passes."""
+        started = time.perf_counter()
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        batches = self.steps[self.step][rank() :: world_size()]
+            group["lr"] = self.config.learning_rate * self.schedule.rate(self.step)
+        items = self.steps[self.step][rank() :: world_size()]
         # Random numbers follow from the step, which is all that a resumed run has to know.
         seed = np.random.SeedSequence((self.config.seed, self.step, rank())).generate_state(1)[0]
         self.model.train()
         while True:
+            passes = self._split(items)
             torch.manual_seed(int(seed))
             try:
-                loss_sum = self._add_gradients(batches)
+                loss_sum = self._add_gradients(passes)
                 break
             except torch.OutOfMemoryError as error:
                 message = str(error)
             # Not in the except block: there the error still holds the failed pass's memory.
             self.optimizer.zero_grad()
-            self._split_further(batches, message)
+            self._read_less(passes, message)
         processes.sum_gradients(self.weights, loss_sum)
         self._loss_sum += loss_sum.item()
+        self._n_padded += sum(self._count_padded(each) for each in passes)
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.weights, MAX_GRAD_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
+        self._seconds += time.perf_counter() - started
 
-    def _add_gradients(self, batches: list[list[int]]) -> torch.Tensor:
-        """Add the gradients of batches; returns the sum of the row losses."""
-        # The mean loss of a batch's own rows would give a battle in a small batch (of long
-        # battles) more weight than one in a large batch: divide by the mean rows per batch.
-        n_rows = self._rows_per_batch * len(self.steps[self.step])
+    def _split(self, items: Sequence[int]) -> list[list[int]]:
+        return split_step(items, self._lengths(items), self.tokens_per_batch, self.is_packed)
+
+    def _count_padded(self, items: Sequence[int]) -> int:
+        lengths = self._lengths(items)
+        return int(lengths.sum() if self.is_packed else len(items) * lengths.max())
+
+    def _add_gradients(self, passes: list[list[int]]) -> torch.Tensor:
+        """Add the gradients of a step's passes; returns the sum of the row losses."""
+        # The mean loss of a step's own rows would give a battle in a small step (of long battles)
+        # more weight than one in a large step: divide by the mean rows per step.
         is_mixed = self.dtype != torch.float32
         loss_sum = torch.zeros((), device=self.device)
-        for batch in batches:
-            size = math.ceil(len(batch) / self.n_orders / self.n_parts) * self.n_orders
-            for start in range(0, len(batch), size):
-                inputs, targets = self._collate(batch[start : start + size])
-                with torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed):
-                    logits = self.model(**inputs).logits
-                loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-                self.scaler.scale(loss / n_rows).backward()
-                loss_sum += loss.detach()
+        for items in passes:
+            inputs, targets = self._collate(items)
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed):
+                logits = self.model(**inputs).logits
+            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            self.scaler.scale(loss / self._rows_per_step).backward()
+            loss_sum += loss.detach()
         return loss_sum
 
     def _collate(self, items: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -200,72 +199,157 @@ class FoldTrainer:
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         return inputs, torch.from_numpy(np.stack(targets)).to(self.device)
 
-    def _split_further(self, batches: list[list[int]], message: str) -> None:
-        if self.n_parts >= max(map(len, batches)) / self.n_orders:
+    # ---- memory ----------------------------------------------------------------------
+
+    def _choose_tokens_per_batch(self) -> int:
+        """Choose how many tokens one pass reads: on a GPU as many as its memory holds."""
+        n_tok = self.config.tokens_per_step
+        if self.device.type == "cpu":
+            return min(n_tok, CPU_TOKENS)
+        longest = int(self.examples.lengths.max())
+        while n_tok > longest and not self._fits(n_tok):
+            n_tok //= 2
+        return max(n_tok, longest)
+
+    def _fits(self, n_tok: int) -> bool:
+        """Try a pass of the longest rows, forward and backward; no weight changes."""
+        order = np.argsort(-self.examples.lengths, kind="stable")
+        n_rows = int(np.searchsorted(self.examples.lengths[order].cumsum(), n_tok, side="right"))
+        items = (2 * order[: max(1, n_rows)]).tolist()
+        # What a pass does not need, but a step does: both moments, and what processes exchange.
+        n_trained = sum(weight.numel() for weight in self.weights)
+        bytes_each = (2 if self.config.optimizer == "adamw_8bit" else 8) + 4 * (world_size() > 1)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        limit = _MEMORY_SHARE * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+        self.model.train()
+        try:
+            self._add_gradients([items])
+            peak = torch.cuda.max_memory_allocated()
+        except torch.OutOfMemoryError:
+            peak = math.inf
+        self.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        return peak + bytes_each * n_trained <= limit
+
+    def _read_less(self, passes: list[list[int]], message: str) -> None:
+        largest = max(self._count_padded(each) for each in passes)
+        if max(map(len, passes)) == 1:
             raise torch.OutOfMemoryError(
                 f"step {self.step}: memory does not hold a single battle; lower max_tokens "
                 f"({self.config.max_tokens}) or turn on gradient_checkpointing. {message}"
             )
-        self.n_parts *= 2
+        self.tokens_per_batch = largest // 2
         torch.cuda.empty_cache()  # does nothing without a GPU
         warnings.warn(
-            f"step {self.step}: memory does not hold a batch of {self.config.tokens_per_batch} "
-            f"tokens; from now on each is read in {self.n_parts} parts, with the same result",
+            f"step {self.step}: memory does not hold a pass of {largest:,} tokens; from now on "
+            f"passes have at most {self.tokens_per_batch:,}, with the same result",
             stacklevel=3,
         )
 
-    def _learning_rate(self) -> float:
-        """Of the next step: a linear warm-up, then half a cosine down to 0."""
-        n_warm = math.ceil(self.config.warmup_share * len(self.steps))
-        if self.step < n_warm:
-            return self.config.learning_rate * self.step / n_warm
-        progress = (self.step - n_warm) / max(1, len(self.steps) - n_warm)
-        return self.config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    # ---- schedule --------------------------------------------------------------------
 
-    def _validate(self, row: dict) -> None:
-        """Predict the held-out battles; keep the weights when they are the best so far."""
-        prediction = predict_pairs(
-            LocalReader(self.model, self.tokenizer.pad_token_id, packing=self.config.packing),
-            self.tokenizer,
-            self.heldout[rank() :: world_size()],  # each process predicts its share
-            max_tokens=self.config.predict_tokens,
-            tokens_per_batch=self.config.tokens_per_batch,
+    def _watch_clock(self, saved_at: float, deadline: float, pace: float) -> bool:
+        """Shorten the schedule if need be, and save when it is time; `pace` is in steps per s."""
+
+        def decide() -> tuple[bool, int]:
+            now = time.monotonic()
+            is_due = now - saved_at > 60 * self.config.save_minutes
+            return is_due, self._plan_end(deadline - now, pace)
+
+        is_due, last_step = processes.on_first(decide)()
+        planned = self.schedule.last_step
+        if last_step < planned:
+            if not rank():
+                where = f"{self.member.name}, step {self.step:,}"
+                print(f"{where}: ends at step {last_step:,}, not {planned:,}, within TRAIN_HOURS")
+            self.schedule.shorten(self.step, last_step)
+        if is_due:
+            self._save()
+        return is_due
+
+    def _plan_end(self, left_s: float, pace: float) -> int:
+        """The last step for which there is time, with the predictions that are left to make."""
+        n_validations = sum(step > self.step for step in self.validation_steps)
+        n_rows = n_validations * len(self.sample) + 2 * len(self.heldout)
+        # A pass without gradients takes a third of the time, or half of it without checkpointing.
+        steps_to_predict = n_rows / self._rows_per_step / 2
+        affordable = left_s * pace - steps_to_predict
+        if self.step + affordable >= self.schedule.last_step:
+            return self.schedule.last_step
+        # A little time stays free, so that a slow step does not change the plan again.
+        return self.step + max(0, math.floor(_FILL * affordable))
+
+    # ---- validation ------------------------------------------------------------------
+
+    def _validate(self, progress: Progress | None) -> None:
+        """Score the sample in one order, and save."""
+        prediction = predict_heldout(
+            self.model, self.tokenizer, self.sample, self.member, twice_share=0.0
         )
-        probs = processes.gather_rows(prediction.probs)
-        n_lost = int(np.isnan(probs).any(axis=1).sum())
-        if n_lost:
-            raise FloatingPointError(
-                f"{self.member.name}, step {self.step}: logits of {n_lost} of {len(probs)} battles "
-                f"are not finite; lower learning_rate ({self.config.learning_rate})"
-            )
-        row["log_loss"] = log_loss(probs, self.heldout["label"].to_numpy())
-        row["swap_gap"] = float(np.nanmean(processes.gather_rows(np.asarray(prediction.swap_gap))))
-        if row["log_loss"] < min(self._losses(), default=math.inf):
-            self._write_model(probs)
+        self._close_interval(progress, prediction.first_probs)
+        self._save()
+
+    def _finish(self, progress: Progress | None) -> None:
+        """Predict the whole fold, and write the model with how it was trained."""
+        self._save()  # the prediction takes long, and may be killed
+        prediction = None
+        if len(self.heldout):
+            prediction = predict_heldout(self.model, self.tokenizer, self.heldout, self.member)
+            is_sampled = self.heldout["id"].isin(self.sample["id"]).to_numpy()
+            self._close_interval(progress, prediction.first_probs[is_sampled])
+        else:
+            self._close_interval(progress, None)
+        self._write_model(prediction)
+
+    def _close_interval(self, progress: Progress | None, probs: np.ndarray | None) -> None:
+        """Add a row to the history: training since the last one, and the score of the sample."""
+        row = self.describe_interval()
+        if probs is not None:
+            row["log_loss"] = log_loss(probs, self.sample["label"].to_numpy())
+        self.history.append(row)
+        self._loss_sum, self._n_padded, self._seconds = 0.0, 0, 0.0
+        if progress:
+            progress.show_validation(self.history)
+        if len(self.heldout) and not rank():
+            table = pd.DataFrame(self.earlier + self.history, columns=list(HISTORY_COLUMNS))
+            write_table(self.run_dir / "history.csv", table)
 
     @processes.on_first
-    def _write_model(self, probs: np.ndarray | None) -> None:
-        # Weights and the predictions made with them replace the old ones in one step.
+    def _write_model(self, prediction: HeldOut | None) -> None:
+        record = {
+            "identity": self.member.identity,
+            "history": self.history,
+            "n_parameters": sum(weight.numel() for weight in self.weights),
+            "n_train_pairs": self.n_train_pairs,
+            "steps": [self.schedule.last_step, len(self.steps)],  # taken, planned
+            "tokens_per_batch": self.tokens_per_batch,
+            "predict_tokens": self.config.predict_tokens,
+            "swap_gap": prediction.swap_gap if prediction else None,
+        }
         with atomic_folder(self.run_dir / "model" / self.member.name) as folder:
             write_model(self.model, self.tokenizer, folder)
-            if probs is not None:
-                table = probs_table(self.heldout["id"], probs, fold=self.member.fold)
+            write_manifest(folder)  # without what follows, which a new prediction replaces
+            if prediction:
+                table = probs_table(self.heldout["id"], prediction.probs, fold=self.member.fold)
                 write_table(folder / "oof.parquet", table)
+            write_json(folder / RECORD, record)
 
     def describe_interval(self) -> dict:
         """Describe training since the last validation: losses in nats, the next learning rate."""
-        seconds = time.perf_counter() - self._interval_start
         last_step = self.history[-1]["step"] if self.history else 0
-        n_rows, n_tok, n_padded = self._totals[self.step] - self._totals[last_step]
+        n_rows, n_tok = self._totals[self.step] - self._totals[last_step]
+        n_padded = n_tok if self.is_packed else self._n_padded * world_size()
+        seconds = max(self._seconds, 1e-9)
         return {
             "fold": self.member.fold,
             "seed": self.config.seed,
             "step": self.step,
             "epoch": self.step / len(self.steps) * self.config.n_epochs,
-            "train_loss": float(self._loss_sum / n_rows),
-            "learning_rate": self._learning_rate(),
+            "train_loss": float(self._loss_sum / max(n_rows, 1)),
+            "learning_rate": self.config.learning_rate * self.schedule.rate(self.step),
             "tokens_per_second": float(n_tok / seconds),
-            "padding_share": float(1 - n_tok / n_padded),
+            "padding_share": float(1 - n_tok / max(n_padded, n_tok, 1)),
             "peak_mib": measure_peak_mib(),
             "seconds": seconds,
             "n_tok": int(n_tok),
@@ -276,13 +360,13 @@ class FoldTrainer:
         title = self.member.name.replace("_", " ")
         print(
             f"{title}: {self.device}, {str(self.dtype).removeprefix('torch.')} "
-            f"({self._dtype_reason}), {'packed' if self.is_packed else 'padded'} batches of at "
-            f"most {self.config.tokens_per_batch:,} tokens, {self.batches_per_step} per step, "
-            f"{self.last_step:,} steps"
+            f"({self._dtype_reason}), {'packed' if self.is_packed else 'padded'} passes of at most "
+            f"{self.tokens_per_batch:,} tokens, {self.config.tokens_per_step:,} per step, "
+            f"{self.schedule.last_step:,} steps"
         )
         folder = self.run_dir / "tensorboard" / self.member.name
-        labels = self.heldout["label"].to_numpy()
-        return Progress(title, folder, self.step, self.last_step, labels)
+        labels = self.sample["label"].to_numpy()
+        return Progress(title, folder, self.step, self.schedule.last_step, labels)
 
     @processes.on_first
     def _save(self) -> None:
@@ -290,8 +374,11 @@ class FoldTrainer:
             "weights": [weight.detach() for weight in self.weights],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "made_by": self._made_by,
+            "packed": self.is_packed,  # depends on the version of transformers, and steps on it
+            "tokens_per_batch": self.tokens_per_batch,
             "step": self.step,
+            "schedule": self.schedule.state(),
+            "interval": (self._loss_sum, self._n_padded, self._seconds),
             "history": self.history,
         }
         parent = self.run_dir / "checkpoints" / self.member.name
@@ -300,22 +387,25 @@ class FoldTrainer:
             write_manifest(folder)
         for old in list_checkpoints(parent)[N_CHECKPOINTS:]:
             shutil.rmtree(old)
-        if len(self.heldout):
-            table = pd.DataFrame(self.earlier + self.history, columns=list(HISTORY_COLUMNS))
-            write_table(self.run_dir / "history.csv", table)
 
     def _load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        if state["made_by"] != self._made_by:
+        if state["packed"] != self.is_packed:
             raise ValueError(
-                f"{checkpoint}: made by {state['made_by']}, got {self._made_by}; resume with the "
-                f"former, or remove {checkpoint.parent} to start again"
+                f"{checkpoint}: expected steps with packed={self.is_packed}, as this version of "
+                f"transformers makes them, got packed={state['packed']}; resume with the version "
+                f"that it was begun with, or remove {checkpoint.parent} to start again"
             )
         for weight, saved in zip(self.weights, state["weights"], strict=True):
             weight.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.history = state["step"], state["history"]
+        self.step = state["step"]
+        self.schedule.load(state["schedule"])
+        self._loss_sum, self._n_padded, self._seconds = state["interval"]
+        self.history = state["history"]
+        # The same passes make the same weights to the bit. A smaller one was found out to fit.
+        self.tokens_per_batch = self.config.tokens_per_batch or state["tokens_per_batch"]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
