@@ -111,12 +111,13 @@ def tiny_configs():
     """Kind ("modernbert", "qwen3") -> settings that train the tiny checkpoint in seconds."""
     from src.utils.config import DecoderConfig, FinetuneConfig
 
-    shared = {"revision": "", "batches_per_step": 2, "both_orders": False, "n_evals": 2}
+    shared = {"revision": "", "both_orders": False, "n_evals": 2}
     return {
         "modernbert": FinetuneConfig(
             checkpoint="tiny:modernbert",
             max_tokens=96,
             predict_tokens=96,
+            tokens_per_step=1024,
             tokens_per_batch=512,
             learning_rate=1e-3,
             n_epochs=2.0,
@@ -128,6 +129,7 @@ def tiny_configs():
             lora_alpha=8.0,
             max_tokens=160,
             predict_tokens=160,
+            tokens_per_step=1280,
             tokens_per_batch=640,
             learning_rate=5e-3,
             n_epochs=1.0,
@@ -140,7 +142,8 @@ def tiny_configs():
 def make_trainer(demo_pairs: pd.DataFrame, tiny_base, tiny_configs, tmp_path: Path):
     """A function: battles and changed settings -> the trainer of the tiny encoder's fold 0."""
     from src.utils.models.checkpoints import load_classifier
-    from src.utils.training.trainer import FoldTrainer, Member
+    from src.utils.training.heldout import Member
+    from src.utils.training.trainer import FoldTrainer
 
     def make(pairs: pd.DataFrame | None = None, **changes):
         pairs = demo_pairs[:60] if pairs is None else pairs

@@ -1,10 +1,13 @@
+import contextlib
 import dataclasses
 import json
+import multiprocessing
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -13,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from src.utils.models.checkpoints import load_finetuned
-from src.utils.models.predict import predict_probs
-from src.utils.runs import find_damage, read_json, write_json
+from src.utils.models.predict import LocalReader, predict_pairs, predict_probs
+from src.utils.runs import Stopwatch, find_damage, hash_file, hash_pairs, read_json
 from src.utils.schema import TEXTS, probs_of, probs_table
 from src.utils.stats.scores import log_loss
 from src.utils.training import fit as fitting
 from src.utils.training import trainer
-from src.utils.training.data import Examples, plan_batches
-from src.utils.training.fit import find_checkpoint, fit, plan_members
+from src.utils.training.earlier import describe_difference, list_finished
+from src.utils.training.fit import find_checkpoint, fit, prepare_members
 from src.utils.training.trainer import HISTORY_COLUMNS, FoldTrainer, list_checkpoints
 
 LOSSES = ["step", "train_loss", "log_loss", "learning_rate"]
@@ -63,11 +66,12 @@ def cosine_with_warmup(peak, n_steps):
     return peak * np.where(steps < n_warm, steps / n_warm, cosine)
 
 
-def check_same_weights(one, two):
+def check_same_weights(one, two, tolerance=0.0):
     (weights,) = (one / "model" / "fold_0").glob("*.safetensors")
     before, after = load_file(weights), load_file(two / "model" / "fold_0" / weights.name)
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=tolerance, rtol=0)
 
 
 @pytest.fixture
@@ -110,16 +114,20 @@ def test_every_held_out_battle_is_predicted_once(fitted):
 
 
 @pytest.mark.slow
-def test_the_best_weights_are_kept_and_give_the_same_held_out_probabilities(fitted):
+def test_the_last_weights_are_kept_and_give_the_same_held_out_probabilities(fitted):
     pairs, config, result, run_dir, _ = fitted
     for fold in (0, 1):
         model, tokenizer = load_finetuned(run_dir / "model" / f"fold_{fold}", config)
         heldout = pairs[pairs["fold"] == fold]
-        probs = predict_probs(model, tokenizer, heldout, max_tokens=96, tokens_per_batch=512)
+        options = {"max_tokens": 96, "tokens_per_batch": 512}
+        probs = predict_probs(model, tokenizer, heldout, **options)
         oof = probs_of(result.oof[result.oof["fold"] == fold])
         np.testing.assert_allclose(probs, oof, atol=1e-6)
-        losses = result.history.loc[result.history["fold"] == fold, "log_loss"]
-        assert log_loss(probs, heldout["label"].to_numpy()) == pytest.approx(losses.min(), abs=1e-6)
+    reader = LocalReader(model, tokenizer.pad_token_id)
+    once = predict_pairs(reader, tokenizer, heldout, twice_share=0.0, **options).probs
+    last = result.history.loc[result.history["fold"] == 1, "log_loss"].iloc[-1]
+    assert log_loss(once, heldout["label"].to_numpy()) == pytest.approx(last, abs=1e-6)
+    assert 0 < result.swap_gap < 0.5
 
 
 @pytest.mark.slow
@@ -155,7 +163,7 @@ def test_a_finished_fold_is_not_trained_again(fitted, monkeypatch, tiny_base):
 @pytest.mark.parametrize(("kind", "rate"), [("modernbert", 2e-3), ("qwen3", 1e-2)])
 def test_four_pairs_can_be_overfitted(kind, rate, demo_pairs, tiny_base, tiny_configs, tmp_path):
     pairs = demo_pairs[:8].assign(fold=[0, 0, 0, 0, 1, 1, 1, 1], label=[0, 1, 2, 0] * 2)
-    changes = {"n_epochs": 40.0, "n_evals": 1, "weight_decay": 0.0, "batches_per_step": 1}
+    changes = {"n_epochs": 40.0, "n_evals": 1, "weight_decay": 0.0, "tokens_per_step": 512}
     config = dataclasses.replace(tiny_configs[kind], learning_rate=rate, **changes)
     history = fit(pairs, config, tmp_path, tiny_base(kind)).history
     assert history["train_loss"].iloc[0] > 0.3
@@ -192,7 +200,6 @@ KILLED_FOR_REAL = """
 import os, pickle, signal, sys
 from pathlib import Path
 from src.utils.training import trainer
-from src.utils.training.data import Examples, plan_batches
 from src.utils.training.fit import fit
 
 place, run_dir, base = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
@@ -269,47 +276,79 @@ def test_a_run_that_packed_its_batches_does_not_resume_with_padded_ones(
 ):
     shutil.copytree(begun[0], tmp_path / "checkpoints" / "fold_0")
     monkeypatch.setattr(trainer, "can_pack", lambda model: False)  # as an older transformers
-    with pytest.raises(ValueError, match=r"'packed': True.*'packed': False"):
+    with pytest.raises(ValueError, match=r"packed=False.*packed=True"):
         fit(pairs, begun[1], tmp_path, tiny_base("modernbert"))
     assert list(tmp_path.rglob("checkpoint-*"))
 
 
 @pytest.mark.slow
-def test_checkpoints_of_other_settings_are_removed(begun, pairs, short, tiny_base, tmp_path):
-    shutil.copytree(begun[0], tmp_path / "checkpoints" / "fold_0")
-    result = fit(pairs, short, tmp_path, tiny_base("modernbert"))
-    assert len(result.history) == 1
-    assert not list(tmp_path.rglob("checkpoint-*"))
+def test_checkpoints_of_other_settings_are_set_aside_and_come_back(
+    begun, pairs, short, tiny_base, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(begun[0], tmp_path / "checkpoints" / "fold_0")
+    before = sorted(path.name for path in folder.glob("checkpoint-*"))
+    other = dataclasses.replace(begun[1], learning_rate=2e-3)
+    fit(pairs, other, tmp_path, tiny_base("modernbert"))
+    (aside,) = (tmp_path / "earlier").glob("*/checkpoints/fold_0")
+    assert sorted(path.name for path in aside.glob("checkpoint-*")) == before
+    steps = note_steps(monkeypatch)
+    fit(pairs, begun[1], tmp_path, tiny_base("modernbert"))
+    assert steps[0][1] == 3
 
 
 @pytest.mark.slow
-def test_training_stops_when_validations_get_no_better_and_counts_what_was_read(
-    pairs, encoder, tiny_base, tmp_path, monkeypatch
+def test_a_run_killed_in_its_last_prediction_trains_nothing_again(
+    pairs, short, tiny_base, tmp_path, monkeypatch
 ):
-    config = dataclasses.replace(encoder, n_epochs=1.0, n_evals=5, patience=2)
-    losses = iter([1.0, 0.9, 0.95, 0.92, 0.8])
-    monkeypatch.setattr(trainer, "log_loss", lambda probs, labels: next(losses))
-    real = FoldTrainer.train
-
-    def train_and_die(*args):
-        real(*args)
+    def die(*args):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(FoldTrainer, "train", train_and_die)
-        fit(pairs, config, tmp_path, tiny_base("modernbert"))
-    # Killed after the last checkpoint, before the run was noted as finished: nothing is trained.
+        patch.setattr(FoldTrainer, "_write_model", die)
+        fit(pairs, short, tmp_path, tiny_base("modernbert"))
+    assert list_finished(tmp_path) == []
     monkeypatch.setattr(FoldTrainer, "take_step", None)
-    result = fit(pairs, config, tmp_path, tiny_base("modernbert"))
-    assert result.history["log_loss"].tolist() == [1.0, 0.9, 0.95, 0.92]
-    assert 0.7 < result.history["epoch"].iloc[-1] < 0.9
-    done = read_json(tmp_path / "checkpoints" / "fold_0" / "done.json")
-    _, tokenizer = load_finetuned(tmp_path / "model" / "fold_0", config)
-    lengths = Examples(pairs[pairs["fold"] != 0], tokenizer, config).lengths
-    plan = plan_batches(lengths, config, is_packed=True)
-    read = np.concatenate(plan[: config.batches_per_step * done["history"][-1]["step"]]) // 2
-    n_tok = result.tokens_per_second * result.seconds
-    assert lengths[read].sum() == pytest.approx(n_tok) and n_tok < lengths.sum()
+    result = fit(pairs, short, tmp_path, tiny_base("modernbert"))
+    assert len(result.history) == 1 and list_finished(tmp_path) == ["fold_0"]
+
+
+def train_and_save_often(pairs, config, run_dir, base):
+    trainer._CLOCK_STEPS = 1
+    fit(pairs, config, run_dir, base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_tok", [512, 96], ids=["the same passes", "other passes"])
+def test_ten_runs_killed_by_the_system_at_random_moments_end_with_the_same_weights(
+    pairs, encoder, tiny_base, tmp_path, n_tok
+):
+    base = tiny_base("modernbert")
+    config = dataclasses.replace(encoder, n_evals=4, save_minutes=1e-6, learning_rate=1e-4)
+    watch = Stopwatch()
+    unbroken = fit(pairs, config, tmp_path / "unbroken", base)
+    longest_s = watch.seconds
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_fit"])
+    rng = np.random.default_rng(7)
+    steps = []  # that each run had saved when it was killed
+    for number in range(10):
+        killed = tmp_path / f"killed_{number}"
+        process = context.Process(target=train_and_save_often, args=(pairs, config, killed, base))
+        process.start()
+        while process.is_alive() and not (killed / "checkpoints" / "fold_0").exists():
+            time.sleep(0.01)
+        process.join(rng.uniform(0, 1.2 * longest_s))
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            found = list_checkpoints(killed / "checkpoints" / "fold_0")
+            steps.append(int(found[0].name.split("-")[1]) if found else 0)
+        resumed = fit(pairs, dataclasses.replace(config, tokens_per_batch=n_tok), killed, base)
+        is_exact = n_tok == config.tokens_per_batch
+        check_same_weights(tmp_path / "unbroken", killed, 0 if is_exact else 1e-5)
+        atol = 0 if is_exact else 1e-4
+        np.testing.assert_allclose(probs_of(resumed.oof), probs_of(unbroken.oof), atol=atol)
+    assert len(steps) >= 5 and len(set(steps)) >= 3
 
 
 # ---- several models ----------------------------------------------------------
@@ -346,38 +385,162 @@ def test_seeds_are_different_models_whose_probabilities_are_averaged(many):
 
 
 @pytest.mark.slow
-def test_one_more_model_leaves_the_others_as_they_are(many, monkeypatch, tiny_base):
-    pairs, config, run_dir, result, _ = many
-    monkeypatch.setattr(fitting, "load_classifier", None)
-    again = fit(pairs, config, run_dir, tiny_base("modernbert"))
-    pd.testing.assert_frame_equal(again.oof, result.oof)
-    before = {member.name: member.key for member in plan_members(pairs, config)}
-    more = dataclasses.replace(config, n_seeds=3, folds=(1,))
-    after = {member.name: member.key for member in plan_members(pairs, more)}
-    assert after.keys() - before.keys() == {"fold_1_seed_2"}
-    kept = {name for name in before.keys() & after.keys() if before[name] == after[name]}
-    assert kept == {"fold_1", "fold_1_seed_1"}  # the refit would stop elsewhere
-
-
-@pytest.mark.slow
-def test_the_refit_learns_from_every_battle_and_stops_where_the_folds_were_best_on_average(many):
-    pairs, config, run_dir, result, steps = many
+def test_the_refit_learns_from_every_battle_in_all_steps(many):
+    pairs, config, run_dir, _, steps = many
     done = {
-        name: read_json(run_dir / "checkpoints" / name / "done.json")
-        for name in ("fold_0", "refit")
+        name: read_json(run_dir / "model" / name / "training.json") for name in ("fold_0", "refit")
     }
     assert done["refit"]["n_train_pairs"] == len(pairs) > done["fold_0"]["n_train_pairs"]
-    best = result.history.loc[result.history.groupby(["fold", "seed"])["log_loss"].idxmin()]
-    share = best["epoch"].mean()  # of one epoch
     rates = [rate for name, _, rate in steps if name == "refit"]
-    n_steps = round(len(rates) / done["refit"]["history"][-1]["epoch"])
-    assert len(rates) == round(share * n_steps)
-    # The cosine is that of all steps, so that the rate is well above zero where the refit stops.
-    np.testing.assert_allclose(rates, cosine_with_warmup(1e-3, n_steps)[: len(rates)], atol=1e-9)
+    np.testing.assert_allclose(rates, cosine_with_warmup(1e-3, len(rates)), atol=1e-9)
+    assert done["refit"]["steps"] == [len(rates), len(rates)]
     model, tokenizer = load_finetuned(run_dir / "model" / "refit", config)
     probs = predict_probs(model, tokenizer, pairs[:4], max_tokens=96, tokens_per_batch=512)
     assert np.isfinite(probs).all()
     assert not (run_dir / "model" / "refit" / "oof.parquet").exists()
+
+
+# ---- nothing that was trained is lost -----------------------------------------
+
+
+def weights_of(run_dir):
+    """Hash of the weights -> folder, of every finished model, in use or set aside."""
+    files = run_dir.rglob("*.safetensors")
+    return {hash_file(file): file.parent for file in files if "checkpoints" not in file.parts}
+
+
+@pytest.mark.slow
+def test_another_fold_and_another_seed_add_to_what_is_there(
+    pairs, short, tiny_base, tmp_path, monkeypatch
+):
+    base = tiny_base("modernbert")
+    first = fit(pairs, short, tmp_path, base)
+    before = weights_of(tmp_path)
+    second = fit(pairs, dataclasses.replace(short, folds=(1,)), tmp_path, base)
+    assert second.config.folds == (0, 1) and sorted(set(second.oof["fold"])) == [0, 1]
+    of_first = second.oof[second.oof["fold"] == 0].reset_index(drop=True)
+    pd.testing.assert_frame_equal(of_first, first.oof)
+    third = fit(pairs, dataclasses.replace(short, n_seeds=2), tmp_path, base)
+    assert list_finished(tmp_path) == ["fold_0", "fold_0_seed_1", "fold_1"]
+    assert third.config.folds == (0, 1)
+    assert before.items() <= weights_of(tmp_path).items()
+    monkeypatch.setattr(fitting, "load_classifier", None)
+    again = fit(pairs, short, tmp_path, base)  # one seed, one fold: all that is there counts
+    pd.testing.assert_frame_equal(again.oof, third.oof)
+
+
+@pytest.mark.slow
+def test_settings_of_prediction_predict_again_and_train_nothing(
+    pairs, short, tiny_base, tmp_path, monkeypatch
+):
+    base = tiny_base("modernbert")
+    first = fit(pairs, short, tmp_path, base)
+    before = weights_of(tmp_path)
+    monkeypatch.setattr(fitting, "load_classifier", None)
+    changes = {"n_evals": 5, "eval_pairs": 7, "tokens_per_batch": 300, "save_minutes": 1.0}
+    same = fit(pairs, dataclasses.replace(short, **changes), tmp_path, base)
+    pd.testing.assert_frame_equal(same.oof, first.oof)
+    longer = fit(pairs, dataclasses.replace(short, predict_tokens=80), tmp_path, base)
+    assert np.abs(probs_of(longer.oof) - probs_of(first.oof)).max() > 1e-5
+    back = fit(pairs, short, tmp_path, base)
+    np.testing.assert_allclose(probs_of(back.oof), probs_of(first.oof), atol=1e-6)
+    (tmp_path / "model" / "fold_0" / "oof.parquet").unlink()
+    back = fit(pairs, short, tmp_path, base)
+    np.testing.assert_allclose(probs_of(back.oof), probs_of(first.oof), atol=1e-6)
+    assert weights_of(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_models_of_other_settings_are_set_aside_and_come_back_with_them(
+    pairs, short, tiny_base, tmp_path, monkeypatch, capsys
+):
+    base = tiny_base("modernbert")
+    first = fit(pairs, dataclasses.replace(short, folds=(0, 1)), tmp_path, base)
+    before = weights_of(tmp_path)
+    other = dataclasses.replace(short, learning_rate=2e-3, max_tokens=90)
+    fit(pairs, other, tmp_path, base)
+    printed = capsys.readouterr().out
+    assert "MAX_TOKENS was 96, is 90; LEARNING_RATE was 0.001, is 0.002" in printed
+    assert before.keys() <= weights_of(tmp_path).keys()
+    assert list_finished(tmp_path) == ["fold_0"]  # fold 1 of the first settings is not used
+    monkeypatch.setattr(fitting, "load_classifier", None)
+    back = fit(pairs, short, tmp_path, base)
+    pd.testing.assert_frame_equal(back.oof, first.oof)
+    assert "fold_1 is back from" in capsys.readouterr().out
+    assert before.items() <= weights_of(tmp_path).items()
+
+
+@pytest.mark.slow
+def test_a_damaged_model_is_named_and_kept_apart(pairs, short, tiny_base, tmp_path):
+    base = tiny_base("modernbert")
+    first = fit(pairs, short, tmp_path, base)
+    weights = tmp_path / "model" / "fold_0" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"fold_0 is damaged .*model\.safetensors: expected"):
+        again = fit(pairs, short, tmp_path, base)
+    assert (tmp_path / "earlier" / "damaged" / "model" / "fold_0").exists()
+    np.testing.assert_allclose(probs_of(again.oof), probs_of(first.oof), atol=1e-6)
+
+
+def test_a_model_of_an_older_version_without_a_record_is_kept_apart(pairs, encoder, tmp_path):
+    (tmp_path / "model" / "fold_3").mkdir(parents=True)
+    (tmp_path / "model" / "fold_3" / "model.safetensors").write_text("weights")
+    with pytest.warns(UserWarning, match=r"fold_3 is damaged \(no training\.json\)"):
+        (member,) = prepare_members(pairs, encoder, tmp_path)
+    assert member.name == "fold_0"
+    assert [path.read_text() for path in tmp_path.rglob("*.safetensors")] == ["weights"]
+
+
+CHANGES = [
+    {},
+    {"folds": (1,)},
+    {"folds": (0, 1)},
+    {"n_seeds": 2},
+    {"refit": True},
+    {"predict_tokens": 80},
+    {"n_evals": 3},
+    {"learning_rate": 2e-3},
+    {"max_pairs": 20},
+    {"seed": 5},
+]
+
+
+@pytest.mark.slow
+def test_models_survive_a_hundred_random_changes_of_settings(
+    pairs, short, tiny_base, tmp_path, monkeypatch
+):
+    """Every finished model stays somewhere, and the folder in use holds only what was asked for."""
+    base, rng = tiny_base("modernbert"), np.random.default_rng(3)
+    real = FoldTrainer.take_step
+
+    def die_sometimes(self):
+        if rng.random() < 0.05:
+            raise Killed
+        real(self)
+
+    monkeypatch.setattr(FoldTrainer, "take_step", die_sometimes)
+    known = {}
+    n_trained = 0
+    for number in range(100):
+        config = dataclasses.replace(short, tokens_per_step=4096)
+        for change in rng.choice(CHANGES, 2):
+            config = dataclasses.replace(config, **change)
+        battles = pairs if rng.random() < 0.8 else pairs[:55].reset_index(drop=True)
+        with contextlib.suppress(Killed):
+            result = fit(battles, config, tmp_path, base)
+            assert set(config.folds) <= set(result.config.folds)
+            heldout = battles[battles["fold"].isin(result.config.folds)]
+            assert sorted(result.oof["id"]) == sorted(heldout["id"])
+            for name in list_finished(tmp_path):
+                record = read_json(tmp_path / "model" / name / "training.json")["identity"]
+                assert record["settings"]["learning_rate"] == config.learning_rate
+                assert record["settings"]["max_pairs"] == config.max_pairs
+                assert record["data"]["battles"] == hash_pairs(battles)
+        found = weights_of(tmp_path)
+        assert known.keys() <= found.keys(), f"a model was lost in round {number}: {config}"
+        n_trained += len(found.keys() - known.keys())
+        known = found
+    assert n_trained > 15
 
 
 # ---- battles and settings ----------------------------------------------------
@@ -397,22 +560,9 @@ def test_a_fold_that_does_not_exist_is_named(pairs, encoder, tmp_path):
 
 
 def test_a_budget_beyond_what_the_model_can_read_is_refused(pairs, encoder, tiny_base, tmp_path):
-    config = dataclasses.replace(encoder, max_tokens=100_000, tokens_per_batch=100_000)
+    config = dataclasses.replace(encoder, max_tokens=100_000, tokens_per_batch=0)
     with pytest.raises(ValueError, match=r"max_tokens: .*8192.*100000.*MAX_TOKENS"):
         fit(pairs, config, tmp_path, tiny_base("modernbert"))
-
-
-def test_models_that_do_not_belong_to_the_run_are_removed(pairs, encoder, tmp_path, monkeypatch):
-    (member,) = plan_members(pairs, encoder)
-    for name, key in (("fold_0", member.key), ("fold_1", member.key), ("fold_2", "another")):
-        (tmp_path / "model" / name).mkdir(parents=True)
-        write_json(tmp_path / "checkpoints" / name / "key.json", key)
-    (tmp_path / "model" / "fold_7").mkdir()
-    monkeypatch.setattr(fitting, "load_classifier", None)
-    with pytest.raises(TypeError):  # where the fold that is left would be trained
-        fit(pairs, encoder, tmp_path)
-    for kind in ("model", "checkpoints"):
-        assert [path.name for path in (tmp_path / kind).iterdir()] == ["fold_0"]
 
 
 def soft_file(folder, pairs, probs):
@@ -422,17 +572,30 @@ def soft_file(folder, pairs, probs):
 
 
 def test_other_soft_labels_or_extra_battles_make_another_model(pairs, encoder, tmp_path):
+    def identify(config):
+        return prepare_members(pairs, config, tmp_path)[0].identity
+
     soft = soft_file(tmp_path, pairs, np.full((60, 3), 1 / 3))
     (tmp_path / "extra.csv").write_text("one")
     extra = (str(tmp_path / "extra.csv"),)
-    keys = {plan_members(pairs, encoder)[0].key}
+    plain = identify(encoder)
     config = dataclasses.replace(encoder, soft_labels=soft, extra_battles=extra)
-    keys.add(plan_members(pairs, config)[0].key)
+    first = identify(config)
+    assert "SOFT_LABELS was" in describe_difference(plain, first)
     soft_file(tmp_path, pairs, np.tile([0.5, 0.25, 0.25], (60, 1)))
-    keys.add(plan_members(pairs, config)[0].key)
+    second = identify(config)
     (tmp_path / "extra.csv").write_text("two")
-    keys.add(plan_members(pairs, config)[0].key)
-    assert len(keys) == 4
+    third = identify(config)
+    assert describe_difference(first, second) == describe_difference(second, third) == "other files"
+    assert describe_difference(third, identify(config)) == ""
+
+
+def test_a_setting_that_is_newer_than_a_model_had_its_default(pairs, encoder, tmp_path):
+    (member,) = prepare_members(pairs, encoder, tmp_path)
+    settings = dict(member.identity["settings"]) | {"removed_since": 1}
+    del settings["optimizer"]
+    old = {"settings": settings, "data": member.identity["data"]}
+    assert describe_difference(old, member.identity) == ""
 
 
 @pytest.mark.slow

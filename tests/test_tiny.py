@@ -58,6 +58,8 @@ def test_a_base_is_made_again_only_for_other_texts(tmp_path, demo_pairs):
     first = made(demo_pairs)
     assert made(demo_pairs.assign(label=0)) == first
     assert made(demo_pairs[:50]) != first
+    assert made(demo_pairs) == first  # kept, because adapters were trained on it
+    assert len(list((tmp_path / "earlier").iterdir())) == 1
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.utils.models.predict import predict_probs
+from src.utils.runs import read_json
 from src.utils.schema import swap_pairs
 from src.utils.stats.scores import swap_gap
+from src.utils.training import heldout
 from src.utils.training.trainer import HISTORY_COLUMNS, list_checkpoints, make_optimizer
 
 
@@ -59,7 +62,7 @@ def test_tensorboard_shows_the_history_without_what_a_killed_run_logged_too_late
     assert curve("held_out") == [(row["step"], row["log_loss"]) for row in resumed.history]
 
 
-def test_the_swap_gap_compares_the_readings_in_both_orders(make_trainer):
+def test_the_swap_gap_compares_the_readings_in_both_orders(make_trainer, tmp_path):
     trainer = make_trainer(n_epochs=1.0, n_evals=1)
     trainer.train()
     options = {"max_tokens": 96, "tokens_per_batch": 512, "swap": False}
@@ -67,9 +70,9 @@ def test_the_swap_gap_compares_the_readings_in_both_orders(make_trainer):
     swapped = predict_probs(
         trainer.model, trainer.tokenizer, swap_pairs(trainer.heldout), **options
     )
-    (row,) = trainer.history
-    assert row["swap_gap"] == pytest.approx(swap_gap(given, swapped), abs=1e-6) and given.std() > 0
-    assert row["peak_mib"] > 50
+    record = read_json(tmp_path / "model" / "fold_0" / "training.json")
+    assert record["swap_gap"] == pytest.approx(swap_gap(given, swapped), abs=1e-6)
+    assert given.std() > 0 and trainer.history[0]["peak_mib"] > 50
 
 
 # ---- steps -------------------------------------------------------------------
@@ -78,15 +81,48 @@ def test_the_swap_gap_compares_the_readings_in_both_orders(make_trainer):
 @pytest.mark.parametrize(
     ("n_epochs", "n_evals", "expected"), [(1.0, 4, [0.25, 0.5, 0.75, 1]), (0.5, 1, [1])]
 )
-def test_validations_are_spread_evenly_and_the_last_step_has_one(
+def test_validations_are_spread_evenly_and_the_whole_fold_comes_after_the_last_step(
     make_trainer, n_epochs, n_evals, expected
 ):
-    trainer = make_trainer(n_epochs=n_epochs, n_evals=n_evals, batches_per_step=1)
+    trainer = make_trainer(n_epochs=n_epochs, n_evals=n_evals, tokens_per_step=512)
     n_steps = len(trainer.steps)
-    assert n_steps > 4 and trainer.last_step == n_steps
-    assert sorted(trainer.validation_steps) == [round(share * n_steps) for share in expected]
-    few = make_trainer(n_epochs=1.0, n_evals=100, batches_per_step=10)
-    assert few.validation_steps == set(range(1, len(few.steps) + 1))
+    assert n_steps > 4 and trainer.schedule.last_step == n_steps
+    planned = [round(share * n_steps) for share in expected]
+    assert sorted(trainer.validation_steps) == planned[:-1]
+    trainer.train()
+    assert [row["step"] for row in trainer.history] == planned
+    few = make_trainer(n_epochs=1.0, n_evals=100, tokens_per_step=5120)
+    assert few.validation_steps == set(range(1, len(few.steps)))
+
+
+def test_a_validation_reads_a_fixed_sample_in_one_order_and_the_end_the_whole_fold_in_both(
+    make_trainer, monkeypatch
+):
+    read = []
+    real = heldout.predict_pairs
+
+    def note(reader, tokenizer, pairs, **options):
+        prediction = real(reader, tokenizer, pairs, **options)
+        read.append((pairs["id"].tolist(), set(prediction.n_readings.tolist())))
+        return prediction
+
+    monkeypatch.setattr(heldout, "predict_pairs", note)
+    trainer = make_trainer(n_epochs=1.0, n_evals=3, eval_pairs=5)
+    trainer.train()
+    sample = trainer.sample["id"].tolist()
+    assert 5 <= len(sample) < len(trainer.heldout)
+    assert read == [(sample, {1}), (sample, {1}), (trainer.heldout["id"].tolist(), {2})]
+    groups = trainer.sample["group"]
+    assert trainer.heldout["group"].isin(groups).sum() == len(sample)  # whole prompts
+    losses = [row["log_loss"] for row in trainer.history]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+
+
+def test_a_sample_is_the_fold_itself_where_that_is_small(demo_pairs):
+    pd.testing.assert_frame_equal(heldout.sample_groups(demo_pairs, 1000), demo_pairs)
+    one = heldout.sample_groups(demo_pairs, 50)
+    pd.testing.assert_frame_equal(one, heldout.sample_groups(demo_pairs, 50))
+    assert 50 <= len(one) < 60
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -96,19 +132,20 @@ def test_a_step_does_not_depend_on_how_rows_fall_into_batches(
     monkeypatch.setattr("src.utils.training.trainer.MAX_GRAD_NORM", float("inf"))
     pairs = demo_pairs[:6].assign(fold=[0, 1, 1, 1, 1, 1])
 
-    def gradient(tokens_per_batch, batches_per_step):
-        options = {"tokens_per_batch": tokens_per_batch, "batches_per_step": batches_per_step}
+    def gradient(tokens_per_batch):
+        options = {"tokens_per_batch": tokens_per_batch, "tokens_per_step": 96 * 5}
         options |= {"packing": packing, "n_epochs": 1.0, "warmup_share": 0.0, "learning_rate": 1.0}
         trainer = make_trainer(pairs, **options)
         trainer.optimizer = torch.optim.SGD(trainer.weights)
         before = flat(trainer.weights)
+        n_passes = len(trainer._split(trainer.steps[0]))
         trainer.take_step()
-        assert trainer.is_finished
-        return len(trainer.steps[0]), before - flat(trainer.weights)
+        assert trainer.step == trainer.schedule.last_step == 1
+        return n_passes, before - flat(trainer.weights)
 
-    n_batches, expected = gradient(96 * 5, 1)
-    n_parts, found = gradient(96 * 2, 3)
-    assert n_batches == 1 and n_parts > 2 and expected.norm() > 0.5
+    n_one, expected = gradient(96 * 5)
+    n_several, found = gradient(96 * 2)
+    assert n_one == 1 and n_several > 2 and expected.norm() > 0.5
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
 
@@ -162,7 +199,7 @@ def test_logits_that_are_never_finite_stop_training_and_name_the_setting_to_lowe
         lambda module, inputs, outputs: outputs * torch.nan
     )
     with pytest.raises(
-        FloatingPointError, match=r"fold_0.*8 of 8 battles.*learning_rate \(0\.001\)"
+        FloatingPointError, match=r"fold_0.*8 of 8 held-out battles.*learning_rate \(0\.001\)"
     ):
         trainer.train()
 
@@ -181,7 +218,8 @@ def limit_memory(model, n_tok, place="forward", n_spared=0):
         raise torch.OutOfMemoryError(f"CUDA out of memory, {place}")
 
     def note(module, args, inputs):
-        passes.append(inputs["input_ids"].numel())
+        if module.training:
+            passes.append(inputs["input_ids"].numel())
         if place == "forward" and is_over():
             refuse(None)
 
@@ -196,21 +234,23 @@ def limit_memory(model, n_tok, place="forward", n_spared=0):
 
 
 # Adam makes much of the last bit of a small gradient, so steps are small here.
-SMALL_STEPS = {"batches_per_step": 3, "n_epochs": 1.0, "n_evals": 1, "learning_rate": 1e-4}
+SMALL_STEPS = {"tokens_per_step": 1536, "n_epochs": 1.0, "n_evals": 1, "learning_rate": 1e-4}
 
 
 @pytest.mark.parametrize("both_orders", [True, False])
 @pytest.mark.parametrize(("place", "n_spared"), [("forward", 0), ("backward", 0), ("backward", 2)])
-def test_a_batch_that_memory_does_not_hold_is_split_and_the_weights_are_the_same(
+def test_a_pass_that_memory_does_not_hold_is_split_and_the_weights_are_the_same(
     make_trainer, both_orders, place, n_spared
 ):
     unlimited = make_trainer(both_orders=both_orders, **SMALL_STEPS)
     unlimited.train()
     limited = make_trainer(both_orders=both_orders, **SMALL_STEPS)
     passes = limit_memory(limited.model, 300, place, n_spared)
-    with pytest.warns(UserWarning, match="batch of 512 tokens; .* in [24] parts"):
+    with pytest.warns(UserWarning, match=r"pass of \d+ tokens; .* at most \d+"):
         limited.train()
-    assert limited.n_parts >= 2 and max(passes) > 300
+    assert 90 < limited.tokens_per_batch < 300 < max(passes)
+    too_large = [n_tok for n_tok in passes[n_spared + 1 :] if n_tok > 300]
+    assert len(too_large) <= 1  # what failed once is not tried again
     # A twentieth of a step of Adam, which the last bit of a small gradient can be worth.
     expected, found = flat(unlimited.weights), flat(limited.weights)
     torch.testing.assert_close(found, expected, atol=5e-6, rtol=0)
@@ -219,22 +259,76 @@ def test_a_batch_that_memory_does_not_hold_is_split_and_the_weights_are_the_same
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def test_both_orders_of_a_battle_stay_in_one_part_of_a_batch(make_trainer):
-    trainer = make_trainer(both_orders=True, packing=False, **SMALL_STEPS)
-    seen = []
-    note = lambda module, args, inputs: seen.append(len(inputs["input_ids"]))  # noqa: E731
-    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
-    for n_parts in (2, 3, 5):
-        trainer.n_parts = n_parts
-        trainer.take_step()
-    assert all(n_rows % 2 == 0 for n_rows in seen) and max(seen) < max(map(len, trainer.steps[0]))
-
-
 def test_a_battle_that_memory_does_not_hold_names_the_setting_to_lower(make_trainer):
     trainer = make_trainer(**SMALL_STEPS)
     limit_memory(trainer.model, 10)
     with (
-        pytest.warns(UserWarning, match="batch of 512 tokens"),
+        pytest.warns(UserWarning, match=r"pass of \d+ tokens"),
         pytest.raises(torch.OutOfMemoryError, match=r"max_tokens \(96\)"),
     ):
         trainer.train()
+
+
+@pytest.mark.parametrize(("holds", "expected"), [(10_000, 1536), (800, 768), (1, 0)])
+def test_on_a_gpu_a_pass_is_as_large_as_a_trial_shows_that_memory_holds(
+    make_trainer, monkeypatch, holds, expected
+):
+    trainer = make_trainer(**SMALL_STEPS | {"tokens_per_batch": 0})
+    assert trainer._choose_tokens_per_batch() == 1536  # below what suits a CPU
+    longest = int(trainer.examples.lengths.max())
+    trainer.device = torch.device("meta")
+    monkeypatch.setattr(trainer, "_fits", lambda n_tok: n_tok <= holds)
+    assert trainer._choose_tokens_per_batch() == max(expected, longest)
+
+
+# ---- time ----------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that each training step moves on by a second."""
+
+    def __init__(self, monkeypatch, trainer):
+        self.now = 1000.0
+        monkeypatch.setattr("src.utils.training.trainer.time", self)
+        real = trainer.take_step
+
+        def take_step():
+            real()
+            self.now += 1
+
+        monkeypatch.setattr(trainer, "take_step", take_step)
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
+
+
+def test_a_deadline_shortens_the_schedule_and_the_rate_still_ends_at_zero(
+    make_trainer, monkeypatch, capsys
+):
+    options = {"n_epochs": 12.0, "n_evals": 1, "tokens_per_step": 512, "eval_pairs": 4}
+    trainer = make_trainer(**options)
+    n_steps = len(trainer.steps)
+    assert n_steps > 80
+    clock = Clock(monkeypatch, trainer)
+    trainer.train(deadline=clock.now + n_steps / 2)
+    last = trainer.schedule.last_step
+    assert n_steps / 3 < last < n_steps / 2
+    assert trainer.history[-1]["step"] == last and trainer.history[-1]["learning_rate"] < 1e-6
+    assert f"ends at step {last}" in capsys.readouterr().out
+    unlimited = make_trainer(**options)
+    clock = Clock(monkeypatch, unlimited)
+    unlimited.train(deadline=clock.now + 10 * n_steps)
+    assert unlimited.history[-1]["step"] == n_steps
+
+
+def test_checkpoints_are_also_written_between_validations(make_trainer, monkeypatch, tmp_path):
+    trainer = make_trainer(n_epochs=6.0, n_evals=1, tokens_per_step=512, save_minutes=0.05)
+    Clock(monkeypatch, trainer)
+    saved = []
+    real = trainer._save
+    monkeypatch.setattr(trainer, "_save", lambda: (saved.append(trainer.step), real()))
+    trainer.train()
+    gaps = np.diff([0, *saved])
+    assert len(saved) > 6 and gaps.max() <= 10

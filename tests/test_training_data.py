@@ -7,16 +7,16 @@ import pytest
 
 from src.utils.config import FinetuneConfig
 from src.utils.schema import LABELS, TEXTS, probs_table
-from src.utils.training.data import NO_VOTE, add_extra_battles, make_targets, plan_batches
+from src.utils.training.data import NO_VOTE, add_extra_battles, make_targets, plan_steps, split_step
 
 ALTERNATING = FinetuneConfig(
-    max_tokens=96, predict_tokens=96, tokens_per_batch=512, n_epochs=2.0, both_orders=False
+    max_tokens=96, predict_tokens=96, tokens_per_step=512, n_epochs=2.0, both_orders=False
 )
 
 
 def test_without_both_orders_an_epoch_has_every_battle_once_and_the_next_in_the_other_order():
     lengths = np.random.default_rng(0).integers(5, 90, 101)
-    plan = plan_batches(lengths, ALTERNATING)
+    plan = plan_steps(lengths, ALTERNATING)
     items = np.concatenate(plan)
     assert len(items) == 202
     first, second = items[:101], items[101:]
@@ -26,9 +26,9 @@ def test_without_both_orders_an_epoch_has_every_battle_once_and_the_next_in_the_
     assert 30 < sum(order.values()) < 70
 
 
-def test_both_orders_of_a_battle_share_a_batch_within_the_budget():
+def test_both_orders_of_a_battle_share_a_step_within_the_budget():
     lengths = np.random.default_rng(0).integers(5, 97, 101)
-    plan = plan_batches(lengths, dataclasses.replace(ALTERNATING, both_orders=True, n_epochs=1.0))
+    plan = plan_steps(lengths, dataclasses.replace(ALTERNATING, both_orders=True, n_epochs=1.0))
     assert sorted(np.concatenate(plan)) == list(range(202))
     for batch in plan:
         items = np.array(batch)
@@ -39,7 +39,7 @@ def test_both_orders_of_a_battle_share_a_batch_within_the_budget():
 def test_a_packed_plan_spends_its_budget_on_real_tokens():
     lengths = np.random.default_rng(0).integers(5, 97, 101)
     config = dataclasses.replace(ALTERNATING, both_orders=True, n_epochs=1.0)
-    packed, padded = plan_batches(lengths, config, is_packed=True), plan_batches(lengths, config)
+    packed, padded = plan_steps(lengths, config, is_packed=True), plan_steps(lengths, config)
     assert sorted(np.concatenate(packed)) == list(range(202))
     for batch in packed:
         items = np.array(batch)
@@ -48,12 +48,28 @@ def test_a_packed_plan_spends_its_budget_on_real_tokens():
     assert len(packed) < len(padded)
 
 
-def test_a_fraction_of_an_epoch_takes_that_share_of_its_batches():
+def test_a_fraction_of_an_epoch_takes_that_share_of_its_steps():
     lengths = np.random.default_rng(0).integers(5, 90, 400)
-    full = plan_batches(lengths, dataclasses.replace(ALTERNATING, n_epochs=1.0))
-    half = plan_batches(lengths, dataclasses.replace(ALTERNATING, n_epochs=0.5))
+    full = plan_steps(lengths, dataclasses.replace(ALTERNATING, n_epochs=1.0))
+    half = plan_steps(lengths, dataclasses.replace(ALTERNATING, n_epochs=0.5))
     assert half == full[: len(half)]
     assert abs(len(half) - len(full) / 2) <= 1
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("budget", [1, 97, 300, 10_000])
+def test_a_step_is_split_into_passes_within_the_budget_and_no_item_is_lost(is_packed, budget):
+    lengths = np.random.default_rng(0).integers(5, 97, 40)
+    items = [10 * place for place in range(40)]
+    passes = split_step(items, lengths, budget, is_packed)
+    assert sorted(np.concatenate(passes)) == items
+    for each in passes:
+        inside = lengths[np.array(each) // 10]
+        n_tok = inside.sum() if is_packed else len(each) * inside.max()
+        assert n_tok <= budget or len(each) == 1
+    least = lengths.sum() / budget
+    assert len(passes) <= 2 * max(1, least) + 1 or budget == 1
+    assert split_step([], lengths[:0], budget, is_packed) == []
 
 
 def soft_file(folder, pairs, probs):

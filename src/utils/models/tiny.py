@@ -7,6 +7,8 @@ answers differ in length, layout, use of the prompt's words, and in the words th
 
 import itertools
 import math
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -85,7 +87,7 @@ def prepare_base(
     n_steps = N_STEPS[kind] if n_steps is None else n_steps
     made_from = [kind, config.seed, n_steps, _VERSION, TEMPLATE_VERSION]
     key = hash_json([*made_from, hash_pairs(pairs[["id", *TEXTS]])])
-    if (folder / "made_from.json").exists() and read_json(folder / "made_from.json") == key:
+    if swap_base(folder, key):
         return folder
     some = pairs[:: math.ceil(len(pairs) / _N_BATTLES)]
     tokenizer = _make_tokenizer(kind, some)
@@ -99,6 +101,27 @@ def prepare_base(
         tokenizer.save_pretrained(tmp)
         write_json(tmp / "made_from.json", key)
     return folder
+
+
+def swap_base(folder: Path, key: str) -> bool:
+    """Let a folder hold the checkpoint made from `key`, if there is one; return whether it does.
+
+    Another one that is in the way is kept in `earlier/` beside it: adapters were trained on it.
+    """
+
+    def place_of(one: str) -> Path:
+        return folder.parent / "earlier" / f"{folder.name}-{one}"
+
+    made_from = folder / "made_from.json"
+    found = read_json(made_from) if made_from.exists() else ""
+    if found and found != key:
+        shutil.rmtree(place_of(found), ignore_errors=True)  # the same checkpoint
+        place_of(found).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder, place_of(found))
+    if found != key and place_of(key).exists():
+        os.replace(place_of(key), folder)
+        found = key
+    return found == key
 
 
 _SPECIAL_TOKENS = {
