@@ -4,10 +4,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import AutoTokenizer
 
 from src.utils.config import FinetuneConfig
-from src.utils.schema import LABELS, TEXTS, probs_table
-from src.utils.training.data import NO_VOTE, add_extra_battles, make_targets, plan_batches
+from src.utils.models.template import encode_pairs
+from src.utils.schema import LABELS, TEXTS, probs_table, swap_pairs
+from src.utils.training.data import NO_VOTE, Examples, add_extra_battles, make_targets, plan_batches
 
 ALTERNATING = FinetuneConfig(
     max_tokens=96, predict_tokens=96, tokens_per_batch=512, n_epochs=2.0, both_orders=False
@@ -54,6 +56,21 @@ def test_a_fraction_of_an_epoch_takes_that_share_of_its_batches():
     half = plan_batches(lengths, dataclasses.replace(ALTERNATING, n_epochs=0.5))
     assert half == full[: len(half)]
     assert abs(len(half) - len(full) / 2) <= 1
+
+
+def test_an_example_is_a_battle_as_given_and_the_next_one_has_its_answers_exchanged(
+    demo_pairs, tiny_base
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base("modernbert"))
+    pairs = demo_pairs[:30]
+    examples = Examples(pairs, tokenizer, ALTERNATING)
+    for order, table in enumerate((pairs, swap_pairs(pairs))):
+        rows = encode_pairs(table, tokenizer, ALTERNATING.max_tokens)
+        for battle, (row, label) in enumerate(zip(rows, table["label"], strict=True)):
+            ids, target = examples[2 * battle + order]
+            assert ids.tolist() == row and len(row) == examples.lengths[battle]
+            assert target.tolist() == np.eye(3)[label].tolist()
+    assert ids.dtype == np.int32 and target.dtype == np.float32
 
 
 def soft_file(folder, pairs, probs):
