@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from src.utils.config import FinetuneConfig
+from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.models import predict
 from src.utils.models.checkpoints import load_classifier
 from src.utils.models.predict import (
     BUDGET_COLUMNS,
+    PRECISION_TOLERANCE,
     LocalReader,
     ReaderLost,
     choose_least_certain,
@@ -19,7 +20,9 @@ from src.utils.models.predict import (
     measure_entropy,
     predict_pairs,
     predict_probs,
+    reading_budget,
 )
+from src.utils.models.template import encode_battles
 from src.utils.schema import average_over_swap, check_probs, swap_pairs, swap_probs
 from src.utils.stats.scores import log_loss
 
@@ -72,6 +75,84 @@ def test_the_swap_is_the_mean_of_both_readings(loaded, demo_pairs):
     assert np.abs(given - swap_probs(swapped)).max() > 1e-3
     averaged = predict_probs(*loaded, pairs, **OPTIONS)
     np.testing.assert_allclose(averaged, average_over_swap(given, swapped), atol=1e-6)
+
+
+def test_the_first_reading_is_that_of_the_canonical_order(loaded, demo_pairs):
+    model, tokenizer = loaded
+    pairs = demo_pairs[:12]
+    reader = LocalReader(model, tokenizer.pad_token_id)
+    given = predict_probs(*loaded, pairs, swap=False, **OPTIONS)
+    exchanged = predict_probs(*loaded, swap_pairs(pairs), swap=False, **OPTIONS)
+    canonical = predict.is_canonical(pairs)
+    assert 0 < canonical.sum() < 12
+    prediction = predict_pairs(reader, tokenizer, pairs, **OPTIONS)
+    expected = np.where(canonical[:, None], given, swap_probs(exchanged))
+    np.testing.assert_allclose(prediction.first_probs, expected, atol=1e-6)
+    once = predict_pairs(reader, tokenizer, pairs, swap=False, **OPTIONS)
+    np.testing.assert_array_equal(once.first_probs, once.probs)
+    unread = predict_pairs(reader, tokenizer, pairs, deadline=-1.0, **OPTIONS)
+    assert np.isnan(unread.first_probs).all() and unread.first_probs.dtype == np.float64
+
+
+def test_battles_that_are_encoded_already_are_not_encoded_again(
+    tokenizer, demo_pairs, ugly_pairs, monkeypatch
+):
+    for pairs in (demo_pairs[:40], ugly_pairs):
+        expected = predict_probs(Fake(), tokenizer, pairs, **OPTIONS)
+        encoded = encode_battles(pairs, tokenizer, 256)
+        with monkeypatch.context() as patch:
+            patch.delattr(predict, "encode_battles")
+            for _ in range(2):
+                probs = predict_probs(Fake(), tokenizer, pairs, encoded=encoded, **OPTIONS)
+                np.testing.assert_array_equal(probs, expected)
+
+
+def test_cuts_for_lack_of_time_leave_the_encoded_battles_as_they_are(clock, tokenizer, long_pairs):
+    encoded = encode_battles(long_pairs, tokenizer, LONG["max_tokens"])
+    before = encoded.lengths.copy()
+    expected = predict_probs(Fake(clock), tokenizer, long_pairs, swap=False, **LONG)
+    seconds, clock.now = clock.now, 0.0
+    options = {"encoded": encoded, "swap": False, **LONG}
+    hurried = predict_pairs(
+        LocalReader(Fake(clock), 0), tokenizer, long_pairs, deadline=0.7 * seconds, **options
+    )
+    assert hurried.is_cut.any()
+    np.testing.assert_array_equal(encoded.lengths, before)
+    probs = predict_probs(Fake(clock), tokenizer, long_pairs, **options)
+    np.testing.assert_array_equal(probs, expected)
+
+
+def test_battles_encoded_for_another_table_or_budget_are_refused(tokenizer, demo_pairs):
+    encoded = encode_battles(demo_pairs[:5], tokenizer, 1000)
+    for pairs, max_tokens in ((demo_pairs[:6], 1000), (demo_pairs[:5], 100)):
+        with pytest.raises(ValueError, match=f"encoded: expected {len(pairs)} .* {max_tokens}"):
+            options = {"max_tokens": max_tokens, "tokens_per_batch": 2048}
+            predict_probs(Fake(), tokenizer, pairs, encoded=encoded, **options)
+
+
+def test_a_budget_of_zero_is_chosen_for_the_device(tokenizer, demo_pairs, monkeypatch):
+    assert reading_budget(700, torch.device("cpu")) == 700
+    on_gpu, on_cpu = (reading_budget(0, torch.device(name)) for name in ("cuda", "cpu"))
+    assert on_gpu > on_cpu > 0
+    budgets = []
+    make_batches = predict.make_batches
+    monkeypatch.setattr(
+        predict,
+        "make_batches",
+        lambda lengths, budget: budgets.append(budget) or make_batches(lengths, budget),
+    )
+    probs = predict_probs(Fake(), tokenizer, demo_pairs, max_tokens=256, tokens_per_batch=0)
+    assert np.isfinite(probs).all() and set(budgets) == {on_cpu}
+
+
+def test_a_tolerance_is_that_of_the_precision(loaded, monkeypatch):
+    model, _ = loaded
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        monkeypatch.setattr(predict, "choose_dtype", lambda device, width, dtype=dtype: dtype)
+        assert predict.tolerance(FinetuneConfig(), model) == PRECISION_TOLERANCE[dtype]
+        assert predict.tolerance(DecoderConfig(), model) == PRECISION_TOLERANCE[dtype]
+    config = DecoderConfig(quantization="8bit")
+    assert predict.tolerance(config, model) == max(PRECISION_TOLERANCE.values())
 
 
 def test_no_battles_give_an_empty_array(loaded, demo_pairs):
@@ -342,7 +423,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(tokenizer, demo_pairs, 
 
 
 def test_a_row_that_does_not_fit_into_memory_is_nan_and_the_others_are_not(tokenizer, demo_pairs):
-    lengths = [len(row) for row in predict.encode_both_orders(demo_pairs[:30], tokenizer, 256)[0]]
+    lengths = encode_battles(demo_pairs[:30], tokenizer, 256).lengths.tolist()
 
     class Small(Fake):
         def forward(self, input_ids, attention_mask):
@@ -352,6 +433,58 @@ def test_a_row_that_does_not_fit_into_memory_is_nan_and_the_others_are_not(token
 
     probs = predict_probs(Small(), tokenizer, demo_pairs[:30], **OPTIONS)
     assert np.flatnonzero(np.isnan(probs).any(axis=1)).tolist() == [int(np.argmax(lengths))]
+
+
+def test_a_size_that_did_not_fit_into_memory_is_not_tried_again(tokenizer, demo_pairs):
+    tried = []
+
+    class Small(Fake):
+        def forward(self, input_ids, attention_mask):
+            tried.append(tuple(input_ids.shape))
+            if input_ids.numel() > 1000:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(input_ids, attention_mask)
+
+    reader = LocalReader(Small(), 0)
+    rows = [np.arange(1, 101)] * 20
+    reader.read(rows)  # 2,000 tokens, halved once
+    assert tried == [(20, 100), (10, 100), (10, 100)]
+    tried.clear()
+    np.testing.assert_array_equal(reader.read(rows), reader.read(rows[:1]).repeat(20, axis=0))
+    reader.read([np.arange(1, 201)] * 12)
+    assert max(n_rows * n_tok for n_rows, n_tok in tried) < 2000
+    # A single row cannot be split, so it is tried.
+    assert np.isnan(reader.read([np.arange(1, 2001)])).all() and tried[-1] == (1, 2000)
+
+
+def test_a_packed_size_is_that_of_its_tokens(loaded, monkeypatch):
+    model, tokenizer = loaded
+    reader, tried = LocalReader(model, tokenizer.pad_token_id), []
+
+    def predict_few(rows):
+        tried.append(sum(map(len, rows)))
+        if tried[-1] > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return np.full((len(rows), 3), 1 / 3)
+
+    monkeypatch.setattr(reader, "_predict", predict_few)
+    reader.read([np.arange(n) for n in (100, 50, 50, 50)])
+    reader.read([np.arange(n) for n in (200, 40, 9)])
+    # 3 rows of 249 tokens are fewer than the 250 that failed, though padded they are more.
+    assert tried == [250, 150, 100, 249, 200, 49]
+
+
+def test_a_retry_in_32_bit_that_memory_does_not_hold_costs_its_row_alone(tokenizer):
+    class Small(Fake):
+        def forward(self, input_ids, attention_mask):
+            if len(input_ids) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(input_ids, attention_mask)
+
+    reader = LocalReader(Small(overflow_rows=1), 0)
+    for _ in range(2):
+        probs = reader.read([np.arange(1, n) for n in (30, 20, 10)])
+        assert np.isnan(probs).all(axis=1).tolist() == [True, False, False]
 
 
 def test_what_was_read_before_the_reader_was_lost_is_kept(tokenizer, demo_pairs):

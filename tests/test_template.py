@@ -3,17 +3,18 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
+from src.utils.models import template
 from src.utils.models.heads import find_answers
 from src.utils.models.template import (
     count_tokens,
     cut_middle,
     cut_turns,
-    encode_both_orders,
+    encode_battles,
     encode_pairs,
     make_template,
     share_budget,
 )
-from src.utils.schema import swap_pairs
+from src.utils.schema import TEXTS, clean_text, swap_pairs
 
 KINDS = ("modernbert", "qwen3")
 
@@ -87,16 +88,76 @@ def test_long_battles_keep_a_part_of_every_text(tokenizer):
 def test_the_same_words_are_cut_when_the_answers_are_exchanged(tokenizer, ugly_pairs, demo_pairs):
     pairs = pd.concat([ugly_pairs, demo_pairs[:20]])
     pieces = make_template(tokenizer).pieces
-    given, swapped = encode_both_orders(pairs, tokenizer, 170)
-    for one, other in zip(given, swapped, strict=True):
+    encoded = encode_battles(pairs, tokenizer, 170)
+    for battle in range(len(pairs)):
+        one, other = (encoded.row(battle, is_swapped) for is_swapped in (False, True))
         (a, b), (c, d) = find_answers(one, pieces), find_answers(other, pieces)
-        assert one[slice(*a)] == other[slice(*d)] and one[slice(*b)] == other[slice(*c)]
+        assert one[slice(*a)].tolist() == other[slice(*d)].tolist()
+        assert one[slice(*b)].tolist() == other[slice(*c)].tolist()
 
 
-def test_both_orders_are_the_battle_and_its_swap(tokenizer, ugly_pairs):
-    given, swapped = encode_both_orders(ugly_pairs, tokenizer, 200)
-    assert given == encode_pairs(ugly_pairs, tokenizer, 200)
-    assert swapped == encode_pairs(swap_pairs(ugly_pairs), tokenizer, 200)
+def encode_plainly(pairs, tokenizer, max_tokens):
+    """One text at a time by transformers' own call, each order by itself."""
+    made = make_template(tokenizer)
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    rows = []
+    for texts in zip(*(pairs[name] for name in TEXTS), strict=True):
+        ids = []
+        for turns in texts:
+            ids.append([tokenizer(clean_text(turn), **options)["input_ids"] for turn in turns])
+        n_between = len(made.turn)
+        lengths = [sum(map(len, turns)) + n_between * (len(turns) - 1) for turns in ids]
+        row = list(made.pieces[0])
+        shares = share_budget(lengths, max_tokens - made.n_fixed)
+        for turns, share, piece in zip(ids, shares, made.pieces[1:], strict=True):
+            for place, turn in enumerate(cut_turns(turns, share, made.cut, n_between)):
+                row += [*(made.turn if place else ()), *turn]
+            row += piece
+        rows.append(row)
+    return rows
+
+
+def check_both_orders(pairs, tokenizer, max_tokens):
+    encoded = encode_battles(pairs, tokenizer, max_tokens)
+    given = encode_plainly(pairs, tokenizer, max_tokens)
+    swapped = encode_plainly(swap_pairs(pairs), tokenizer, max_tokens)
+    assert len(encoded) == len(pairs)
+    assert encoded.lengths.tolist() == [len(row) for row in given]
+    for battle, rows in enumerate(zip(given, swapped, strict=True)):
+        found = [encoded.row(battle, is_swapped) for is_swapped in (False, True)]
+        assert [row.tolist() for row in found] == list(rows)
+        assert {row.dtype for row in found} == {np.dtype(np.int32)}
+
+
+@pytest.mark.parametrize("max_tokens", [170, 1000, 10**9])
+def test_both_orders_are_those_of_a_plain_encoding(tokenizer, ugly_pairs, demo_pairs, max_tokens):
+    check_both_orders(pd.concat([ugly_pairs, demo_pairs[:30]]), tokenizer, max_tokens)
+
+
+def test_real_battles_are_encoded_as_plainly(tokenizer, real_pairs):
+    check_both_orders(real_pairs[:100], tokenizer, 700)
+
+
+def test_calls_of_the_tokenizer_do_not_show_in_the_rows(tokenizer, demo_pairs, monkeypatch):
+    expected = encode_pairs(demo_pairs[:20], tokenizer, 300)
+    monkeypatch.setattr(template, "_BATTLES_PER_CALL", 7)
+    assert encode_pairs(demo_pairs[:20], tokenizer, 300) == expected
+
+
+def test_a_tokenizer_in_python_gives_the_same_rows(tokenizer, ugly_pairs, monkeypatch):
+    expected = encode_pairs(ugly_pairs, tokenizer, 300)
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    monkeypatch.delattr(type(tokenizer), "backend_tokenizer")
+    assert encode_pairs(ugly_pairs, tokenizer, 300) == expected
+
+
+def test_what_a_tokenizer_was_used_for_before_changes_nothing(tokenizer, ugly_pairs):
+    expected = encode_pairs(ugly_pairs, tokenizer, 300)
+    specials = [tokenizer(token)["input_ids"] for token in tokenizer.all_special_tokens]
+    tokenizer(["a b c", "d"], truncation=True, max_length=2, padding="max_length")
+    assert encode_pairs(ugly_pairs, tokenizer, 300) == expected
+    # Nor does encoding change what the tokenizer does for others.
+    assert [tokenizer(token)["input_ids"] for token in tokenizer.all_special_tokens] == specials
 
 
 def test_counted_tokens_are_those_of_the_uncut_row(tokenizer, ugly_pairs):
@@ -111,6 +172,7 @@ def test_a_budget_smaller_than_the_template_is_refused_by_name(decoder):
 
 def test_no_battles_give_no_rows(tokenizer, ugly_pairs):
     assert encode_pairs(ugly_pairs[:0], tokenizer, 200) == []
+    assert len(encode_battles(ugly_pairs[:0], tokenizer, 200)) == 0
 
 
 def test_short_texts_are_complete_and_long_ones_share_equally():

@@ -4,10 +4,19 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import AutoTokenizer
 
 from src.utils.config import FinetuneConfig
-from src.utils.schema import LABELS, TEXTS, probs_table
-from src.utils.training.data import NO_VOTE, add_extra_battles, make_targets, plan_steps, split_step
+from src.utils.models.template import encode_pairs
+from src.utils.schema import LABELS, TEXTS, probs_table, swap_pairs
+from src.utils.training.data import (
+    NO_VOTE,
+    Examples,
+    add_extra_battles,
+    make_targets,
+    plan_steps,
+    split_step,
+)
 
 ALTERNATING = FinetuneConfig(
     max_tokens=96, predict_tokens=96, tokens_per_step=512, n_epochs=2.0, both_orders=False
@@ -70,6 +79,21 @@ def test_a_step_is_split_into_passes_within_the_budget_and_no_item_is_lost(is_pa
     least = lengths.sum() / budget
     assert len(passes) <= 2 * max(1, least) + 1 or budget == 1
     assert split_step([], lengths[:0], budget, is_packed) == []
+
+
+def test_an_example_is_a_battle_as_given_and_the_next_one_has_its_answers_exchanged(
+    demo_pairs, tiny_base
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base("modernbert"))
+    pairs = demo_pairs[:30]
+    examples = Examples(pairs, tokenizer, ALTERNATING)
+    for order, table in enumerate((pairs, swap_pairs(pairs))):
+        rows = encode_pairs(table, tokenizer, ALTERNATING.max_tokens)
+        for battle, (row, label) in enumerate(zip(rows, table["label"], strict=True)):
+            ids, target = examples[2 * battle + order]
+            assert ids.tolist() == row and len(row) == examples.lengths[battle]
+            assert target.tolist() == np.eye(3)[label].tolist()
+    assert ids.dtype == np.int32 and target.dtype == np.float32
 
 
 def soft_file(folder, pairs, probs):

@@ -12,18 +12,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from src.utils.config import FinetuneConfig
 from src.utils.models.checkpoints import TINY, load_finetuned, load_unquantized, merge, save_model
-from src.utils.models.predict import predict_probs
+from src.utils.models.predict import PRECISION_TOLERANCE, predict_probs
 from src.utils.models.template import TEMPLATE_VERSION
 from src.utils.schema import LABELS
 from src.utils.stats.scores import log_loss
 
-# Half-precision weights round what merging adds to them.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 DATASET = "lmarena-ai/arena-human-preference-55k"
 _CARD = Path(__file__).with_name("model_card.md")
 _MEASURES = {
@@ -69,7 +66,8 @@ def publish_model(
     merged_model.config.id2label = dict(enumerate(LABELS))
     merged_model.config.label2id = {label: index for index, label in enumerate(LABELS)}
     save_model(merged_model, tokenizer, folder)
-    tolerance = TOLERANCES[next(merged_model.parameters()).dtype]
+    # Half-precision weights round what merging adds to them.
+    tolerance = PRECISION_TOLERANCE[next(merged_model.parameters()).dtype]
     plain = dataclasses.replace(config, lora_rank=0, quantization="none")
     merged = predict(*load_finetuned(folder, plain))
     difference = float(np.abs(merged - unmerged).max())

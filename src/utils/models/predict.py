@@ -4,6 +4,7 @@ Validation, the submission and publishing all use it, so what is scored at home 
 runs on Kaggle. A `Reader` runs the model, in this process or in others.
 """
 
+import contextlib
 import functools
 import math
 import sys
@@ -20,11 +21,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from src.utils.config import FinetuneConfig
 from src.utils.models.batches import collate, is_canonical, make_batches
 from src.utils.models.checkpoints import hidden_size, in_float32
-from src.utils.models.hardware import choose_dtype
+from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
-from src.utils.models.template import count_tokens, encode_both_orders
+from src.utils.models.template import Encoded, count_tokens, encode_battles
 from src.utils.schema import LABELS, swap_probs
 from src.utils.stats.scores import bootstrap_interval, row_losses
 
@@ -33,13 +35,29 @@ _N_WARMUP = 3  # batches before the pace is trusted; the first one also warms th
 _WINDOW = 15  # batches that the pace is measured over
 _FILL = 0.97  # share of the remaining time that a new plan fills
 _KEEP_S = 60.0  # between two calls of `keep`
+_TOKENS_ON = {"cuda": 16_384, "cpu": 4_096}  # of one forward pass, where a config leaves it open
+
+# How far a probability may move when a battle is read beside others, or with merged weights: by
+# the dtype of the products, or LLM.int8, whose outlier columns are those of the whole batch.
+PRECISION_TOLERANCE: dict[torch.dtype | str, float] = {
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+    "8bit": 5e-2,
+}
 
 TokenRows = Sequence[np.ndarray]  # token ids of each battle
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Probabilities of N battles, and how well each battle was read."""
+    """Probabilities of N battles, and how well each battle was read.
+
+    A battle's depend on its texts, the token budget and how often it was read. Through rounding
+    they depend on the batch it was in, too, by less than `tolerance`: matrix products of other
+    shapes add up in another order. LLM.int8 keeps the outliers of the whole batch in 16 bit, so a
+    battle's neighbours change it by design.
+    """
 
     # (N, C) float64, rows sum to 1; NaN: not reached, or logits not finite even in 32 bit
     probs: np.ndarray
@@ -49,6 +67,9 @@ class Prediction:
     # (N,) float, mean change of the probabilities when the answers are exchanged, before
     # averaging; NaN where a battle was read in one order only
     swap_gap: np.ndarray | None = None
+    # (N, C) float64, the first reading alone, with A and B as in the given battles; `swap` reads
+    # a battle in canonical order first
+    first_probs: np.ndarray | None = None
 
 
 class ReaderLost(Exception):
@@ -81,6 +102,7 @@ class LocalReader:
         if self.is_packed:
             enable_packing(model)
         self._done: deque[tuple[int, np.ndarray]] = deque()
+        self._too_many_tok = math.inf  # that memory did not hold, padding included
 
     def send(self, key: int, rows: TokenRows) -> None:
         """Read a batch at once."""
@@ -96,16 +118,21 @@ class LocalReader:
     def read(self, rows: TokenRows) -> np.ndarray:
         """Predict each row: (rows, C) float64.
 
-        A batch that does not fit into memory is halved until it does. NaN where a single
-        row does not fit, or where logits are not finite even in 32 bit.
+        A batch that does not fit into memory is halved until it does, and so are later ones
+        of as many tokens, untried. NaN where a single row does not fit, or where logits are
+        not finite even in 32 bit.
         """
-        try:
-            return self._predict(rows)
-        except torch.OutOfMemoryError:
-            pass  # retried below, where the failed pass no longer holds its memory
-        torch.cuda.empty_cache()  # does nothing without a GPU
-        if len(rows) == 1:
-            return np.full((1, len(LABELS)), np.nan)
+        lengths = [len(row) for row in rows]
+        n_tok = sum(lengths) if self.is_packed else len(rows) * max(lengths)
+        if len(rows) == 1 or n_tok < self._too_many_tok:
+            try:
+                return self._predict(rows)
+            except torch.OutOfMemoryError:
+                self._too_many_tok = min(self._too_many_tok, n_tok)
+            # Outside of `except`, where the failed pass no longer holds its memory.
+            torch.cuda.empty_cache()  # does nothing without a GPU
+            if len(rows) == 1:
+                return np.full((1, len(LABELS)), np.nan)
         half = len(rows) // 2
         return np.concatenate([self.read(rows[:half]), self.read(rows[half:])])
 
@@ -115,7 +142,8 @@ class LocalReader:
         logits = self._logits(rows, device, choose_dtype(device, hidden_size(self.model)))
         overflowed = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
         if overflowed:
-            with in_float32(self.model):
+            # Where 32 bit do not fit into memory, smaller batches would not help: NaN remains.
+            with contextlib.suppress(torch.OutOfMemoryError), in_float32(self.model):
                 for row in overflowed:
                     logits[row] = self._logits([rows[row]], device, torch.float32)[0]
         logits[~torch.isfinite(logits).all(dim=1)] = torch.nan
@@ -133,10 +161,25 @@ class LocalReader:
             self.model.train(was_training)
 
 
+def reading_budget(tokens_per_batch: int, device: torch.device) -> int:
+    """Choose the tokens of one forward pass where a config leaves them open (0)."""
+    return tokens_per_batch or _TOKENS_ON[device.type]
+
+
+def tolerance(config: FinetuneConfig, model: nn.Module) -> float:
+    """Look up in `PRECISION_TOLERANCE` by how much this model's probabilities may move."""
+    if config.quantization == "8bit":
+        return PRECISION_TOLERANCE["8bit"]
+    device = next(model.parameters()).device
+    return PRECISION_TOLERANCE[choose_dtype(device, hidden_size(model))]
+
+
 def predict_probs(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame, **options: Any
 ) -> np.ndarray:
     """Predict how each battle is voted, with a model in this process: `Prediction.probs`.
+
+    `Prediction` says what a row depends on.
 
     Args:
         model: a sequence classifier, logits in `LABELS` order; its mode is restored.
@@ -159,6 +202,7 @@ def predict_pairs(
     keep: Callable[[Prediction], None] | None = None,
     uncertainty: np.ndarray | None = None,
     twice_share: float = 1.0,
+    encoded: Encoded | None = None,
 ) -> Prediction:
     """Predict how each battle is voted, as well as time allows.
 
@@ -177,16 +221,25 @@ def predict_pairs(
     Args:
         reader: runs the model that `tokenizer` belongs to, over the texts of N `pairs`.
         max_tokens: token budget of one battle.
-        tokens_per_batch: padded tokens of one forward pass, at most.
+        tokens_per_batch: padded tokens of one forward pass, at most; 0: see `reading_budget`.
         swap: average over both orders; False reads each battle once, as given.
         deadline: `time.monotonic()` value, s, that must not be passed.
         progress: title of a progress bar; "" shows none.
         keep: called with the prediction so far, about once a minute.
         uncertainty: (N,) float, e.g. `measure_entropy` of other members; only its order counts.
         twice_share: share of the battles, 0 to 1, that get a second reading: the least certain.
+        encoded: `encode_battles(pairs, tokenizer, max_tokens)`, where it is known already.
     """
-    readings = _Readings(pairs, tokenizer, max_tokens, swap, uncertainty, twice_share)
-    n_tok = sum(int(readings.lengths(order).sum()) for order in readings.orders)
+    if encoded is None:
+        encoded = encode_battles(pairs, tokenizer, max_tokens)
+    elif len(encoded) != len(pairs) or encoded.lengths.max(initial=0) > max_tokens:
+        raise ValueError(
+            f"encoded: expected {len(pairs)} battles of at most {max_tokens} tokens, got "
+            f"{len(encoded)} of at most {encoded.lengths.max(initial=0)}; encode these battles anew"
+        )
+    tokens_per_batch = reading_budget(tokens_per_batch, choose_device())
+    readings = _Readings(pairs, tokenizer, max_tokens, encoded, swap, uncertainty, twice_share)
+    n_tok = int(readings.lengths.sum()) * len(readings.orders)
     style: dict[str, Any] = {"unit": "tok", "unit_scale": True, "file": sys.stdout}
     with tqdm(total=n_tok, desc=progress, disable=not progress, **style) as bar:
         loop = _Loop(reader, readings, tokens_per_batch, deadline, bar, keep)
@@ -221,6 +274,7 @@ class _Readings:
     pairs: pd.DataFrame
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
+    encoded: Encoded
     swap: bool
     given_uncertainty: np.ndarray | None
     twice_share: float
@@ -229,26 +283,20 @@ class _Readings:
         n_pairs = len(self.pairs)
         self.orders = (0, 1) if self.swap else (0,)
         self._is_as_given = is_canonical(self.pairs) if self.swap else np.ones(n_pairs, dtype=bool)
-        self.rows = [[np.zeros(0, dtype=np.int32)] * n_pairs for _ in self.orders]
         self.probs = np.full((2, n_pairs, len(LABELS)), np.nan)
         self.is_cut = np.zeros(n_pairs, dtype=bool)
-        self._encode(np.arange(n_pairs), self.max_tokens)
+        self.lengths = self.encoded.lengths.copy()  # (N,) int, tokens of each battle
+        self._cut_rows: dict[int, tuple[Encoded, int]] = {}  # battle -> where its cut row is
         # Two answers that read the same need no second reading to be made symmetric.
         self._is_same = np.zeros(n_pairs, dtype=bool)
         if self.swap:
-            self._is_same[:] = [np.array_equal(*both) for both in zip(*self.rows, strict=True)]
+            for battle in range(n_pairs):
+                self._is_same[battle] = np.array_equal(self.row(0, battle), self.row(1, battle))
 
-    def _encode(self, rows: np.ndarray, max_tokens: int) -> None:
-        given, swapped = encode_both_orders(self.pairs.iloc[rows], self.tokenizer, max_tokens)
-        for row, *both in zip(rows, given, swapped, strict=True):
-            for order in self.orders:
-                ids = both[order if self._is_as_given[row] else 1 - order]
-                # A list of Python integers would take eight times the memory.
-                self.rows[order][row] = np.asarray(ids, dtype=np.int32)
-
-    def lengths(self, order: int) -> np.ndarray:
-        """(N,) int, tokens of each battle."""
-        return np.array([len(row) for row in self.rows[order]], dtype=int)
+    def row(self, order: int, battle: int) -> np.ndarray:
+        """(tokens,) int32, what the model reads of a battle in this order."""
+        encoded, place = self._cut_rows.get(battle, (self.encoded, battle))
+        return encoded.row(place, bool(order) == self._is_as_given[battle])
 
     def wanted(self, order: int) -> np.ndarray:
         """Battles to read in this order, indices."""
@@ -261,11 +309,11 @@ class _Readings:
         """(N,) float, from the first reading once it is there; shortness where nothing is known."""
         if order == 1:
             return measure_entropy(self.probs[0])
-        return -self.lengths(0) if self.given_uncertainty is None else self.given_uncertainty
+        return -self.lengths if self.given_uncertainty is None else self.given_uncertainty
 
     def cut(self, rows: np.ndarray, limit_tok: float, tokens_per_batch: int) -> None:
         """Cut these battles until they have `limit_tok` padded tokens or are at `MIN_TOKENS`."""
-        lengths = self.lengths(0)[rows]
+        lengths = self.lengths[rows]
         max_tokens = self.max_tokens
         while max_tokens > MIN_TOKENS:
             cut_lengths = np.minimum(lengths, max_tokens)
@@ -274,7 +322,9 @@ class _Readings:
             max_tokens = max(MIN_TOKENS, int(max_tokens * 0.9))
         longer = rows[lengths > max_tokens]
         if len(longer):
-            self._encode(longer, max_tokens)
+            encoded = encode_battles(self.pairs.iloc[longer], self.tokenizer, max_tokens)
+            self._cut_rows |= {row: (encoded, place) for place, row in enumerate(longer.tolist())}
+            self.lengths[longer] = encoded.lengths
             self.is_cut[longer] = True
         self.max_tokens = max_tokens
 
@@ -287,12 +337,17 @@ class _Readings:
         with np.errstate(invalid="ignore"):
             probs = np.nansum(both, axis=0) / n_readings[:, None]
         return Prediction(
-            np.where(self._is_as_given[:, None], probs, swap_probs(probs)),
+            self._as_given(probs),
             n_readings,
             self.is_cut & (n_readings > 0),
             note,
             np.abs(both[0] - both[1]).mean(axis=1),
+            self._as_given(first),
         )
+
+    def _as_given(self, probs: np.ndarray) -> np.ndarray:
+        """Exchange the columns of battles whose first reading was not in the given order."""
+        return np.where(self._is_as_given[:, None], probs, swap_probs(probs))
 
 
 def _count_padded(lengths: np.ndarray, tokens_per_batch: int) -> int:
@@ -320,22 +375,21 @@ class _Loop:
 
     def read(self, order: int) -> None:
         """Read the wanted battles in this order, as far as time allows."""
-        self._plan(order, self.readings.wanted(order), postponed=np.zeros(0, dtype=int))
+        self._plan(self.readings.wanted(order), postponed=np.zeros(0, dtype=int))
         while True:
             while len(self._under_way) < self.reader.capacity:
                 if (batch := self._next_batch(order)) is None:
                     break
                 self._n_sent += 1
                 self._under_way[self._n_sent] = batch
-                token_rows = [self.readings.rows[order][row] for row in batch]
+                token_rows = [self.readings.row(order, row) for row in batch.tolist()]
                 self.reader.send(self._n_sent, token_rows)
             if not self._under_way or not self._receive(order):
                 return
 
-    def _plan(self, order: int, rows: np.ndarray, postponed: np.ndarray) -> None:
+    def _plan(self, rows: np.ndarray, postponed: np.ndarray) -> None:
         """Plan to read these rows, longest first; for the postponed ones time seems too short."""
-        self._lengths = self.readings.lengths(order)
-        batches = make_batches(self._lengths[rows], self.tokens_per_batch)
+        batches = make_batches(self.readings.lengths[rows], self.tokens_per_batch)
         self._planned = [rows[batch] for batch in batches]
         self._planned_tok = sum(map(self._padded, self._planned))
         self._postponed = postponed
@@ -378,7 +432,7 @@ class _Loop:
         limit_tok = _FILL * affordable_tok
         if order == 0:
             self.readings.cut(unread, limit_tok, self.tokens_per_batch)
-        lengths = self.readings.lengths(order)
+        lengths = self.readings.lengths
         rows = unread[np.argsort(-self.readings.uncertainty(order)[unread], kind="stable")]
         rows = rows[lengths[rows] <= affordable_tok]  # a longer one would block all others
         while True:
@@ -388,7 +442,7 @@ class _Loop:
             if len(chosen) <= 1 or padded_tok <= affordable_tok:
                 break
             limit_tok *= _FILL
-        self._plan(order, chosen, postponed=np.setdiff1d(unread, chosen))
+        self._plan(chosen, postponed=np.setdiff1d(unread, chosen))
 
     def _receive(self, order: int) -> bool:
         """Wait for a batch; False when the deadline passes first."""
@@ -399,7 +453,7 @@ class _Loop:
         key, probs = received
         batch = self._under_way.pop(key)
         self.readings.probs[order, batch] = probs
-        self.bar.update(int(self._lengths[batch].sum()))
+        self.bar.update(int(self.readings.lengths[batch].sum()))
         now = time.monotonic()
         self._measured.append((now - self._received_at, self._padded(batch)))
         self._received_at = now
@@ -412,7 +466,7 @@ class _Loop:
         return True
 
     def _padded(self, batch: np.ndarray) -> int:
-        return len(batch) * int(self._lengths[batch].max())
+        return len(batch) * int(self.readings.lengths[batch].max())
 
 
 BUDGETS = (128, 256, 512, 1024, 2048, 3072, 4096)

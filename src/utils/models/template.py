@@ -7,8 +7,10 @@ texts share the rest of the budget max-min fairly; within a text the last turns 
 and a turn that does not fit loses its middle. Exchanging A and B exchanges what is cut.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -34,7 +36,7 @@ ENCODER_HEADINGS = ("", "Answer A:\n", "Answer B:\n", "")
 MIN_TURN_TOK = 8  # an older turn cut to fewer tokens is not worth its separator
 
 _SLOT = "\ue000"  # a private-use character, which no chat template contains
-_TEXTS_PER_CALL = 2048  # a fast tokenizer holds about 100 bytes per token until a call returns
+_BATTLES_PER_CALL = 256  # a fast tokenizer holds about 100 bytes per token until a call returns
 
 
 def share_budget(lengths: Sequence[int], budget: int) -> list[int]:
@@ -171,57 +173,62 @@ def _decoder_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...]
     return tuple(ids)
 
 
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    ids: list[list[int]] = []
-    for start in range(0, len(texts), _TEXTS_PER_CALL):
-        encoded = tokenizer(
-            list(texts[start : start + _TEXTS_PER_CALL]),
-            add_special_tokens=False,
-            split_special_tokens=True,  # in a text they are plain text
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids.extend(encoded["input_ids"])
-    return ids
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterable[list[int]]:
+    if not tokenizer.is_fast:
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return tokenizer(list(texts), **options)["input_ids"]
+    # By its own call the tokenizer uses every core, and half as many seconds of each as by
+    # transformers', which sets these three again with every call.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # as plain text
+    return (found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False))
 
 
-def _tokenize_texts(
+def _tokenize_battles(
     pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[Turns, ...]]:
-    columns = []
-    for name in TEXTS:
-        turns = [clean_text(turn) for turns in pairs[name] for turn in turns]
-        ids = iter(_tokenize(turns, tokenizer))
-        columns.append([[next(ids) for _ in turns] for turns in pairs[name]])
-    return list(zip(*columns, strict=True))
+) -> Iterator[tuple[Turns, ...]]:
+    """Yield prompt, A and B of each battle, some battles at a time: lists of ids take memory."""
+    for start in range(0, len(pairs), _BATTLES_PER_CALL):
+        some = pairs.iloc[start : start + _BATTLES_PER_CALL]
+        battles = list(zip(*(some[name] for name in TEXTS), strict=True))
+        texts = [clean_text(turn) for battle in battles for turns in battle for turn in turns]
+        ids = iter(_tokenize(texts, tokenizer))
+        for battle in battles:
+            yield tuple(list(islice(ids, len(turns))) for turns in battle)
 
 
-def _assemble(texts: Sequence[Turns], template: Template, max_tokens: int) -> list[int]:
-    n_between = len(template.turn)
-    lengths = [_count(turns, n_between) for turns in texts]
-    shares = share_budget(lengths, max_tokens - template.n_fixed)
-    row = list(template.pieces[0])
-    for turns, share, piece in zip(texts, shares, template.pieces[1:], strict=True):
-        for place, turn in enumerate(cut_turns(turns, share, template.cut, n_between)):
-            if place:
-                row += template.turn
-            row += turn
-        row += piece
-    return row
+@dataclass(frozen=True)
+class Encoded:
+    """The token ids of N battles in both orders, which keep the same tokens of each text."""
+
+    lengths: np.ndarray  # (N,) int64, tokens of each battle, in either order
+    _pieces: list[np.ndarray]  # the four of the template
+    _texts: np.ndarray  # int32, what is kept of prompt, A and B, battle by battle
+    _starts: np.ndarray  # (3 N + 1,) int64, of each text, and the end of the last
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, battle: int, is_swapped: bool) -> np.ndarray:
+        """Put together what a model reads, A and B exchanged if `is_swapped`: (tokens,) int32."""
+        start_prompt, start_a, start_b, end = self._starts[3 * battle : 3 * battle + 4]
+        first, second = self._texts[start_a:start_b], self._texts[start_b:end]
+        if is_swapped:
+            first, second = second, first
+        before, before_first, before_second, after = self._pieces
+        prompt = self._texts[start_prompt:start_a]
+        parts = (before, prompt, before_first, first, before_second, second, after)
+        return np.concatenate(parts)
 
 
-def encode_pairs(
+def encode_battles(
     pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> list[list[int]]:
-    """Write each battle as the token ids that a model reads, at most `max_tokens` of them."""
-    return encode_both_orders(pairs, tokenizer, max_tokens)[0]
+) -> Encoded:
+    """Write battles as the token ids that a model reads, at most `max_tokens` of each.
 
-
-def encode_both_orders(
-    pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Return `encode_pairs` of the battles as given and with A and B exchanged, tokenising once.
+    All cores tokenise, unless TOKENIZERS_PARALLELISM=false; 4 bytes per token are kept.
 
     Raises:
         ValueError: `max_tokens` has no room for the template and a part of each text.
@@ -233,17 +240,37 @@ def encode_both_orders(
             f"max_tokens: expected at least {least} ({template.n_fixed} of the template and a part "
             f"of each text), got {max_tokens}"
         )
-    battles = _tokenize_texts(pairs, tokenizer)
-    given = [_assemble(texts, template, max_tokens) for texts in battles]
-    swapped = [_assemble((prompt, b, a), template, max_tokens) for prompt, a, b in battles]
-    return given, swapped
+    n_between = len(template.turn)
+    ids, starts = array("i"), array("q", [0])
+    for texts in _tokenize_battles(pairs, tokenizer):
+        lengths = [_count(turns, n_between) for turns in texts]
+        shares = share_budget(lengths, max_tokens - template.n_fixed)
+        for turns, share in zip(texts, shares, strict=True):
+            for place, turn in enumerate(cut_turns(turns, share, template.cut, n_between)):
+                if place:
+                    ids.extend(template.turn)
+                ids.extend(turn)
+            starts.append(len(ids))
+    ends = np.array(starts, dtype=np.int64)
+    n_tok = template.n_fixed + np.diff(ends[:: len(TEXTS)])
+    pieces = [np.array(piece, dtype=np.int32) for piece in template.pieces]
+    return Encoded(n_tok, pieces, np.asarray(ids, dtype=np.int32), ends)
+
+
+def encode_pairs(
+    pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[list[int]]:
+    """List the token ids of each battle as given: `encode_battles` for a few battles."""
+    encoded = encode_battles(pairs, tokenizer, max_tokens)
+    return [encoded.row(battle, False).tolist() for battle in range(len(encoded))]
 
 
 def count_tokens(pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Count the tokens of each battle before anything is cut: (N,) int64, template included."""
     template = make_template(tokenizer)
+    n_between = len(template.turn)
     counts = [
-        template.n_fixed + sum(_count(turns, len(template.turn)) for turns in texts)
-        for texts in _tokenize_texts(pairs, tokenizer)
+        template.n_fixed + sum(_count(turns, n_between) for turns in texts)
+        for texts in _tokenize_battles(pairs, tokenizer)
     ]
     return np.array(counts, dtype=np.int64)

@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ from src.utils.models.template import (
     INSTRUCTION,
     TEMPLATE_VERSION,
     TURN_TEXT,
-    encode_both_orders,
+    encode_battles,
     make_pieces,
 )
 from src.utils.runs import atomic_folder, hash_json, hash_pairs, read_json, write_json
@@ -234,8 +234,7 @@ def pretrain(
     device = choose_device()
     differences = torch.from_numpy(measure_differences(pairs, seed)).to(device)
     targets = torch.cat([differences, -differences])
-    given, swapped = encode_both_orders(pairs, tokenizer, _MAX_TOKENS)
-    rows = given + swapped
+    encoded = encode_battles(pairs, tokenizer, _MAX_TOKENS)
     pieces = make_pieces(tokenizer)
     shape = (model.config.hidden_size, targets.shape[1])
     joint = nn.Linear(*shape)
@@ -245,8 +244,8 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, n_steps + 1)
     history = []
     model.train()
-    for batch in itertools.islice(_draw_batches([len(row) for row in given], seed), n_steps):
-        drawn = [rows[place] for place in batch]
+    for batch in itertools.islice(_draw_batches(encoded.lengths, seed), n_steps):
+        drawn = [encoded.row(place % len(pairs), place >= len(pairs)) for place in batch]
         pooled, contrasts = _read(model, drawn, pieces, tokenizer.pad_token_id)
         joint_loss = nn.functional.mse_loss(joint(pooled), targets[batch])
         contrast_loss = nn.functional.mse_loss(contrast(contrasts), targets[batch])
@@ -261,7 +260,7 @@ def pretrain(
 
 
 def _read(
-    model: PreTrainedModel, rows: list[list[int]], pieces: Pieces, pad_id: int
+    model: PreTrainedModel, rows: list[np.ndarray], pieces: Pieces, pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what the two heads of a classifier read: pooled states and contrasts."""
     inputs = {name: tensor.to(model.device) for name, tensor in collate(rows, pad_id).items()}
@@ -275,7 +274,7 @@ def _read(
     return pooled, contrasts
 
 
-def _draw_batches(lengths: Sequence[int], seed: int) -> Iterator[np.ndarray]:
+def _draw_batches(lengths: np.ndarray, seed: int) -> Iterator[np.ndarray]:
     """Endless batches: row i is battle i as given, row N + i with A and B exchanged."""
     orders = np.random.default_rng(seed).integers(0, 2, len(lengths))
     for epoch in itertools.count():

@@ -36,7 +36,7 @@ from src.utils.suite.pipeline import RECORD, Pipeline, Stage, files_under, measu
 SAMPLE_S = 0.5  # between two measurements of memory
 LINE_S = 30.0  # between two lines of progress
 # Kernels print warnings about these although nothing is wrong.
-QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "TOKENIZERS_PARALLELISM": "true"}
 _DIGITS = {"seconds": 1, "peak_mib": 0, "log_loss": 4, "accuracy": 3, "oracle": 4}
 _NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\|[█▏▎▍▌▋▊▉ ]*\|")  # colours and bars
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from src.utils.battles.readers import hash_prompt, load_pairs, read_table
 from src.utils.config import FinetuneConfig
 from src.utils.models.batches import make_batches, make_packs
-from src.utils.models.template import encode_both_orders
+from src.utils.models.template import encode_battles
 from src.utils.schema import LABELS, MODELS, TEXTS, UNKNOWN_MODEL, probs_of, swap_probs
 from src.utils.training.processes import rank
 
@@ -27,16 +27,14 @@ class Examples:
     def __init__(
         self, pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig
     ) -> None:
-        orders = encode_both_orders(pairs, tokenizer, config.max_tokens)
-        # A Python int takes 36 bytes in a list, here 4.
-        self.rows = [[np.array(row, dtype=np.int32) for row in rows] for rows in orders]
+        self.encoded = encode_battles(pairs, tokenizer, config.max_tokens)
+        self.lengths = self.encoded.lengths
         targets = make_targets(pairs, config)
         self.targets = np.stack([targets, swap_probs(targets)])
-        self.lengths = np.array([max(len(a), len(b)) for a, b in zip(*self.rows, strict=True)])
 
     def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-        row, order = divmod(item, 2)
-        return self.rows[order][row], self.targets[order, row]
+        battle, order = divmod(item, 2)
+        return self.encoded.row(battle, bool(order)), self.targets[order, battle]
 
 
 def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
