@@ -80,6 +80,7 @@ class Setup:
 
 ROPE = {"rope_type": "default", "rope_theta": 160_000.0}
 BASE = {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}
+BASE |= {"classifier_pooling": "mean"}  # as the real checkpoint
 SMALL = {"hidden_size": 384, "intermediate_size": 576}
 SMALL |= {"num_hidden_layers": 6, "num_attention_heads": 6}
 QWEN = {"vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128}

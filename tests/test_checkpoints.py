@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -285,6 +287,46 @@ def test_importing_the_trainer_prints_nothing():
     command = [sys.executable, "-c", "import src.utils.training.trainer"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+def test_modernbert_is_not_compiled_where_transformers_would(tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base("modernbert"), tmp_path / "base")
+    plain, _ = load_classifier(ENCODER, folder)
+    assert not hasattr(plain.config, "reference_compile")
+    config = json.loads((folder / "config.json").read_text())
+    # As the configuration of transformers 5.0 has it: None stands for "yes, on a GPU".
+    (folder / "config.json").write_text(json.dumps(config | {"reference_compile": None}))
+    model, _ = load_classifier(ENCODER, folder)
+    assert model.config.reference_compile is False
+    assert model.model.config.reference_compile is False
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_published_decoder_keeps_the_dtype_that_it_was_saved_in(
+    tiny_base, tmp_path, monkeypatch, dtype
+):
+    monkeypatch.setattr(checkpoints, "choose_dtype", lambda device: dtype)
+    folder = save_model(*load_classifier(DECODER, tiny_base("qwen3")), tmp_path / "fold_0")
+    published = save_model(*merge(folder, DECODER, tiny_base("qwen3")), tmp_path / "model")
+    monkeypatch.undo()
+    model, _ = load_finetuned(published, dataclasses.replace(DECODER, lora_rank=0))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_a_4bit_model_whose_inputs_overflow_16_bit_is_finite_in_32(tiny_base, demo_pairs):
+    model, tokenizer = load_classifier(
+        dataclasses.replace(DECODER, quantization="4bit"), tiny_base("qwen3")
+    )
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.compute_dtype = torch.float16  # as on a T4
+    norm = model.get_base_model().model.layers[0].post_attention_layernorm
+    nn.init.constant_(norm.weight, 1e4)  # what the MLP multiplies is beyond 65,504 then
+    assert not torch.isfinite(logits_of(model, tokenizer, demo_pairs[:4])).any()
+    with pytest.raises(KeyError), in_float32(model):
+        assert torch.isfinite(logits_of(model, tokenizer, demo_pairs[:4])).all()
+        raise KeyError
+    assert layers and {layer.compute_dtype for layer in layers} == {torch.float16}
 
 
 def test_half_precision_is_restored_exactly():

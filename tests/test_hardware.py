@@ -1,5 +1,9 @@
 """Claims about the device and the precision, on GPUs that are not here."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from src.utils.models.hardware import (
     choose_dtype,
     choose_precision,
     cpu_has_bf16,
+    expand_segments,
 )
 
 
@@ -63,6 +68,32 @@ def test_a_gpu_is_taken_only_where_torch_has_kernels_for_it(
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
     assert choose_device().type == device
     assert ("no kernels in this torch" in caplog.text) == (device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_ALLOC_CONF": ""}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}),
+    ],
+)
+def test_gpu_memory_grows_in_place_unless_the_user_set_something(given, expected):
+    environment = dict(given)
+    expand_segments(environment)
+    assert environment == expected
+
+
+def test_importing_the_hardware_is_enough_and_starts_no_cuda():
+    script = (
+        "import os, torch, src.utils.models.hardware\n"
+        "print(os.environ['PYTORCH_ALLOC_CONF'], torch.cuda.is_initialized())"
+    )
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["expandable_segments:True", "False"]
 
 
 def test_without_a_gpu_the_cpu_is_taken(monkeypatch):

@@ -298,6 +298,7 @@ def test_the_kernel_gets_the_packed_layout(monkeypatch):
     def varlen(
         query, key, value, *, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa
     ):
+        assert torch.is_grad_enabled()
         assert cu_seq_q is cu_seq_k and max_q == max_k == max(map(len, ROWS))
         place = torch.arange(len(query))
         owner = torch.bucketize(place, cu_seq_q[1:], right=True)
@@ -336,6 +337,72 @@ def test_the_kernel_of_an_older_torch_is_not_used(monkeypatch):
     for kernel in (of_2_10, of_2_11):
         monkeypatch.setattr(packing, "varlen_attn", kernel)
         assert not packing._has_kernel(query)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "has_bias", "expected"),
+    [
+        ((8, 0), torch.bfloat16, False, True),
+        ((7, 5), torch.float16, False, False),  # a T4
+        ((8, 0), torch.float16, True, False),  # flash attention takes no bias
+        ((9, 0), torch.float32, False, False),  # nor 32 bit, in which overflows are read again
+    ],
+)
+def test_key_heads_stay_grouped_only_where_flash_attention_takes_them(
+    monkeypatch, capability, dtype, has_bias, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query = SimpleNamespace(is_cuda=True, dtype=dtype, device=None)
+    bias = torch.zeros(1) if has_bias else None
+    assert packing._groups_heads(query, bias) is expected
+    assert packing._groups_heads(torch.zeros(1), bias)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "mistral"])
+def test_without_flash_attention_key_heads_are_repeated_and_nothing_else_changes(name, monkeypatch):
+    model = MODELS[name]().eval()
+    padded = read(model, collate(ROWS, 0))
+    shapes = set()
+    attend = nn.functional.scaled_dot_product_attention
+
+    def note(query, key, value, *args, enable_gqa=False, **options):
+        shapes.add((query.shape[1], key.shape[1], value.shape[1], enable_gqa))
+        return attend(query, key, value, *args, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(packing, "_groups_heads", lambda query, bias: False)
+    monkeypatch.setattr(packing.F, "scaled_dot_product_attention", note)
+    packed = read(enable_packing(model), collate_packed(ROWS))
+    assert shapes == {(4, 4, 4, False)}
+    assert_equal_readings(packed, padded)
+
+
+def test_the_kernel_splits_no_keys_in_inference_so_that_neighbours_change_nothing(monkeypatch):
+    seen = []
+
+    def varlen(query, key, value, *, num_splits=None, **options):
+        seen.append(num_splits)
+        return query
+
+    def older(
+        query, key, value, *, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa
+    ):
+        return query
+
+    def attend():
+        documents = packing.Documents(torch.tensor([0, 3, 5], dtype=torch.int32))
+        states = [torch.zeros(1, 2, 5, 8)] * 3
+        packing._Attention(*states, documents, True, None, 0.0, None).with_kernel()
+
+    monkeypatch.setattr(packing, "varlen_attn", varlen)
+    attend()
+    with torch.no_grad():
+        attend()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.version, "hip", "6.4")
+            attend()
+        monkeypatch.setattr(packing, "varlen_attn", older)
+        attend()
+    assert seen == [None, 1, None]
 
 
 def test_documents_follow_one_another():

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
 
 from src.utils.config import FinetuneConfig
+from src.utils.delivery import publish
 from src.utils.delivery.publish import make_card, publish_model, push_model
+from src.utils.models import checkpoints
 from src.utils.models.checkpoints import load_classifier, save_model
 from src.utils.models.predict import predict_probs
 from src.utils.schema import LABELS, probs_table
@@ -64,6 +67,41 @@ def test_a_published_model_names_its_classes_and_no_place_on_this_machine(publis
     assert [config["id2label"][str(index)] for index in range(3)] == list(LABELS)
     texts = [path.read_text() for path in (run_dir / "model").glob("*.json")]
     assert not any(str(run_dir.parent) in text for text in texts)
+
+
+def test_one_classifier_is_in_memory_at_a_time_in_the_dtype_that_it_has_on_disk(
+    tiny_base, demo_pairs, tmp_path, monkeypatch
+):
+    pairs, base = demo_pairs[:4].reset_index(drop=True), tiny_base("qwen3")
+    source = save_model(*load_classifier(CONFIG, base), tmp_path / "fold_0")
+    oof = probs_table(pairs["id"], torch.full((4, 3), 1 / 3).numpy())
+    for place in ("checkpoints", "predict"):  # as on a GPU
+        monkeypatch.setattr(f"src.utils.models.{place}.choose_dtype", lambda *_: torch.bfloat16)
+    alive, steps = weakref.WeakSet(), []
+    load, predict = checkpoints._load_base, publish.predict_probs
+
+    def load_alone(*args, **options):
+        steps.append(f"load beside {len(alive)}")
+        model, tokenizer = load(*args, **options)
+        alive.add(model)
+        return model, tokenizer
+
+    def note(model, *args, **options):
+        dtypes = {str(p.dtype) for n, p in model.named_parameters() if "layers" in n}
+        steps.append(f"predict with {len(alive)}, {sorted(dtypes)}")
+        return predict(model, *args, **options)
+
+    monkeypatch.setattr(checkpoints, "_load_base", load_alone)
+    monkeypatch.setattr(publish, "predict_probs", note)
+    parity = publish_model(source, CONFIG, pairs, oof, tmp_path / "model", base)
+    assert steps == [
+        "load beside 0",
+        "predict with 1, ['torch.bfloat16', 'torch.float32']",  # the adapters are 32-bit
+        "load beside 0",
+        "load beside 0",
+        "predict with 1, ['torch.bfloat16']",
+    ]
+    assert parity["tolerance"] == publish.TOLERANCES[torch.bfloat16] and parity["passed"]
 
 
 def test_a_difference_beyond_the_tolerance_fails(tiny_base, demo_pairs, tmp_path, monkeypatch):

@@ -1,15 +1,27 @@
+import dataclasses
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 
+from src.utils.models.checkpoints import load_classifier
 from src.utils.models.predict import predict_probs
 from src.utils.runs import read_json
 from src.utils.schema import swap_pairs
 from src.utils.stats.scores import swap_gap
 from src.utils.training import heldout
-from src.utils.training.trainer import HISTORY_COLUMNS, list_checkpoints, make_optimizer
+from src.utils.training.heldout import Member
+from src.utils.training.trainer import (
+    HISTORY_COLUMNS,
+    FoldTrainer,
+    list_checkpoints,
+    make_optimizer,
+)
 
 
 def flat(weights):
@@ -191,6 +203,47 @@ def test_a_validation_reads_again_in_32_bit_what_overflows_in_16(trainer_in_bf16
     trainer_in_bf16.model.classifier.register_forward_hook(overflow)
     trainer_in_bf16.train()
     assert np.isfinite(trainer_in_bf16.history[-1]["log_loss"])
+
+
+@pytest.fixture
+def overflowing_base(tiny_base, tmp_path):
+    """The tiny decoder, and a letter with which a battle overflows 16 bit inside the first MLP."""
+    base = shutil.copytree(tiny_base("qwen3"), tmp_path / "overflowing_base")
+    letter = "\N{SNOWMAN}"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    marked = tokenizer(letter, add_special_tokens=False)["input_ids"]
+    embeddings = weights["model.embed_tokens.weight"]
+    embeddings[:, 0] = 0  # only that letter has something in the first place, and a lot of it
+    embeddings[marked[-1], 0] = 100
+    weights["model.layers.0.self_attn.o_proj.weight"][0] = 0
+    weights["model.layers.0.post_attention_layernorm.weight"][0] = 5e3
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return base, letter
+
+
+def test_a_validation_of_a_4bit_model_survives_a_battle_that_overflows_16_bit(
+    overflowing_base, demo_pairs, tiny_configs, tmp_path, monkeypatch
+):
+    fp16 = (torch.float16, "as on a T4")
+    monkeypatch.setattr("src.utils.models.hardware.choose_precision", lambda *_: fp16)
+    monkeypatch.setattr("src.utils.training.trainer.choose_precision", lambda *_: fp16)
+    base, letter = overflowing_base
+    config = dataclasses.replace(tiny_configs["qwen3"], quantization="4bit", n_evals=1)
+    pairs = demo_pairs[:16].assign(fold=[0] * 8 + [1] * 8).reset_index(drop=True)
+    pairs.at[3, "response_a"] = (letter,)
+    model, tokenizer = load_classifier(config, base)
+    trainer = FoldTrainer(
+        model, tokenizer, pairs[8:], pairs[:8], Member("fold_0", 0, config), tmp_path
+    )
+    finite, layers = [], model.get_base_model().model.layers
+    layers[0].mlp.register_forward_hook(
+        lambda mlp, inputs, outputs: finite.append(bool(torch.isfinite(outputs).all()))
+    )
+    trainer.train()
+    assert finite.count(False) == 2  # the battle in both orders
+    assert np.isfinite(trainer.history[-1]["log_loss"])
+    assert layers[0].mlp.down_proj.base_layer.compute_dtype == torch.float16
 
 
 def test_logits_that_are_never_finite_stop_training_and_name_the_setting_to_lower(make_trainer):

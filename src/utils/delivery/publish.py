@@ -5,13 +5,13 @@ The card (its text is `model_card.md`) states only numbers that a finished run w
 
 import dataclasses
 import functools
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from accelerate.utils import release_memory
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from src.utils.config import FinetuneConfig
@@ -44,7 +44,7 @@ def publish_model(
 ) -> dict[str, Any]:
     """Merge a fine-tuned model, save it, and compare what is on disk with the unmerged model.
 
-    `source` is a saved model, trained with `config`; `pairs` are N held-out battles with label,
+    One copy of the weights is in memory at a time, in the dtype that it has on disk. `source` is a saved model, trained with `config`; `pairs` are N held-out battles with label,
     and `oof` has their id and held-out probabilities. `folder` gets the merged model.
 
     Returns:
@@ -58,16 +58,11 @@ def publish_model(
         max_tokens=config.predict_tokens,
         tokens_per_batch=config.tokens_per_batch,
     )
-    model, tokenizer = load_unquantized(source, config, base)
-    unmerged = predict(model, tokenizer)
-    del model
-    gc.collect()  # a packing model refers to itself
-    merged_model, tokenizer = merge(source, config, base)
-    merged_model.config.id2label = dict(enumerate(LABELS))
-    merged_model.config.label2id = {label: index for index, label in enumerate(LABELS)}
-    save_model(merged_model, tokenizer, folder)
+    unmerged = predict(*load_unquantized(source, config, base))
+    release_memory()  # a packing model refers to itself
     # Half-precision weights round what merging adds to them.
-    tolerance = PRECISION_TOLERANCE[next(merged_model.parameters()).dtype]
+    tolerance = PRECISION_TOLERANCE[_save_merged(source, config, base, folder)]
+    release_memory()
     plain = dataclasses.replace(config, lora_rank=0, quantization="none")
     merged = predict(*load_finetuned(folder, plain))
     difference = float(np.abs(merged - unmerged).max())
@@ -81,6 +76,16 @@ def publish_model(
         "log_loss_merged": log_loss(merged, labels),
         "log_loss_trained": log_loss(trained, labels),
     }
+
+
+def _save_merged(
+    source: Path, config: FinetuneConfig, base: Path | None, folder: Path
+) -> torch.dtype:
+    model, tokenizer = merge(source, config, base)
+    model.config.id2label = dict(enumerate(LABELS))
+    model.config.label2id = {label: index for index, label in enumerate(LABELS)}
+    save_model(model, tokenizer, folder)
+    return model.dtype
 
 
 def make_card(

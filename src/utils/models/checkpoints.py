@@ -74,7 +74,7 @@ def load_classifier(config: FinetuneConfig, base: Path | None = None) -> Classif
     return model, tokenizer
 
 
-def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
+def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Classifier:
     device = choose_device()
     source, revision = _locate(config, base)
     options: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
             source,
             num_labels=len(LABELS),
             # The default is the checkpoint's dtype, and bf16 weights do not move in training.
-            dtype=choose_dtype(device) if config.lora_rank else torch.float32,
+            dtype=dtype or (choose_dtype(device) if config.lora_rank else torch.float32),
             attn_implementation="sdpa" if skeleton._supports_sdpa else "eager",
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # a reward model's head of one score is replaced
@@ -118,6 +118,9 @@ def _load_base(config: FinetuneConfig, base: Path | None) -> Classifier:
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
+    if hasattr(model.config, "reference_compile"):
+        # transformers 5.0 (Kaggle's image) would compile ModernBERT on a GPU, in each process.
+        model.config.reference_compile = False
     for module in model.modules():
         # bitsandbytes 0.49 and 0.50 repack 4-bit weights at the first evaluation on CPUs with
         # AVX512-BF16, after which gradients are silently wrong.
@@ -299,6 +302,8 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Classifier:
     """Load what `save_model` saved, in evaluation mode on `choose_device()`.
 
+    A model without LoRA gets the dtype that it was saved in.
+
     Args:
         folder: e.g. `run_dir / "model" / "fold_0"`.
         config: settings of its training.
@@ -311,7 +316,8 @@ def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = Non
     """
     origin = _read_origin(folder)
     if not config.lora_rank:
-        model, tokenizer = _load_base(config, folder)  # complete, whatever its base was
+        # Complete, whatever its base was; a merged decoder would take twice the memory in 32 bit.
+        model, tokenizer = _load_base(config, folder, dtype="auto")
         return model.eval(), tokenizer
     if base is not None:
         check_base(folder, base)
@@ -393,12 +399,22 @@ def find_base(folder: Path, config: FinetuneConfig) -> Path | None:
 
 @contextlib.contextmanager
 def in_float32(model: nn.Module) -> Iterator[nn.Module]:
-    """Use 32 bit temporarily, after half precision overflowed; quantised weights do not change."""
-    dtypes = {p: p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+    """Use 32 bit temporarily, after half precision overflowed; quantised weights do not change.
+
+    A 4-bit layer then computes in 32 bit; one of 8 bit casts its input to fp16 whatever is asked.
+    """
+    half = (torch.float16, torch.bfloat16)
+    dtypes = {p: p.dtype for p in model.parameters() if p.dtype in half}
+    modules = [m for m in model.modules() if getattr(m, "compute_dtype", None) in half]
+    compute_dtypes = [module.compute_dtype for module in modules]
     try:
         for parameter in dtypes:
             parameter.data = parameter.data.float()
+        for module in modules:
+            module.compute_dtype = torch.float32
         yield model
     finally:
         for parameter, dtype in dtypes.items():
             parameter.data = parameter.data.to(dtype)
+        for module, dtype in zip(modules, compute_dtypes, strict=True):
+            module.compute_dtype = dtype

@@ -24,7 +24,7 @@ from transformers import (
     AttentionMaskInterface,
     ModernBertForSequenceClassification,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -161,6 +161,7 @@ class _Attention:
             window_size=(reach, 0 if self.is_causal else reach),
             scale=self.scale,
             enable_gqa=self.query.shape[1] != self.key.shape[1],
+            **_batch_invariance(),
         )
         return attended.unsqueeze(0)
 
@@ -172,6 +173,10 @@ class _Attention:
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         is_causal = self.is_causal and bias is None
+        n_groups = query.shape[1] // key.shape[1]
+        if n_groups > 1 and not _groups_heads(query, bias):
+            key = repeat_kv(key, n_groups)
+            value = repeat_kv(value, n_groups)
         is_gqa = query.shape[1] != key.shape[1]
         needs_fused = is_causal or is_gqa or self.dropout or query.shape[2] > _LONGEST_PLAIN
         # On CPUs the fused attention of torch takes 2.5 times as long in bf16 as plain products.
@@ -191,13 +196,32 @@ def _split_with_neighbours(states: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([chunks[:, :-2], chunks[:, 1:-1], chunks[:, 2:]], dim=2).transpose(0, 1)
 
 
-def _has_kernel(query: torch.Tensor) -> bool:
+def _has_flash(query: torch.Tensor) -> bool:
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _has_kernel(query: torch.Tensor) -> bool:
     # torch 2.10, as on Kaggle, has neither windows nor a scale, torch 2.11 no grouped heads.
     parameters = inspect.signature(varlen_attn).parameters
-    is_complete = {"window_size", "scale", "enable_gqa"} <= parameters.keys()
-    return is_complete and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return {"window_size", "scale", "enable_gqa"} <= parameters.keys() and _has_flash(query)
+
+
+def _groups_heads(query: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a fused kernel takes fewer key heads than query heads.
+
+    On a GPU only flash attention does, which takes no bias. Elsewhere `enable_gqa` would choose
+    the MATH kernel: 32 bit, and the scores of a whole document in memory.
+    """
+    return not query.is_cuda or (bias is None and _has_flash(query))
+
+
+def _batch_invariance() -> dict[str, int]:
+    """Options with which attention in a prediction does not depend on other documents."""
+    is_known = "num_splits" in inspect.signature(varlen_attn).parameters
+    is_wanted = not torch.is_grad_enabled() and torch.version.hip is None  # ROCm refuses it
+    return {"num_splits": 1} if is_known and is_wanted else {}
 
 
 # Registered at import, because transformers finds an attention by its name in the model's config.
