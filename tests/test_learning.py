@@ -31,6 +31,7 @@ SETTINGS = {
     "gradient_checkpointing": False,
     "n_epochs": 1.0,
     "n_evals": 1,
+    "refit": False,
     "learning_rate": 1e-3,
 }
 CONFIGS = {

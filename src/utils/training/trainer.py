@@ -28,7 +28,7 @@ from src.utils.runs import atomic_folder, measure_peak_mib, write_manifest, writ
 from src.utils.schema import probs_table
 from src.utils.stats.scores import log_loss
 from src.utils.training import processes
-from src.utils.training.data import Examples, plan_batches
+from src.utils.training.data import Examples, loss_of, plan_batches
 from src.utils.training.processes import rank, world_size
 from src.utils.training.progress import Progress
 
@@ -176,7 +176,7 @@ class FoldTrainer:
         self.step += 1
 
     def _add_gradients(self, batches: list[list[int]]) -> torch.Tensor:
-        """Add the gradients of batches; returns the sum of the row losses."""
+        """Add the gradients of batches; returns the sum of the losses to report."""
         # The mean loss of a batch's own rows would give a battle in a small batch (of long
         # battles) more weight than one in a large batch: divide by the mean rows per batch.
         n_rows = self._rows_per_batch * len(self.steps[self.step])
@@ -188,9 +188,9 @@ class FoldTrainer:
                 inputs, targets = self._collate(batch[start : start + size])
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed):
                     logits = self.model(**inputs).logits
-                loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+                loss, reported = loss_of(logits.float(), targets, self.config)
                 self.scaler.scale(loss / n_rows).backward()
-                loss_sum += loss.detach()
+                loss_sum += reported.detach()
         return loss_sum
 
     def _collate(self, items: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
