@@ -368,6 +368,22 @@ def test_a_profile_is_read_as_the_command_line_is(tmp_path: Path) -> None:
     assert (config.extra_battles, config.patience) == (("null",), 10)
 
 
+def test_the_profile_reward_is_full_with_another_start_of_04() -> None:
+    for name, kind in CONFIGS.items():
+        full = kind.from_parameters(DEFAULTS[name], name, "full")
+        if isinstance(full, DecoderConfig):
+            changes = {"checkpoint": "Skywork/Skywork-Reward-V2-Qwen3-4B", "revision": ""}
+            full = dataclasses.replace(full, **changes)
+        assert kind.from_parameters(DEFAULTS[name], name, "reward") == full
+
+
+def test_the_real_run_has_one_more_model_on_every_battle_and_tiny_ones_do_not() -> None:
+    for name in ("03_modernbert", "04_qwen"):
+        for profile, refit in {"full": True, "reward": True, "demo": False, "small": False}.items():
+            config = CONFIGS[name].from_parameters(DEFAULTS[name], name, profile)
+            assert config.refit is refit  # type: ignore[attr-defined]
+
+
 def test_an_unknown_profile_lists_the_existing_ones() -> None:
     with pytest.raises(FileNotFoundError, match=r"'dmeo'.*'demo'"):
         read_profile("dmeo")

@@ -41,7 +41,7 @@ class Examples:
 
 
 def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
-    """Put each battle's vote beside its soft label, for `loss_of`; a row of zeros where it has none.
+    """Put each battle's vote beside its soft label, for `loss_of`; zeros for what it lacks.
 
     The teachers of soft labels were fitted to votes that are held out here, so their student's
     score is slightly optimistic.
@@ -91,7 +91,7 @@ def loss_of(
     teacher = soft ** (1 / config.soft_temperature)
     teacher = teacher / teacher.sum(1, keepdim=True).clamp_min(1e-9)
     student = (logits / config.soft_temperature).log_softmax(1)
-    soft_losses = -config.soft_temperature**2 * (teacher * student).sum(1)
+    soft_losses = -(config.soft_temperature**2) * (teacher * student).sum(1)
     weight = torch.where(has_vote, config.soft_weight, 1.0) * has_soft
     loss = (1 - weight) * vote_losses + weight * soft_losses
     reported = torch.where(has_vote, vote_losses, -(soft * log_probs).sum(1))
