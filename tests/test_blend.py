@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.schema import probs_table, swap_labels, swap_probs
+from src.utils.schema import probs_of, probs_table, swap_labels, swap_probs
 from src.utils.stats.blend import (
     Blend,
     apply_blend,
     choose_blend,
     cross_fit_blend,
     fit_blend,
+    make_soft_labels,
     read_members,
 )
 from src.utils.stats.scores import log_loss
@@ -166,3 +167,25 @@ def test_members_are_read_on_the_battles_that_all_held_out(tmp_path):
     apart = {"some": runs["some"], "apart": write_run(tmp_path / "apart", [5], truth[:1])}
     with pytest.raises(ValueError, match=r"some.*apart"):
         read_members(apart, battles, "this")
+
+
+def test_every_battle_that_a_member_held_out_gets_a_soft_label_that_names_its_members(tmp_path):
+    truth, _ = make_votes(4)
+    battles = pd.DataFrame({"id": [5, 6, 7, 8]})
+    runs = {
+        "wide": write_run(tmp_path / "wide", [7, 5, 6], truth[:3]),
+        "narrow": write_run(tmp_path / "narrow", [6], truth[3:]),
+        "unused": write_run(tmp_path / "unused", [6, 5], truth[:2]),
+    }
+    chosen = Blend(tuple(runs), (0.4, 0.6, 0.0), temperature=1.5)
+    published = np.array([[0.2, 0.3, 0.5]])  # of the one battle that all held out
+    soft = make_soft_labels(chosen, runs, battles, battles[1:2], published)
+    assert soft["id"].tolist() == [5, 6, 7]  # nobody held 8 out
+    assert soft["members"].tolist() == ["wide", "wide + narrow", "wide"]
+    alone = apply_blend(chosen, {"wide": truth[[1, 0]]})
+    np.testing.assert_allclose(probs_of(soft)[[0, 2]], alone, atol=1e-6)
+    np.testing.assert_allclose(probs_of(soft)[1], published[0], atol=1e-6)
+    # One of weight 0 counts, and is named, only where no other held the battle out.
+    last = Blend(tuple(runs), (0.0, 1.0, 0.0))
+    names = make_soft_labels(last, runs, battles, battles[1:2], published)["members"]
+    assert names.tolist() == ["wide + unused", "narrow", "wide"]

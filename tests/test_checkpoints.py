@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -61,6 +63,32 @@ def test_a_tiny_checkpoint_has_the_architecture_of_the_real_one(tiny_base):
     for model in (encoder, decoder):
         assert 0.15e6 < sum(p.numel() for p in model.parameters()) < 2e6
         assert model.config.num_labels == 3
+
+
+@pytest.mark.parametrize("head", ["joint", "contrast"])
+@pytest.mark.parametrize(("config", "kind"), [(ENCODER, "modernbert"), (DECODER, "qwen3")])
+def test_a_new_head_starts_at_the_loss_of_equal_probabilities_and_a_trained_one_is_kept(
+    config, kind, head, demo_pairs, tmp_path
+):
+    config = dataclasses.replace(config, head=head)
+    base = prepare_base(config, demo_pairs, tmp_path / "run" / "base", n_steps=0)
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    [norm] = [name for name in weights if name.endswith(("model.norm.weight", "final_norm.weight"))]
+    weights[norm] *= 50  # last states as large as those of a real decoder
+    save_file(weights, file, metadata={"format": "pt"})
+    model, tokenizer = load_classifier(config, base)
+    labels = torch.tensor(demo_pairs["label"][:8].to_numpy())
+    loss = nn.functional.cross_entropy(logits_of(model, tokenizer, demo_pairs[:8]), labels)
+    assert loss == pytest.approx(np.log(3), abs=1e-6)
+    train_a_little(model, tokenizer, demo_pairs[:8])
+    trained = logits_of(model, tokenizer, demo_pairs[:8])
+    folder = save_model(model, tokenizer, tmp_path / "run" / "model" / "fold_0")
+    again, _ = load_finetuned(folder, config)
+    assert trained.std() > 0.1
+    torch.testing.assert_close(
+        logits_of(again, tokenizer, demo_pairs[:8]), trained, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_missing_tiny_checkpoint_names_what_makes_it(tmp_path):

@@ -310,9 +310,9 @@ def test_what_a_notebook_does_not_show_goes_through_options() -> None:
         "OPTIONS": {"N_SEEDS": 3, "N_EVALS": 2},
     }
     assert chosen["04_qwen"] == {"PROFILE": "none", "OPTIONS": {"N_EVALS": 2}}
-    edited = {"03_modernbert": DEFAULTS["03_modernbert"] | {"OPTIONS": {"PATIENCE": 1}}}
+    edited = {"03_modernbert": DEFAULTS["03_modernbert"] | {"OPTIONS": {"N_PROCESSES": 1}}}
     kept = make_parameters(edited, profile={}, settings=["N_SEEDS=3"])["03_modernbert"]
-    assert kept["OPTIONS"] == {"PATIENCE": 1, "N_SEEDS": 3}
+    assert kept["OPTIONS"] == {"N_PROCESSES": 1, "N_SEEDS": 3}
     parameters = DEFAULTS["03_modernbert"] | chosen["03_modernbert"]
     config = FinetuneConfig.from_parameters(parameters, "03_modernbert")
     assert config == FinetuneConfig(n_epochs=1.0, n_seeds=3, n_evals=2)
@@ -355,7 +355,7 @@ def test_a_profile_is_read_as_the_command_line_is(tmp_path: Path) -> None:
     path.write_text(
         "03:\n  LEARNING_RATE: 1e-4\n  REVISION: 12345e67\n  REFIT: on\n"
         "  N_SEEDS: 010\n  FOLDS: [0, 1]\n  CHECKPOINT: on\n  SOFT_LABELS: 2024-01-01\n"
-        "  EXTRA_BATTLES:\n  - null\n  OPTIONS: {PATIENCE: 1_0}\n01_eda:\n"
+        "  EXTRA_BATTLES:\n  - null\n  OPTIONS: {N_PROCESSES: 1_0}\n01_eda:\n"
     )
     config = FinetuneConfig.from_parameters(DEFAULTS["03_modernbert"], "03_modernbert", str(path))
     assert config.learning_rate == 1e-4
@@ -365,7 +365,23 @@ def test_a_profile_is_read_as_the_command_line_is(tmp_path: Path) -> None:
         "2024-01-01",
     )
     assert (config.refit, config.n_seeds, config.folds) == (True, 10, (0, 1))
-    assert (config.extra_battles, config.patience) == (("null",), 10)
+    assert (config.extra_battles, config.n_processes) == (("null",), 10)
+
+
+def test_the_profile_reward_is_full_with_another_start_of_04() -> None:
+    for name, kind in CONFIGS.items():
+        full = kind.from_parameters(DEFAULTS[name], name, "full")
+        if isinstance(full, DecoderConfig):
+            changes = {"checkpoint": "Skywork/Skywork-Reward-V2-Qwen3-4B", "revision": ""}
+            full = dataclasses.replace(full, **changes)
+        assert kind.from_parameters(DEFAULTS[name], name, "reward") == full
+
+
+def test_the_real_run_has_one_more_model_on_every_battle_and_tiny_ones_do_not() -> None:
+    for name in ("03_modernbert", "04_qwen"):
+        for profile, refit in {"full": True, "reward": True, "demo": False, "small": False}.items():
+            config = CONFIGS[name].from_parameters(DEFAULTS[name], name, profile)
+            assert config.refit is refit  # type: ignore[attr-defined]
 
 
 def test_an_unknown_profile_lists_the_existing_ones() -> None:

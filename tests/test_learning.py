@@ -26,11 +26,12 @@ SETTINGS = {
     "max_tokens": 256,
     "predict_tokens": 256,
     "tokens_per_batch": 2048,
-    "batches_per_step": 1,
+    "tokens_per_step": 2048,
     "both_orders": False,
     "gradient_checkpointing": False,
     "n_epochs": 1.0,
     "n_evals": 1,
+    "refit": False,
     "learning_rate": 1e-3,
 }
 CONFIGS = {

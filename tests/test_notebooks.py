@@ -19,6 +19,7 @@ from tests.conftest import NO_REAL_DATA
 pytestmark = pytest.mark.slow
 
 TINY = ["02_baseline.N_TREES=20", "N_EPOCHS=0.5", "MAX_PAIRS=60", "FOLDS=[0]", "N_EVALS=1"]
+TINY.append("05_ensemble.WRITE_SOFT_LABELS=True")
 MINI_ARENA = ["01_eda.N_DEMO_BATTLES=300", "01_eda.N_DEMO_TEST=24"]
 SUBMISSION = Path("06_kaggle_inference") / "submission.csv"
 
@@ -65,6 +66,14 @@ def test_every_notebook_keeps_its_promises(demo_run):
             assert files_under(artifacts / stage.name, promise), f"{stage.name}/{promise}"
     for name in ("02_baseline", "03_modernbert", "04_qwen", "05_ensemble"):
         assert np.isfinite(json.loads((artifacts / name / "metrics.json").read_text())["log_loss"])
+
+
+def test_soft_labels_cover_every_battle_though_the_networks_held_out_one_fold(demo_run):
+    artifacts, _ = demo_run
+    soft = pd.read_parquet(artifacts / "05_ensemble" / "soft_labels.parquet")
+    pairs = pd.read_parquet(artifacts / "01_eda" / "pairs.parquet")
+    assert soft["id"].tolist() == pairs["id"].tolist()
+    assert (soft["members"][pairs["fold"] != 0] == "02_baseline").all()
 
 
 def test_the_submission_is_valid(demo_run):

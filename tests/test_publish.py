@@ -13,7 +13,7 @@ from src.utils.delivery import publish
 from src.utils.delivery.publish import make_card, publish_model, push_model
 from src.utils.models import checkpoints
 from src.utils.models.checkpoints import load_classifier, save_model
-from src.utils.models.predict import predict_probs
+from src.utils.models.predict import PRECISION_TOLERANCE, predict_probs
 from src.utils.schema import LABELS, probs_table
 from src.utils.stats.scores import log_loss
 
@@ -101,7 +101,7 @@ def test_one_classifier_is_in_memory_at_a_time_in_the_dtype_that_it_has_on_disk(
         "load beside 0",
         "predict with 1, ['torch.bfloat16']",
     ]
-    assert parity["tolerance"] == publish.TOLERANCES[torch.bfloat16] and parity["passed"]
+    assert parity["tolerance"] == PRECISION_TOLERANCE[torch.bfloat16] and parity["passed"]
 
 
 def test_a_difference_beyond_the_tolerance_fails(tiny_base, demo_pairs, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoTokenizer
 
 from src.utils.config import FinetuneConfig
@@ -13,6 +15,7 @@ from src.utils.training.data import (
     NO_VOTE,
     Examples,
     add_extra_battles,
+    loss_of,
     make_targets,
     plan_steps,
     split_step,
@@ -102,24 +105,112 @@ def soft_file(folder, pairs, probs):
     return path
 
 
-def test_targets_are_the_votes_mixed_with_soft_labels_where_there_are_some(demo_pairs, tmp_path):
-    pairs, soft = demo_pairs.head(6), np.tile([0.2, 0.3, 0.5], (4, 1))
+def test_targets_are_the_votes_beside_the_soft_labels_where_there_are_some(demo_pairs, tmp_path):
+    pairs, soft = demo_pairs.head(6), np.random.default_rng(0).dirichlet(np.ones(3), 4)
     votes = np.eye(3)[pairs["label"]]
-    config = FinetuneConfig(
-        soft_labels=str(soft_file(tmp_path, pairs.iloc[[3, 2, 1, 0]], soft)), soft_weight=0.25
-    )
+    config = FinetuneConfig(soft_labels=str(soft_file(tmp_path, pairs.iloc[[3, 2, 1, 0]], soft)))
     targets = make_targets(pairs, config)
-    np.testing.assert_allclose(targets[:4], 0.75 * votes[:4] + 0.25 * soft, atol=1e-6)
-    np.testing.assert_array_equal(targets[4:], votes[4:])
-    np.testing.assert_array_equal(make_targets(pairs, FinetuneConfig()), votes)
+    np.testing.assert_array_equal(targets[:, 0], votes)
+    np.testing.assert_allclose(targets[:4, 1], soft[::-1], atol=1e-6)
+    assert not targets[4:, 1].any()
+    assert not make_targets(pairs, FinetuneConfig())[:, 1].any()
+
+
+def test_the_other_order_has_vote_and_soft_label_exchanged(demo_pairs, tmp_path, tiny_base):
+    pairs, soft = demo_pairs.head(5), np.tile([0.2, 0.3, 0.5], (5, 1))
+    config = dataclasses.replace(ALTERNATING, soft_labels=str(soft_file(tmp_path, pairs, soft)))
+    examples = Examples(pairs, AutoTokenizer.from_pretrained(tiny_base("modernbert")), config)
+    for row in range(5):
+        given, exchanged = examples[2 * row][1], examples[2 * row + 1][1]
+        np.testing.assert_array_equal(exchanged, given[:, [1, 0, 2]])
+        np.testing.assert_allclose(exchanged[1], [0.3, 0.2, 0.5], atol=1e-6)
+
+
+# ---- the loss ----------------------------------------------------------------
+
+
+@pytest.fixture
+def rows():
+    """Logits, votes (the last battle has none) and soft labels (the first has none)."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, generator=generator).requires_grad_()
+    soft = torch.randn(4, 3, generator=generator).softmax(1)
+    votes = torch.eye(3)[[2, 0, 1, 0]]
+    soft[0], votes[3] = 0, 0
+    return logits, votes, soft
+
+
+def loss_with(rows, temperature, weight):
+    logits, votes, soft = rows
+    config = FinetuneConfig(soft_temperature=temperature, soft_weight=weight)
+    return loss_of(logits, torch.stack([votes, soft], dim=1), config)
+
+
+def test_without_soft_labels_the_loss_is_that_of_the_votes(rows):
+    logits, votes, _ = rows
+    expected = cross_entropy(logits[:3], votes[:3].argmax(1), reduction="sum")
+    targets = torch.stack([votes, torch.zeros(4, 3)], dim=1)[:3]
+    for loss in loss_of(logits[:3], targets, FinetuneConfig()):
+        torch.testing.assert_close(loss, expected)
+
+
+def test_at_temperature_1_soft_labels_are_mixed_with_the_votes(rows):
+    logits, votes, soft = rows
+    mixed = 0.75 * votes + 0.25 * soft
+    mixed[0], mixed[3] = votes[0], soft[3]
+    loss, _ = loss_with(rows, 1.0, 0.25)
+    torch.testing.assert_close(loss, cross_entropy(logits, mixed, reduction="sum"))
+
+
+def test_the_gradient_is_that_of_hintons_loss(rows):
+    logits, votes, soft = rows
+    loss, _ = loss_with(rows, 5.0, 0.9)
+    (found,) = torch.autograd.grad(loss, logits)
+    teacher = (soft[1:].log() / 5).softmax(1)
+    divergence = kl_div((logits[1:] / 5).log_softmax(1), teacher, reduction="none").sum(1)
+    expected = 25 * (torch.tensor([0.9, 0.9, 1.0]) * divergence).sum()
+    expected = expected + cross_entropy(logits[0:1], votes[0:1])
+    expected = expected + 0.1 * cross_entropy(logits[1:3], votes[1:3], reduction="sum")
+    torch.testing.assert_close(found, torch.autograd.grad(expected, logits)[0])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 5.0])
+def test_a_student_that_agrees_with_its_teacher_stays_calibrated_at_any_temperature(
+    rows, temperature
+):
+    _, votes, soft = rows
+    logits = soft[1:].log().requires_grad_()
+    loss, _ = loss_with((logits, votes[1:], soft[1:]), temperature, 1.0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("temperature", "weight"), [(1.0, 0.5), (5.0, 0.9)])
+def test_the_loss_to_report_is_that_of_the_votes_at_any_temperature_and_weight(
+    rows, temperature, weight
+):
+    logits, votes, soft = rows
+    expected = cross_entropy(logits[:3], votes[:3].argmax(1), reduction="sum")
+    expected = expected + cross_entropy(logits[3:], soft[3:], reduction="sum")
+    _, reported = loss_with(rows, temperature, weight)
+    torch.testing.assert_close(reported, expected)
+
+
+def test_a_teacher_that_is_certain_gives_a_finite_loss():
+    logits = torch.zeros(1, 3, requires_grad=True)
+    certain = torch.tensor([[1.0, 0.0, 0.0]])
+    for loss in loss_with((logits, certain, certain), 5.0, 0.9):
+        assert loss.isfinite()
 
 
 def test_soft_labels_of_other_battles_or_of_no_file_are_refused(demo_pairs, tmp_path):
     with pytest.raises(FileNotFoundError, match="WRITE_SOFT_LABELS"):
         make_targets(demo_pairs, FinetuneConfig(soft_labels=str(tmp_path / "none.parquet")))
     path = soft_file(tmp_path, demo_pairs.head(2), np.full((2, 3), 1 / 3))
-    with pytest.raises(ValueError, match="found none"):
-        make_targets(demo_pairs.tail(5), FinetuneConfig(soft_labels=str(path)))
+    others = demo_pairs[2:][demo_pairs["fold"][2:] != 0]
+    expected = rf"{len(others)} battles .* folds \[1, 2, 3, 4\], found none.*WRITE_SOFT_LABELS=True"
+    with pytest.raises(ValueError, match=expected):
+        make_targets(others, FinetuneConfig(soft_labels=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -193,8 +284,21 @@ def test_battles_without_votes_learn_from_a_submission(arena_and_extra, tmp_path
     train_pairs = add_extra_battles(arena, np.zeros(200, dtype=bool), config)
     assert (train_pairs["label"][200:] == NO_VOTE).all()
     targets = make_targets(train_pairs, config)
-    np.testing.assert_array_equal(targets[:200], np.eye(3)[arena["label"]])
-    np.testing.assert_allclose(targets[200:], soft, atol=1e-6)
+    np.testing.assert_array_equal(targets[:200, 0], np.eye(3)[arena["label"]])
+    np.testing.assert_allclose(targets[200:, 1], soft, atol=1e-6)
+    assert not targets[200:, 0].any() and not targets[:200, 1].any()
+
+
+def test_extra_battles_with_votes_need_no_soft_labels(arena_and_extra, tmp_path):
+    arena, extra = arena_and_extra
+    soft = soft_file(tmp_path, arena, np.full((200, 3), 1 / 3))
+    files = (battle_file(tmp_path / "extra.csv", extra),)
+    config = FinetuneConfig(extra_battles=files, soft_labels=str(soft))
+    train_pairs = add_extra_battles(arena, np.zeros(200, dtype=bool), config)
+    targets = make_targets(train_pairs, config)
+    assert (
+        targets[:, 0].any(1).all() and targets[:, 1].any(1).tolist() == [True] * 200 + [False] * 40
+    )
 
 
 def test_a_battle_without_a_vote_or_a_soft_label_is_named(arena_and_extra, tmp_path):

@@ -126,8 +126,8 @@ def swap_labels(labels: np.ndarray) -> np.ndarray:
 
 
 def swap_probs(probs: np.ndarray) -> np.ndarray:
-    """Exchange the columns of A and B: (N, C) -> (N, C), an array or a tensor."""
-    return probs[:, SWAPPED_LABELS]
+    """Exchange the columns of A and B: (..., C) -> (..., C), an array or a tensor."""
+    return probs[..., SWAPPED_LABELS]
 
 
 def average_over_swap(probs: np.ndarray, probs_swapped: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from accelerate.utils import release_memory
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
@@ -44,7 +45,9 @@ def publish_model(
 ) -> dict[str, Any]:
     """Merge a fine-tuned model, save it, and compare what is on disk with the unmerged model.
 
-    One copy of the weights is in memory at a time, in the dtype that it has on disk. `source` is a saved model, trained with `config`; `pairs` are N held-out battles with label,
+    One copy of the weights is in memory at a time, in the dtype that it has on disk.
+
+    `source` is a saved model, trained with `config`; `pairs` are N held-out battles with label,
     and `oof` has their id and held-out probabilities. `folder` gets the merged model.
 
     Returns:

@@ -113,6 +113,7 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
         ) from error
     _check_loaded(source, head_names(skeleton), loading)
     _replace_mismatched_heads(model, skeleton)
+    _zero_new_heads(model, skeleton, loading)
     tokenizer.pad_token = choose_pad_token(tokenizer)
     tokenizer.padding_side = "right"
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -128,8 +129,6 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
             module.support_avx512bf16_for_cpu = False
     if config.head == "contrast":
         model.pieces = make_pieces(tokenizer)
-        if any(name.startswith("contrast.") for name in loading["missing_keys"]):
-            nn.init.zeros_(model.contrast.weight)  # a new one starts as the joint head alone
     return (model if options else model.to(device)), tokenizer
 
 
@@ -176,8 +175,21 @@ def _replace_mismatched_heads(model: Any, skeleton: nn.Module) -> None:
             parameter = model.get_parameter(name)
             if parameter.shape != expected.shape:
                 parameter.data = parameter.new_zeros(expected.shape)
-                if expected.dim() > 1:
-                    nn.init.normal_(parameter, std=model.config.get_text_config().initializer_range)
+
+
+def _zero_new_heads(model: Any, skeleton: nn.Module, loading: dict[str, Iterable]) -> None:
+    """Start new heads at equal probabilities, a loss of ln 3: their last layers become 0.
+
+    Random weights on a base's large last states would cost nats in the first steps, and the
+    largest of all gradients.
+    """
+    new = {*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}
+    for head in head_names(skeleton):
+        for name, module in model.get_submodule(head).named_modules(prefix=head):
+            is_last = isinstance(module, nn.Linear) and module.out_features in (1, len(LABELS))
+            if is_last and f"{name}.weight" in new:
+                for parameter in module.parameters():
+                    nn.init.zeros_(parameter)
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:

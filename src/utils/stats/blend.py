@@ -6,6 +6,7 @@ predictions whose rows sum to 1, `labels` (N,) int in 0..C-1, and `groups` (N,) 
 """
 
 from collections.abc import Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,7 +20,7 @@ from sklearn.model_selection import GroupKFold
 
 from src.utils.config import Config
 from src.utils.runs import read_json
-from src.utils.schema import LABELS, TIE, check_probs, probs_of
+from src.utils.schema import LABELS, TIE, check_probs, probs_of, probs_table
 from src.utils.stats.scores import MIN_PROB, log_loss, row_losses
 
 Members = Mapping[str, np.ndarray]
@@ -169,6 +170,38 @@ def choose_blend(
         return fit_blend(members, labels), blended, f"The blend is published: {scores}."
     alone = Blend(tuple(members), tuple(float(name == best) for name in members))
     return alone, members[best], f"The blend is no better, so {best} is published: {scores}."
+
+
+def make_soft_labels(
+    blend: Blend,
+    runs: Mapping[str, Path],
+    battles: pd.DataFrame,
+    pairs: pd.DataFrame,
+    probs: np.ndarray,
+) -> pd.DataFrame:
+    """Make a soft label of every battle that at least one member of a blend held out.
+
+    `pairs`, which all members held out, keep `probs`, (N, C), where no row was fitted to its own
+    vote. Others get the blend of the members that they have, the other weights scaled up; no
+    weight was fitted to them. `runs` is name -> run folder, `battles` are all, in order.
+
+    Returns:
+        id, `members` (the names that count in this row, e.g. "02_baseline + 04_qwen"), and one
+        float32 column per class.
+    """
+    tables = [pd.read_parquet(runs[name] / "oof.parquet") for name in blend.members]
+    # Reindexed to all battles: NaN where a member did not hold a battle out.
+    held = [table.set_index("id").reindex(battles["id"])[list(LABELS)] for table in tables]
+    stacked = np.stack([table.to_numpy(dtype=np.float64) for table in held])
+    present = np.isfinite(stacked).all(axis=2)
+    has_any = present.any(axis=0)
+    ids = battles["id"][has_any]
+    blended = apply_blend(blend, dict(zip(blend.members, stacked[:, has_any], strict=True)))
+    blended[pd.Index(ids).get_indexer(pairs["id"])] = probs
+    counts = present & (np.array(blend.weights) > 0)[:, None]
+    counts = np.where(counts.any(axis=0), counts, present)[:, has_any]
+    names = [" + ".join(compress(blend.members, column)) for column in counts.T]
+    return probs_table(ids, blended, members=names)
 
 
 def _pool(stacked: np.ndarray, shares: np.ndarray, pool: Pool) -> np.ndarray:

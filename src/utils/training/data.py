@@ -1,4 +1,4 @@
-"""Make the training data: battles in both orders, their targets, and the plan of batches."""
+"""Make the training data: battles in both orders, targets and their loss, the plan of batches."""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from src.utils.battles.readers import hash_prompt, load_pairs, read_table
@@ -21,7 +22,8 @@ NO_VOTE = -1  # label of a battle that has a soft label only
 class Examples:
     """Every battle twice: item 2i is battle i as given, item 2i + 1 has its answers exchanged.
 
-    An item has token ids, (tokens,) int32, and a target, (C,) float32; `lengths` is (N,) int.
+    An item has token ids, (tokens,) int32, and a target, (2, C) float32, of `make_targets`;
+    `lengths` is (N,) int.
     """
 
     def __init__(
@@ -38,35 +40,61 @@ class Examples:
 
 
 def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
-    """Mix votes with soft labels, where there are any; without a vote the soft label counts alone.
+    """Put each battle's vote beside its soft label, for `loss_of`; zeros for what it lacks.
 
     The teachers of soft labels were fitted to votes that are held out here, so their student's
     score is slightly optimistic.
 
-    `pairs` are N battles with `id` and `label`, which may be `NO_VOTE`. Returns (N, C) float32,
-    rows sum to 1.
+    `pairs` are N battles with `id` and `label`, which may be `NO_VOTE`. Returns (N, 2, C) float32:
+    the vote (one 1), the soft label (sums to 1).
 
     ValueError if the file does not fit, or a battle has neither vote nor soft label.
-
-    Source: distillation, Hinton et al. 2015, arXiv:1503.02531.
     """
     labels = pairs["label"].to_numpy(dtype=np.int64)
     has_vote = labels != NO_VOTE
-    votes = np.eye(len(LABELS))[labels]
-    soft = np.full_like(votes, np.nan)
+    votes = np.eye(len(LABELS))[labels] * has_vote[:, None]
+    soft = np.zeros_like(votes)
     if config.soft_labels:
-        soft = _read_soft_labels(find_file(config.soft_labels), pairs["id"])
-    has_soft = np.isfinite(soft).all(axis=1)
-    has_neither = ~has_vote & ~has_soft
+        soft = _read_soft_labels(find_file(config.soft_labels), pairs)
+    has_neither = ~has_vote & ~soft.any(axis=1)
     if has_neither.any():
         battle = pairs[has_neither].iloc[0]
         raise ValueError(
             f"{battle.get('source', 'pairs')}, id {battle['id']}: expected a vote or a soft label, "
             f"found neither, as in {has_neither.sum()} battles; add them to the file of soft_labels"
         )
-    weight = np.where(has_vote, config.soft_weight, 1.0)[:, None]
-    mixed = (1 - weight) * votes + weight * soft
-    return np.where(has_soft[:, None], mixed, votes).astype(np.float32)
+    return np.stack([votes, soft], axis=1).astype(np.float32)
+
+
+def loss_of(
+    logits: torch.Tensor, targets: torch.Tensor, config: FinetuneConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the loss to minimise and the one to report: sums over the rows, nats.
+
+    With temperature T and weight w (`soft_temperature`, `soft_weight`) a row's loss is
+    (1 - w) × cross-entropy(vote, softmax(z)) + w × T² × cross-entropy(teacher, softmax(z / T)),
+    where the teacher is the soft label to the power 1 / T, normalised; w is 0 without a soft label
+    and 1 without a vote. T² keeps the soft term's gradient the same size at every T. Reported is
+    the log loss of the vote, or of a battle without one the cross-entropy with its soft label.
+
+    `logits` are (rows, C) 32-bit, `targets` (rows, 2, C), of `make_targets`.
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
+    """
+    votes, soft = targets.unbind(1)
+    has_vote, has_soft = votes.any(1), soft.any(1)
+    log_probs = logits.log_softmax(1)
+    vote_losses = -(votes * log_probs).sum(1)
+    if not has_soft.any():
+        return vote_losses.sum(), vote_losses.sum()
+    teacher = soft ** (1 / config.soft_temperature)
+    teacher = teacher / teacher.sum(1, keepdim=True).clamp_min(1e-9)
+    student = (logits / config.soft_temperature).log_softmax(1)
+    soft_losses = -(config.soft_temperature**2) * (teacher * student).sum(1)
+    weight = torch.where(has_vote, config.soft_weight, 1.0) * has_soft
+    loss = (1 - weight) * vote_losses + weight * soft_losses
+    reported = torch.where(has_vote, vote_losses, -(soft * log_probs).sum(1))
+    return loss.sum(), reported.sum()
 
 
 def find_file(name: str) -> Path:
@@ -79,9 +107,9 @@ def find_file(name: str) -> Path:
     return path
 
 
-def _read_soft_labels(path: Path, ids: pd.Series) -> np.ndarray:
-    """(N, C) float64 in the order of the ids; NaN where a battle has none."""
-    table = read_table(path)
+def _read_soft_labels(path: Path, pairs: pd.DataFrame) -> np.ndarray:
+    """(N, C) float64 in the order of the battles; zeros where one has none."""
+    table, ids = read_table(path), pairs["id"]
     try:
         probs = probs_of(table)
         rows = pd.Index(table["id"].astype(str)).get_indexer(pd.Index(ids.astype(str)))
@@ -89,9 +117,14 @@ def _read_soft_labels(path: Path, ids: pd.Series) -> np.ndarray:
         raise ValueError(
             f"soft_labels: {path}: expected columns id and {LABELS}, one row per id: {error}"
         ) from error
-    if (rows < 0).all():
-        raise ValueError(f"soft_labels: {path}: expected some of {len(ids)} battles, found none")
-    return np.where(rows[:, None] < 0, np.nan, probs[rows])
+    folds = sorted(set(pairs["fold"]) - {NO_VOTE})  # none: extra battles, which may have votes
+    if folds and (rows < 0).all():
+        raise ValueError(
+            f"soft_labels: {path}: expected some of the {len(ids)} battles to train on, of folds "
+            f"{folds}, found none; run 02, then 05 with WRITE_SOFT_LABELS=True: it writes every "
+            "battle that one of its members held out, and 02 holds out all"
+        )
+    return np.where(rows[:, None] < 0, 0.0, probs[rows])
 
 
 def add_extra_battles(

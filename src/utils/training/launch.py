@@ -47,8 +47,7 @@ def fit_launched(
 ) -> FitResult:
     """Train as `fit.fit` does, in `config.n_processes` processes, and show their output.
 
-    The result is that of one process, up to rounding; `batches_per_step` is raised to a multiple
-    of the number of processes.
+    The result is that of one process, up to rounding.
 
     Raises:
         ValueError: more processes than GPUs.

@@ -27,7 +27,7 @@ from src.utils.runs import atomic_folder, measure_peak_mib, write_json, write_ma
 from src.utils.schema import probs_table
 from src.utils.stats.scores import log_loss
 from src.utils.training import processes
-from src.utils.training.data import Examples, plan_steps, split_step
+from src.utils.training.data import Examples, loss_of, plan_steps, split_step
 from src.utils.training.earlier import RECORD
 from src.utils.training.heldout import HeldOut, Member, predict_heldout, sample_groups
 from src.utils.training.processes import rank, world_size
@@ -178,7 +178,7 @@ class FoldTrainer:
         return int(lengths.sum() if self.is_packed else len(items) * lengths.max())
 
     def _add_gradients(self, passes: list[list[int]]) -> torch.Tensor:
-        """Add the gradients of a step's passes; returns the sum of the row losses."""
+        """Add the gradients of a step's passes; returns the sum of the losses to report."""
         # The mean loss of a step's own rows would give a battle in a small step (of long battles)
         # more weight than one in a large step: divide by the mean rows per step.
         is_mixed = self.dtype != torch.float32
@@ -187,9 +187,9 @@ class FoldTrainer:
             inputs, targets = self._collate(items)
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed):
                 logits = self.model(**inputs).logits
-            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            loss, reported = loss_of(logits.float(), targets, self.config)
             self.scaler.scale(loss / self._rows_per_step).backward()
-            loss_sum += loss.detach()
+            loss_sum += reported.detach()
         return loss_sum
 
     def _collate(self, items: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
