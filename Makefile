@@ -18,7 +18,7 @@ SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(SUITE_
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
-	@echo "  run takes DATA=… TEST=… PROFILE=demo|small|full|file.yaml NB=02-05 SET=\"03.N_EPOCHS=1\" ARTIFACTS=… FORCE=1 LIST=1"
+	@echo "  run takes DATA=… TEST=… PROFILE=demo|small|full|file.yaml NB=02-05 SET=\"03.N_EPOCHS=1\" ARTIFACTS=… FORCE=1 LIST=1; it remembers PROFILE, DATA and TEST"
 
 # uv installs several times as fast as pip, which is what remains where uv cannot be had. The build of torch that fits this
 # machine comes from its makers' own index; where that is out of reach, the plain index's serves everywhere.
@@ -83,5 +83,12 @@ docs: $(READY)  ## docs/parameters.md, made anew from the settings
 notebook: $(READY)  ## Jupyter Lab in the notebooks folder
 	@$(BIN)/jupyter lab --notebook-dir notebooks
 
-clean:  ## remove artifacts and build, keep data and .venv
-	rm -rf artifacts build
+clean:  ## remove build and caches, keep data, .venv and the trained models in artifacts (FORCE=1 removes artifacts, too)
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	@find src tests docs benchmarks kaggle_kernel -name __pycache__ -prune -exec rm -rf {} +
+ifneq ($(filter-out 0,$(FORCE)),)
+	rm -rf "$(or $(ARTIFACTS),artifacts)"
+else
+	@if [ -e "$(or $(ARTIFACTS),artifacts)" ]; then \
+		echo "Kept: $(or $(ARTIFACTS),artifacts), with all trained models. make clean FORCE=1 removes it."; fi
+endif

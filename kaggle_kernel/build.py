@@ -22,7 +22,7 @@ from pathlib import Path
 import nbformat
 
 from src.utils import paths
-from src.utils.runs import read_json, write_json
+from src.utils.runs import atomic_folder, read_json, write_json
 from src.utils.stats.blend import Blend
 
 HERE = Path(__file__).resolve().parent
@@ -199,7 +199,7 @@ def build(
 
     Args:
         artifacts: folder of the finished run folders.
-        target: replaced.
+        target: replaced, if all goes well.
         owner: Kaggle user name.
         wheels: add the wheels that the image lacks.
         model_sources: Kaggle Models to attach, e.g. the base of an adapter.
@@ -208,15 +208,15 @@ def build(
     Returns:
         The members of the blend.
     """
-    shutil.rmtree(target, ignore_errors=True)
-    kernel, dataset = target / "kernel", target / "dataset"
-    members = copy_runs(artifacts, dataset, equal)
-    metadata = make_metadata(owner, members, model_sources)
-    write_json(kernel / "kernel-metadata.json", metadata["kernel-metadata.json"])
-    write_json(dataset / "dataset-metadata.json", metadata["dataset-metadata.json"])
-    nbformat.write(make_kernel(), kernel / metadata["kernel-metadata.json"]["code_file"])
-    if wheels:
-        download_wheels(dataset / "wheels")
+    with atomic_folder(target) as folder:
+        kernel, dataset = folder / "kernel", folder / "dataset"
+        members = copy_runs(artifacts, dataset, equal)
+        metadata = make_metadata(owner, members, model_sources)
+        write_json(kernel / "kernel-metadata.json", metadata["kernel-metadata.json"])
+        write_json(dataset / "dataset-metadata.json", metadata["dataset-metadata.json"])
+        nbformat.write(make_kernel(), kernel / metadata["kernel-metadata.json"]["code_file"])
+        if wheels:
+            download_wheels(dataset / "wheels")
     return members
 
 

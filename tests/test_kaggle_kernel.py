@@ -91,6 +91,9 @@ def test_the_first_cell_makes_the_package_importable_from_anywhere(tmp_path):
 
 
 def test_the_build_holds_the_models_of_the_blend_and_nothing_else(artifacts, tmp_path):
+    aside = artifacts / "04_qwen" / "earlier" / "0123" / "fold_0"
+    aside.mkdir(parents=True)
+    (aside / "model.safetensors").touch()
     build.build(artifacts, tmp_path / "kaggle", "ada")
     files = {
         str(path.relative_to(tmp_path / "kaggle"))
@@ -114,6 +117,15 @@ def test_the_build_asks_for_an_unfinished_model(artifacts, tmp_path):
     (artifacts / "04_qwen" / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"04_qwen.*NB=01,04"):
         build.build(artifacts, tmp_path / "kaggle", "ada")
+
+
+def test_a_build_that_fails_leaves_the_one_before(artifacts, tmp_path):
+    build.build(artifacts, tmp_path / "kaggle", "ada")
+    with pytest.raises(FileNotFoundError, match="03_modernbert"):
+        build.build(artifacts, tmp_path / "kaggle", "ada", equal=["03_modernbert"])
+    assert (tmp_path / "kaggle/dataset/04_qwen/model/fold_0/model.safetensors").exists()
+    build.build(artifacts, tmp_path / "kaggle", "ada", equal=["02_baseline"])
+    assert not (tmp_path / "kaggle/dataset/04_qwen").exists()
 
 
 def test_an_adapter_whose_base_is_on_the_hub_is_named(artifacts):

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.models.checkpoints import load_finetuned
 from src.utils.models.predict import predict_probs
+from src.utils.paths import SETTINGS
+from src.utils.runs import write_json
 from src.utils.schema import probs_of
 from src.utils.training import launch
 from src.utils.training.launch import count_processes, fit_launched, read_config
@@ -164,6 +166,13 @@ def test_the_settings_are_those_of_the_notebook_the_profile_and_the_command_line
     )
     assert isinstance(config, DecoderConfig)
     assert (config.checkpoint, config.n_seeds, config.quantization) == ("tiny:qwen3", 2, "none")
+
+
+def test_the_profile_is_the_one_that_the_last_run_of_the_artifacts_named(tmp_path):
+    write_json(tmp_path / SETTINGS, {"PROFILE": "demo"})
+    for artifacts, checkpoint in ((tmp_path, "tiny:qwen3"), (tmp_path / "other", "Qwen/")):
+        config = read_config(artifacts / "04_qwen", None, "auto", [])
+        assert config.checkpoint.startswith(checkpoint)
 
 
 def test_a_run_folder_that_no_notebook_has_is_named():

@@ -122,6 +122,45 @@ def test_the_profile_follows_the_battles() -> None:
     assert paths.choose_profile("none") == "none"
 
 
+def test_the_profile_that_the_last_run_named_comes_before_the_battles(tmp_path: Path) -> None:
+    make_files(paths.run_dir("01_eda"), "truth.parquet")
+    remembered = '{"PROFILE": "full", "DATA": "/somewhere"}'
+    (tmp_path / "artifacts" / paths.SETTINGS).write_text(remembered)
+    assert paths.choose_profile("auto") == "full"
+    assert paths.choose_profile("small") == "small"
+    other = make_files(tmp_path / "other" / "01_eda", "truth.parquet").parent
+    assert paths.choose_profile("auto", other) == "demo"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"PROFILE": 3}', '{"PROFIL": "full"}', "null", '"full"']
+)
+def test_damaged_settings_are_named(tmp_path: Path, text: str) -> None:
+    assert paths.read_remembered(tmp_path) == {}
+    (tmp_path / paths.SETTINGS).write_text(text)
+    with pytest.raises(ValueError, match=r"settings\.json: .*PROFILE.*delete"):
+        paths.read_remembered(tmp_path)
+
+
+def test_demo_names_the_demo_arena_beside_raw_data(tmp_path: Path) -> None:
+    make_files(tmp_path / "home" / "data" / "raw", "train.csv")
+    assert paths.find_raw_data("demo") == paths.RawData("demo", (), None, None)
+    arena = make_files(tmp_path / "artifacts" / "01_eda" / "arena", "train.csv")
+    assert paths.find_raw_data(" demo ").train == (arena / "train.csv",)
+
+
+def test_paths_are_made_absolute_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_files(tmp_path / "cwd", "a.csv", "b.csv", "c d.csv"))
+    here = tmp_path / "cwd"
+    assert paths.make_absolute("a.csv b.csv") == f"{here / 'a.csv'} | {here / 'b.csv'}"
+    assert paths.make_absolute("c d.csv") == str(here / "c d.csv")
+    assert paths.make_absolute("../cwd") == str(here)
+    assert paths.make_absolute("~/x") == str(Path.home() / "x")
+    assert [paths.make_absolute(text) for text in ("", "demo")] == ["", "demo"]
+
+
 @pytest.mark.parametrize(
     ("name", "place"),
     [

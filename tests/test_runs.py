@@ -131,6 +131,7 @@ def test_the_leaderboard_has_every_completed_run_the_best_of_its_data_first(tmp_
     make_run(tmp_path / "search" / "ridge" / "0" / "02_baseline", 1.02, peak_mib=100.0)
     make_run(tmp_path / "03_modernbert", 0.9, data="e")
     make_run(tmp_path / "03_modernbert" / "model" / "fold_0", 0.8)  # part of a run
+    make_run(tmp_path / "03_modernbert" / "earlier" / "0123" / "fold_0", 0.7)  # set aside
     runs.write_json(tmp_path / "01_eda" / "metrics.json", {"n_pairs": 10})  # not a model
     (tmp_path / "04_qwen").mkdir()
     table = runs.write_leaderboard(tmp_path)

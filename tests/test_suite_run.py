@@ -148,22 +148,49 @@ def test_metrics_edited_by_hand_are_detected(folder, text):
     assert reasons(folder) == {"02_count": "output metrics.json is changed"}
 
 
-def test_a_folder_with_a_damaged_file_is_removed_as_one(folder):
-    model = folder / "artifacts/02_count/model"
-    (model / "words.safetensors").write_text("damaged")
-    (model / "finished").touch()
+def test_a_damaged_model_is_left_to_its_notebook_but_a_damaged_base_goes(folder):
+    run_folder = folder / "artifacts/02_count"
+    (run_folder / "base").mkdir()
+    (run_folder / "base/weights").write_text("1")
+    (run_folder / "run.json").unlink()
+    run(folder)
+    (run_folder / "model/words.safetensors").write_text("damaged")
     runner.clear_outputs(make_pipeline(folder), STAGES[1])
-    assert not model.exists()
+    assert (run_folder / "model/words.safetensors").read_text() == "damaged"
+    assert (run_folder / "base").exists()
+    run(folder)
+    (run_folder / "base/weights").write_text("damaged")
+    runner.clear_outputs(make_pipeline(folder), STAGES[1])
+    assert not (run_folder / "base").exists()
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "model/fold_1", "count.txt.d"])
+@pytest.mark.parametrize("force", [True, False])
+def test_only_force_removes_what_training_left(folder, force, place):
+    file = folder / "artifacts/02_count" / place / "step.safetensors"
+    file.parent.mkdir()
+    file.touch()
+    assert reasons(folder) == {}
+    runner.clear_outputs(make_pipeline(folder, force), STAGES[1])
+    assert file.exists() != force
 
 
 @pytest.mark.parametrize("force", [True, False])
-def test_only_force_removes_checkpoints(folder, force):
-    checkpoint = folder / "artifacts/02_count/checkpoints/step.safetensors"
-    checkpoint.parent.mkdir()
-    checkpoint.touch()
+def test_not_even_force_removes_the_models_that_were_set_aside(folder, force):
+    file = folder / "artifacts/02_count/earlier/0123/fold_0/model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    run(folder, ["02_count"], force)
+    assert file.exists()
+    file.write_text("Whatever happens there says nothing about the run.")
     assert reasons(folder) == {}
-    runner.clear_outputs(make_pipeline(folder, force), STAGES[1])
-    assert checkpoint.exists() != force
+
+
+def test_a_rerun_removes_only_the_marks_of_completeness(folder):
+    run_folder = folder / "artifacts/02_count"
+    runner.clear_outputs(make_pipeline(folder), STAGES[1])
+    left = {path.name for path in run_folder.iterdir()}
+    assert left == {"count.txt", "history.csv", "model"}
 
 
 def test_an_added_file_is_no_damage(folder):
@@ -204,6 +231,7 @@ def test_a_failing_cell_stops_the_suite_and_is_shown(folder):
         (("time.sleep(1)\nos.kill(os.getpid(), 9)", WRITE_COUNT), r"[1-9]\d+ MiB.*os.kill"),
         ((WRITE_COUNT, "(root / '02_count/count.txt').unlink()"), "did not write .*count.txt"),
         ((WRITE_COUNT.replace("count.txt", "counts.txt"),), "did not write .*count.txt"),
+        ((WRITE_COUNT.partition("scores")[0],), "did not write .*metrics.json"),
     ],
 )
 def test_a_run_that_only_seems_to_end_well_fails(folder, cells, message):

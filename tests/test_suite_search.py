@@ -16,9 +16,12 @@ from optuna.trial import TrialState, create_trial
 from test_suite_run import HEAD, STAGES, WRITE_WORDS, write_count, write_notebook
 
 from src.utils.config import SuiteError
-from src.utils.runs import write_pairs
+from src.utils.paths import SETTINGS
+from src.utils.runs import write_json, write_pairs
 from src.utils.suite import search as module
 from src.utils.suite.pipeline import Pipeline
+from src.utils.suite.run import make_pipeline as make_pipeline_of_suite
+from src.utils.suite.run import parse_arguments
 from src.utils.suite.search import COMPLETE, PRUNED, Space, read_space, run_trial, search
 
 # Scores (RATE - 2)**2; a run with a bad score takes a minute.
@@ -230,3 +233,25 @@ def test_the_command_runs_a_search_and_names_what_is_wrong(folder, monkeypatch, 
     assert len(re.findall(r"[01]\.0000  00\d,RATE=[123]\n", capsys.readouterr().out)) == 2
     with pytest.raises(SuiteError, match=r"none\.yaml"):
         module.main([str(folder / "none.yaml")])
+
+
+def test_trials_get_the_remembered_profile_and_data(folder, monkeypatch):
+    artifacts, given = folder / "artifacts", []
+    (folder / "train.csv").touch()
+    named = {"PROFILE": "full", "DATA": str(folder / "train.csv")}
+    write_json(artifacts / SETTINGS, named)
+    monkeypatch.setenv("ARENA_ARTIFACTS", str(artifacts))
+
+    def note(space, pipeline, storage, n_trials, options):
+        given.append(make_pipeline_of_suite(parse_arguments(options)))
+        return optuna.create_study()
+
+    monkeypatch.setattr(module, "search", note)
+    (folder / "space.yaml").write_text("notebook: '03'\nparameters: {SEED: ['1']}")
+    module.main([str(folder / "space.yaml"), "--set", "N_SEEDS=2"])
+    (artifacts / SETTINGS).unlink()
+    module.main([str(folder / "space.yaml"), "--profile", "demo"])
+    checkpoints = [run.all_parameters("03_modernbert")["CHECKPOINT"] for run in given]
+    assert checkpoints == ["answerdotai/ModernBERT-base", "tiny:modernbert"]
+    assert given[0].parameters["01_eda"]["DATA"] == named["DATA"]
+    assert not (artifacts / SETTINGS).exists(), "a search is no `make run`"

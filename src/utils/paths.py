@@ -7,6 +7,9 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 ROOT = Path(__file__).resolve().parents[2]
 # Real battles for tests and benchmarks; their text is never committed.
@@ -15,6 +18,9 @@ KAGGLE = Path(os.environ.get("ARENA_KAGGLE_ROOT", "/kaggle"))  # the rehearsal m
 KAGGLE_INPUT = KAGGLE / "input"
 KAGGLE_WORKING = KAGGLE / "working"
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+DEMO = "demo"  # as DATA: the demo arena, whatever is in data/raw
+SETTINGS = "settings.json"  # in an artifacts folder: what the last `make run` there named
+_REMEMBERED: TypeAdapter[Any] = TypeAdapter(dict[Literal["PROFILE", "DATA", "TEST"], str])
 
 
 def on_kaggle() -> bool:
@@ -70,11 +76,27 @@ def _letters(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
-def choose_profile(profile: str) -> str:
-    """Resolve "auto": "demo" when the battles are those of the demo arena, else "full"."""
+def read_remembered(artifacts: Path) -> dict[str, str]:
+    """Read what runs in an artifacts folder named of PROFILE, DATA, TEST; ValueError if damaged."""
+    path = artifacts / SETTINGS
+    try:
+        return _REMEMBERED.validate_json(path.read_bytes()) if path.exists() else {}
+    except ValidationError as error:
+        expected = "expected JSON with texts for some of PROFILE, DATA and TEST"
+        found = f"{error.errors()[0]['msg']}; delete the file and name them once more"
+        raise ValueError(f"{path}: {expected}, got {found}") from error
+
+
+def choose_profile(profile: str, artifacts: Path | None = None) -> str:
+    """Resolve "auto": the profile that a run in the artifacts folder named last, if one did.
+
+    Else "demo" when the battles are those of the demo arena, and "full" when they are others.
+    """
+    folder = artifacts or artifacts_dir()
     if profile != "auto":
         return profile
-    return "demo" if (artifacts_dir() / "01_eda" / "truth.parquet").exists() else "full"
+    is_demo = (folder / "01_eda" / "truth.parquet").exists()
+    return read_remembered(folder).get("PROFILE") or ("demo" if is_demo else "full")
 
 
 @dataclass(frozen=True)
@@ -100,17 +122,27 @@ def find_raw_data(data: str = "", test: str = "") -> RawData:
         data: a folder in the competition's layout (`train`, `test`, `sample_submission` with any
             of the suffixes), a training file, or several separated by spaces; a `|` separates
             paths that hold spaces. A folder without a `train` file gives every other table in it.
-            Empty: `data/raw`, else Kaggle's input, else the demo arena that 01 makes.
+            Empty: `data/raw`, else Kaggle's input, else the demo arena that 01 makes; "demo":
+            that arena.
         test: a test file that is not beside the training files.
 
     Raises:
         FileNotFoundError: a path is given and does not exist, or a folder holds no table.
     """
-    source = _read_given(data.strip()) if data.strip() else _search()
+    data = data.strip()
+    source = _read_given(data) if data else _search()
     if not test.strip():
         return source
     path = _existing(test)
     return replace(_read_folder(path.parent, source.kind), train=source.train, test=path)
+
+
+def make_absolute(data: str) -> str:
+    """Make the paths of `find_raw_data`'s arguments absolute, to hold in any working folder."""
+    if data in ("", DEMO):
+        return data
+    files = [Path(text.strip()).expanduser() for text in _split(data)]
+    return " | ".join(os.path.abspath(file) for file in files)
 
 
 def _search() -> RawData:
@@ -120,7 +152,7 @@ def _search() -> RawData:
     for path in sorted(KAGGLE_INPUT.rglob("test.csv")) if on_kaggle() else ():
         if (path.parent / "sample_submission.csv").exists():
             return _read_folder(path.parent, "kaggle")
-    return _read_folder(artifacts_dir() / "01_eda" / "arena", "demo")
+    return _read_given(DEMO)
 
 
 def _existing(text: str) -> Path:
@@ -130,11 +162,17 @@ def _existing(text: str) -> Path:
     return path
 
 
+def _split(data: str) -> list[str]:
+    is_one = Path(data).expanduser().exists()
+    return [data] if is_one else data.split("|" if "|" in data else None)
+
+
 def _read_given(data: str) -> RawData:
+    if data == DEMO:
+        return _read_folder(artifacts_dir() / "01_eda" / "arena", DEMO)
     path = Path(data).expanduser()
     if not path.is_dir():
-        texts = [data] if path.exists() else data.split("|" if "|" in data else None)
-        files = tuple(_existing(text) for text in texts)
+        files = tuple(_existing(text) for text in _split(data))
         return replace(_read_folder(files[0].parent, "given"), train=files)
     source = _read_folder(path, "given")
     if not source.train and not source.test:

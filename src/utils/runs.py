@@ -32,7 +32,7 @@ LEADERBOARD_COLUMNS = tuple(
     "run data_hash config_hash n_pairs seed log_loss log_loss_low log_loss_high accuracy seconds "
     "peak_mib".split()
 )
-_NOT_RUNS = {"checkpoints", "model"}  # folders inside a run
+_NOT_RUNS = {"checkpoints", "earlier", "model"}  # folders inside a run
 
 
 @contextmanager

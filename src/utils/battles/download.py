@@ -18,7 +18,7 @@ BY_HAND = f"""Download the battles by hand:
      accept the rules, and press "Download All" under Data
   2. unzip train.csv, test.csv and sample_submission.csv into {{folder}}
   or take train.csv from https://huggingface.co/datasets/{HUB_COPY}
-Then: make run PROFILE=full"""
+Then: make run PROFILE=full DATA=data/raw"""
 
 
 def download_from_kaggle(folder: Path) -> None:

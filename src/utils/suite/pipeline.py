@@ -18,6 +18,7 @@ from src.utils.runs import hash_file, hash_json, read_json
 
 NOTEBOOKS = paths.ROOT / "notebooks"
 RECORD, CHECKPOINTS, CODE = "run.json", "checkpoints", "the notebook's code"
+EARLIER = "earlier"  # finished models of other settings, set aside by 03 and 04
 MODELS = ("02_baseline", "03_modernbert", "04_qwen")
 _PLACES = ("DATA", "TEST")  # what raw data hold matters, not where they lie
 Files = dict[str, tuple[str, ...]]  # notebook -> names in its run folder
@@ -159,11 +160,30 @@ class Pipeline:
         return found
 
     def outputs(self, stage: Stage) -> dict[str, Path]:
-        """Find every file in a run folder, apart from checkpoints and `run.json`."""
+        """Find every file in a run folder, apart from checkpoints, earlier models, `run.json`."""
         folder = self.artifacts / stage.name
         files = {str(file.relative_to(folder)): file for file in files_under(folder, "./")}
-        own = (RECORD, f"{CHECKPOINTS}/")
+        own = (RECORD, f"{CHECKPOINTS}/", f"{EARLIER}/")
         return {name: file for name, file in files.items() if not name.startswith(own)}
+
+    def check_profile(self, named: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+        """Return what to remember of `named`, a run's PROFILE, DATA and TEST.
+
+        SuiteError if notebooks would replace finished models of another profile, unless forced.
+        """
+        models = [self.artifacts / name / "model" for name in MODELS[1:]]
+        found = " and ".join(str(folder) for folder in models if any(folder.glob("[!.]*/*")))
+        before = paths.read_remembered(self.artifacts).get("PROFILE", "")
+        if not found or before in ("", named.get("PROFILE")):
+            return dict(named)
+        if {*names}.isdisjoint(MODELS[1:]):
+            return {**named, "PROFILE": before}  # which the models still have
+        if self.force:
+            return dict(named)
+        raise SuiteError(
+            f"PROFILE={named['PROFILE']}, but {found} holds finished models of PROFILE={before}. "
+            f"Give ARTIFACTS=<another folder>, or PROFILE={before}, or FORCE=1, which deletes them."
+        )
 
     def lacks_test(self, stage: Stage) -> bool:
         """Return whether a notebook predicts test battles and there are none."""

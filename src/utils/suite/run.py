@@ -31,7 +31,7 @@ from papermill.exceptions import PapermillExecutionError
 from src.utils import config, paths
 from src.utils.config import SuiteError
 from src.utils.runs import Stopwatch, hash_file, hash_json, read_json, write_json, write_text
-from src.utils.suite.pipeline import RECORD, Pipeline, Stage, files_under, measure_states
+from src.utils.suite.pipeline import EARLIER, RECORD, Pipeline, Stage, files_under, measure_states
 
 SAMPLE_S = 0.5  # between two measurements of memory
 LINE_S = 30.0  # between two lines of progress
@@ -130,19 +130,20 @@ def _hash_library() -> str:
 
 
 def clear_outputs(pipeline: Pipeline, stage: Stage) -> None:
-    """Remove `run.json` and single files, so that a killed run does not count as complete.
+    """Remove the marks of a complete run: the output that is written last, then `run.json`.
 
-    Training resumes from its folders, so they stay, unless forced or a file in them is damaged:
-    a model that lacks a file would pass for finished.
+    The notebook replaces the rest, and training checks its own folders. Only force removes
+    models, and nothing those in `earlier/`; a damaged tiny base goes, for it passes for finished.
     """
-    folder = pipeline.artifacts / stage.name
-    damaged = {folder / Path(name).parts[0] for name in pipeline.damage(stage)}
-    for path in [folder] if pipeline.force else damaged:
-        if path.is_dir():
-            shutil.rmtree(path)
-    for name in (RECORD, *stage.outputs):
-        if not name.endswith("/"):
-            (folder / name).unlink(missing_ok=True)
+    folder, doomed = pipeline.artifacts / stage.name, []
+    if pipeline.force:
+        doomed = [path for path in folder.glob("*") if path.name not in (RECORD, EARLIER)]
+    elif any(name.startswith("base/") for name in pipeline.damage(stage)):
+        doomed = [folder / "base"]
+    (folder / stage.outputs[-1]).unlink(missing_ok=True)
+    for path in filter(Path.exists, doomed):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / RECORD).unlink(missing_ok=True)
 
 
 def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
@@ -153,6 +154,8 @@ def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
     folder = pipeline.artifacts / stage.name
     copy = pipeline.artifacts / "notebooks" / f"{stage.name}.ipynb"
     clear_outputs(pipeline, stage)
+    single = [folder / name for name in stage.outputs if not name.endswith("/")]
+    before = {path: path.stat().st_mtime_ns for path in single if path.exists()}
     folder.mkdir(parents=True, exist_ok=True)
     copy.parent.mkdir(exist_ok=True)
     record: dict[str, Any] = {
@@ -169,7 +172,8 @@ def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
     finally:
         ended.set()
     for promise in stage.outputs:
-        if not files_under(folder, promise):
+        files = files_under(folder, promise)
+        if not files or files[0].stat().st_mtime_ns == before.get(files[0]):
             raise SuiteError(f"{stage.name} ran to its end but did not write {folder / promise}")
     write_text(copy.with_suffix(".html"), HTMLExporter().from_filename(str(copy))[0])
     record["outputs"] = measure_states(pipeline.outputs(stage))
@@ -244,6 +248,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--artifacts", default="", metavar="DIR", help="where the run folders go")
     add("--force", action="store_true", help="run what is up to date, too")
     add("--list", action="store_true", help="list what would run and why, and stop")
+    parser.set_defaults(named={})  # `make_pipeline` adds PROFILE, DATA, TEST, also remembered ones
     return parser.parse_args(arguments)
 
 
@@ -253,19 +258,45 @@ def count_idle_cores() -> int:
     return max(1, round((os.cpu_count() or 1) * (1 - busy_share)))
 
 
+def recall_options(options: argparse.Namespace) -> dict[str, str]:
+    """Add to PROFILE, DATA and TEST those that earlier runs in the artifacts folder named.
+
+    TEST belongs to DATA: a run that names DATA alone finds the test file beside it.
+    """
+    profile, data = options.profile, paths.make_absolute(" | ".join(options.data).strip())
+    if profile.endswith((".yaml", ".yml")):
+        profile = os.path.abspath(profile)
+    named = {"PROFILE": profile, "DATA": data, "TEST": paths.make_absolute(options.test.strip())}
+    named = {name: text for name, text in named.items() if text}
+    recalled = paths.read_remembered(paths.artifacts_dir())
+    for name in [*named, "TEST"] if data else named:
+        recalled.pop(name, None)
+    if recalled:
+        texts = " ".join(f"{name}={text}" for name, text in recalled.items())
+        place = (
+            f"{os.path.relpath(paths.artifacts_dir())} (DATA=demo PROFILE=demo for the demo arena)"
+        )
+        print(f"{texts}, as in the last run of {place}", flush=True)
+    return recalled | named
+
+
 def make_pipeline(options: argparse.Namespace) -> Pipeline:
     """Make the pipeline that the command line asks for, and set the kernels' environment."""
     if options.artifacts:
         os.environ["ARENA_ARTIFACTS"] = str(Path(options.artifacts).expanduser().resolve())
     os.environ.update(QUIET)
     os.environ.setdefault("OMP_NUM_THREADS", str(count_idle_cores()))
-    data, test = " | ".join(options.data), options.test
-    kind = paths.find_raw_data(data, test).kind
-    profile = config.read_profile(options.profile or ("demo" if kind == "demo" else "small"))
+    options.named = recall_options(options)
+    data, test = (options.named.get(name, "") for name in ("DATA", "TEST"))
+    kind, profile = paths.find_raw_data(data, test).kind, options.named.get("PROFILE")
+    if not profile:
+        profile = "demo" if kind == "demo" else "small"
+        print(f"PROFILE={profile}, since none was named: tiny models", flush=True)
+    sections = config.read_profile(profile)
     settings = [setting for text in options.set for setting in config.split_settings(text)]
     pipeline = Pipeline(paths.artifacts_dir(), {}, force=options.force)
     pipeline.parameters = config.make_parameters(
-        pipeline.defaults, profile=profile, data=data, test=test, settings=settings
+        pipeline.defaults, profile=sections, data=data, test=test, settings=settings
     )
     return pipeline
 
@@ -289,6 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # failures are reported once
     pipeline = make_pipeline(options)
     names = pipeline.choose_notebooks(options.only)
+    named = pipeline.check_profile(options.named, names)
+    if not options.list:
+        write_json(pipeline.artifacts / paths.SETTINGS, named)
     rows = run_suite(pipeline, names, sys.stdout, list_only=options.list)
     if not options.list:
         text = format_results(rows)

@@ -156,7 +156,7 @@ def run_trial(
             losses = list(pd.read_csv(history)["log_loss"]) if history.exists() else []
             for step in range(n_reported, len(losses)):
                 trial.report(losses[step], step)
-            n_reported = max(n_reported, len(losses))  # a run that starts again removes the file
+            n_reported = max(n_reported, len(losses))  # a run that starts again has fewer
             is_pruned = process.poll() is None and trial.should_prune()
     finally:
         process.terminate()  # its kernel ends with it
@@ -236,10 +236,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--notebook", default="", metavar="NB", help="in place of the file's")
     parser.add_argument("--n-trials", type=int, default=0, help="in all (20, or all of a grid)")
     parser.add_argument("--storage", default="", help="journal file or database URL")
-    given, options = parser.parse_known_args(arguments)
-    pipeline = make_pipeline(parse_arguments(options))
+    given, rest = parser.parse_known_args(arguments)
+    options = parse_arguments(rest)
+    pipeline = make_pipeline(options)
+    for name, value in options.named.items():  # a trial's folder remembers nothing
+        rest += [f"--{name.lower()}", value]
     space = read_space(given.space, pipeline, given.notebook)
-    study = search(space, pipeline, given.storage, given.n_trials, options)
+    study = search(space, pipeline, given.storage, given.n_trials, rest)
     trials = study.get_trials(states=(COMPLETE,))
     for loss, name in sorted((trial.value or 0.0, trial.user_attrs["folder"]) for trial in trials):
         print(f"{loss:.4f}  {name}")

@@ -32,7 +32,7 @@ from src.utils.config import (
 )
 from src.utils.models.hardware import choose_device
 from src.utils.models.tiny import prepare_base
-from src.utils.paths import ROOT
+from src.utils.paths import ROOT, choose_profile
 from src.utils.runs import read_json, read_pairs, write_json, write_pairs
 from src.utils.training.fit import FitResult, fit
 from src.utils.training.processes import join_world, leave_world, on_first, world_size
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("run", type=Path, metavar="RUN", help="run folder, e.g. artifacts/04_qwen")
     add("--pairs", type=Path, help="battles; default: those of 01_eda beside the run folder")
     add("--base", type=Path, help="folder of the base model, in place of CHECKPOINT")
-    add("--profile", default="full", help="its section for the run folder's notebook is read")
+    add("--profile", default="auto", help="its section for RUN is read; auto: as in a notebook")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="parameters, e.g. N_SEEDS=2")
     add("--settings", type=Path, help="a config.json, in place of profile and parameters")
     options = parser.parse_args(arguments)
@@ -134,6 +134,7 @@ def read_config(
         raise ValueError(
             f"RUN: expected a folder named {' or '.join(CONFIGS)}, or --settings, got {run_dir}"
         )
+    profile = choose_profile(profile, run_dir.resolve().parent)
     defaults = read_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
     section = {} if profile == "none" else read_profile(profile).get(notebook, {})
     chosen = make_parameters({notebook: defaults}, profile={notebook: section}, settings=changes)
