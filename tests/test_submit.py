@@ -345,6 +345,7 @@ def test_the_folds_of_a_network_are_averaged(pairs, runs, submission):
     model = checkpoints.load_classifier(
         dataclasses.replace(CONFIGS[DECODER], seed=5), runs[DECODER] / "base"
     )
+    torch.nn.init.normal_(model[0].get_base_model().score.modules_to_save["default"].weight)
     checkpoints.save_model(*model, fold_1)
     both = run(pairs, runs, blend, submission).probs
     shutil.rmtree(fold_0)
@@ -438,6 +439,7 @@ def test_an_attached_base_is_found_in_both_layouts_and_checked(
     assert checkpoints.find_base(folder, config) == right
     wrong = tmp_path / "input" / layout / name / "1"
     shutil.copytree(right, wrong)
+    (wrong / "made_from.json").unlink()  # so that another takes its place
     tiny.prepare_base(dataclasses.replace(CONFIGS[DECODER], seed=7), pairs, wrong, n_steps=0)
     assert checkpoints.find_base(folder, config) == right
     shutil.rmtree(right)
