@@ -86,7 +86,7 @@ def test_hours_on_a_gpu_are_projected_only_from_a_gpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "n_ways"), [("training", 4), ("inference", 3)])
+@pytest.mark.parametrize(("name", "n_ways"), [("training", 4), ("inference", 3), ("tokenising", 3)])
 def test_a_benchmark_runs_on_four_rows_and_records_nothing(name, n_ways):
     result = ROOT / "benchmarks" / "results" / f"{name}.json"
     before = result.read_bytes() if result.exists() else None
