@@ -40,7 +40,8 @@ GIVEN = r'(?:[A-Z_]+=(?:"[^"]*"|\S+) )*'  # variables before a command
 START = rf"{GIVEN}(?:make|torchrun|papermill|python -m|\.venv/bin/\w+) \S|(?:SET|NB)="
 IN_TEXT = (
     rf'\bmake (?:{"|".join(TARGETS)})\b(?!-)(?: [A-Z]+=(?:"[^"]*"|[^\s`"),;]+))*'
-    r"|\btorchrun --[^`\n]*|\bpython -m (?:src|docs|benchmarks)\.[\w.]*\w(?: (?:\w+\.yaml )?-[^`\n]*)?"
+    r"|\btorchrun --[^`\n]*"
+    r"|\bpython -m (?:src|docs|benchmarks)\.[\w.]*\w(?: (?:\w+\.yaml )?-[^`\n]*)?"
 )
 
 
