@@ -273,10 +273,6 @@ def clone(tmp_path, stubs, monkeypatch):
         (programs / name).chmod(0o755)
     (root / ".venv/.ready").touch()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CALLS", str(root / "calls"))
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    for name in ("DATA", "TEST", "SET", "PROFILE", "ARTIFACTS", "FORCE", "MAKEFLAGS", "MAKELEVEL"):
-        monkeypatch.delenv(name, raising=False)
     return FakeSuite(monkeypatch, root, stubs)
 
 
@@ -286,12 +282,24 @@ def call(suite, command):
     command = command.replace("<you>", "you").replace("…", "02")
     command = f"make run {command}" if re.match("SET=|NB=", command) else command
     (suite.root / "calls").write_text("")
-    ran = subprocess.run(
-        ["bash", "-c", command], cwd=suite.root, capture_output=True, text=True, timeout=60
-    )
-    assert ran.returncode == 0, (command, ran.stdout, ran.stderr)
+    run_alone(suite, command)
     calls = (suite.root / "calls").read_text().split("\x1f\n")
     return [line.split("\x1f") for line in calls if line]
+
+
+def run_alone(suite, command):
+    """Run a command without the variables of a `make` around it; return what it printed."""
+    path = f"{suite.root / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
+    ran = subprocess.run(
+        ["bash", "-c", command],
+        cwd=suite.root,
+        env={"PATH": path, "CALLS": str(suite.root / "calls")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, (command, ran.stdout, ran.stderr)
+    return ran.stdout
 
 
 def find_suite_call(calls):
@@ -417,7 +425,7 @@ def test_force_alone_deletes_models_but_not_those_set_aside(full):
 
 def test_make_clean_says_what_it_keeps_and_how_to_remove_it(clone):
     (clone.root / "artifacts/try").mkdir(parents=True)
-    ran = subprocess.run(["make", "clean"], cwd=clone.root, capture_output=True, text=True)
-    assert "artifacts" in ran.stdout and "make clean FORCE=1" in ran.stdout
-    subprocess.run(["make", "clean", "FORCE=1", "ARTIFACTS=artifacts/try"], cwd=clone.root)
+    printed = run_alone(clone, "make clean")
+    assert "Kept: artifacts" in printed and "make clean FORCE=1" in printed
+    run_alone(clone, "make clean FORCE=1 ARTIFACTS=artifacts/try")
     assert [path.name for path in (clone.root / "artifacts").iterdir()] == []

@@ -184,6 +184,7 @@ def expect_profile(options, memory):
 CHECKPOINTS = {"demo": (TINY, 256), "small": (TINY, 512), "full": (REAL, 2048)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_seed", range(0, 100, 10))
 def test_models_survive_random_commands_damage_and_kills(first_seed, tmp_path, stubs, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
