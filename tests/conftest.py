@@ -19,7 +19,7 @@ NO_REAL_DATA = f"no real battles: set ARENA_REAL_DATA to their folder (looked in
 REAL_TRAIN = [REAL_DATA / "arena_sample.csv", REAL_DATA / "arena_extra.csv"]
 
 # Longest first: with two files at a time, none of these is begun when the others are done.
-LONGEST = "benchmarks notebooks submit launch kaggle_kernel fit eda baseline suite_run suite_safety tiny".split()
+LONGEST = "benchmarks notebooks submit launch kaggle_kernel fit eda baseline suite_run tiny".split()
 
 _UGLY = [
     (("hi",), ("hello",), (None,)),

@@ -269,10 +269,8 @@ def recall_options(options: argparse.Namespace) -> dict[str, str]:
         recalled.pop(name, None)
     if recalled:
         texts = " ".join(f"{name}={text}" for name, text in recalled.items())
-        place = (
-            f"{os.path.relpath(paths.artifacts_dir())} (DATA=demo PROFILE=demo for the demo arena)"
-        )
-        print(f"{texts}, as in the last run of {place}", flush=True)
+        texts += f", as in the last run of {os.path.relpath(paths.artifacts_dir())}"
+        print(f"{texts} (DATA=demo PROFILE=demo for the demo arena)", flush=True)
     return recalled | named
 
 
