@@ -88,10 +88,7 @@ def read_remembered(artifacts: Path) -> dict[str, str]:
 
 
 def choose_profile(profile: str, artifacts: Path | None = None) -> str:
-    """Resolve "auto": the profile that a run in the artifacts folder named last, if one did.
-
-    Else "demo" when the battles are those of the demo arena, and "full" when they are others.
-    """
+    """Resolve "auto": what a run in that folder named last; else demo for its arena, else full."""
     folder = artifacts or artifacts_dir()
     if profile != "auto":
         return profile
@@ -122,8 +119,7 @@ def find_raw_data(data: str = "", test: str = "") -> RawData:
         data: a folder in the competition's layout (`train`, `test`, `sample_submission` with any
             of the suffixes), a training file, or several separated by spaces; a `|` separates
             paths that hold spaces. A folder without a `train` file gives every other table in it.
-            Empty: `data/raw`, else Kaggle's input, else the demo arena that 01 makes; "demo":
-            that arena.
+            Empty: `data/raw`, else Kaggle's input, else as "demo": the arena that 01 makes.
         test: a test file that is not beside the training files.
 
     Raises:
@@ -141,8 +137,8 @@ def make_absolute(data: str) -> str:
     """Make the paths of `find_raw_data`'s arguments absolute, to hold in any working folder."""
     if data in ("", DEMO):
         return data
-    files = [Path(text.strip()).expanduser() for text in _split(data)]
-    return " | ".join(os.path.abspath(file) for file in files)
+    path = Path(data).expanduser()
+    return " | ".join(map(os.path.abspath, [path] if path.is_dir() else _read_given(data).train))
 
 
 def _search() -> RawData:
@@ -162,17 +158,13 @@ def _existing(text: str) -> Path:
     return path
 
 
-def _split(data: str) -> list[str]:
-    is_one = Path(data).expanduser().exists()
-    return [data] if is_one else data.split("|" if "|" in data else None)
-
-
 def _read_given(data: str) -> RawData:
     if data == DEMO:
         return _read_folder(artifacts_dir() / "01_eda" / "arena", DEMO)
     path = Path(data).expanduser()
     if not path.is_dir():
-        files = tuple(_existing(text) for text in _split(data))
+        texts = [data] if path.exists() else data.split("|" if "|" in data else None)
+        files = tuple(_existing(text) for text in texts)
         return replace(_read_folder(files[0].parent, "given"), train=files)
     source = _read_folder(path, "given")
     if not source.train and not source.test:

@@ -167,23 +167,19 @@ class Pipeline:
         return {name: file for name, file in files.items() if not name.startswith(own)}
 
     def check_profile(self, named: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-        """Return what to remember of `named`, a run's PROFILE, DATA and TEST.
-
-        SuiteError if notebooks would replace finished models of another profile, unless forced.
-        """
+        """Return what to remember of `named`; SuiteError if finished models have other profiles."""
         models = [self.artifacts / name / "model" for name in MODELS[1:]]
         found = " and ".join(str(folder) for folder in models if any(folder.glob("[!.]*/*")))
         before = paths.read_remembered(self.artifacts).get("PROFILE", "")
-        if not found or before in ("", named.get("PROFILE")):
-            return dict(named)
-        if {*names}.isdisjoint(MODELS[1:]):
+        is_other = found and before not in ("", named.get("PROFILE"))
+        if is_other and {*names}.isdisjoint(MODELS[1:]):
             return {**named, "PROFILE": before}  # which the models still have
-        if self.force:
-            return dict(named)
-        raise SuiteError(
-            f"PROFILE={named['PROFILE']}, but {found} holds finished models of PROFILE={before}. "
-            f"Give ARTIFACTS=<another folder>, or PROFILE={before}, or FORCE=1, which deletes them."
-        )
+        if is_other and not self.force:
+            raise SuiteError(
+                f"PROFILE={named['PROFILE']}, but {found} holds models of PROFILE={before}. Give "
+                f"ARTIFACTS=<another folder>, PROFILE={before}, or FORCE=1, which deletes them."
+            )
+        return dict(named)
 
     def lacks_test(self, stage: Stage) -> bool:
         """Return whether a notebook predicts test battles and there are none."""

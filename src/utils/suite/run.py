@@ -259,24 +259,18 @@ def count_idle_cores() -> int:
 
 
 def recall_options(options: argparse.Namespace) -> dict[str, str]:
-    """Add to PROFILE, DATA and TEST those that earlier runs in the artifacts folder named.
-
-    TEST belongs to DATA: a run that names DATA alone finds the test file beside it.
-    """
+    """Add to PROFILE, DATA and TEST those that earlier runs in the artifacts folder named."""
     profile, data = options.profile, paths.make_absolute(" | ".join(options.data).strip())
-    if profile.endswith((".yaml", ".yml")):
-        profile = os.path.abspath(profile)
+    profile = os.path.abspath(profile) if profile.endswith((".yaml", ".yml")) else profile
     named = {"PROFILE": profile, "DATA": data, "TEST": paths.make_absolute(options.test.strip())}
     named = {name: text for name, text in named.items() if text}
     recalled = paths.read_remembered(paths.artifacts_dir())
-    for name in [*named, "TEST"] if data else named:
+    for name in [*named, "TEST"] if data else named:  # other data have a test file of their own
         recalled.pop(name, None)
     if recalled:
         texts = " ".join(f"{name}={text}" for name, text in recalled.items())
-        place = (
-            f"{os.path.relpath(paths.artifacts_dir())} (DATA=demo PROFILE=demo for the demo arena)"
-        )
-        print(f"{texts}, as in the last run of {place}", flush=True)
+        texts += f", as in the last run of {os.path.relpath(paths.artifacts_dir())}"
+        print(f"{texts} (DATA=demo PROFILE=demo for the demo arena)", flush=True)
     return recalled | named
 
 
