@@ -165,6 +165,7 @@ class FinetuneConfig(Config):
     soft_labels: str = field("", "soft_labels.parquet of 05, or a submission.csv, to learn from")
     soft_weight: float = field(0.5, "share of a soft label where a vote exists too", ge=0, le=1)
     n_processes: int = field(0, "training processes; 0: one per GPU", "processes", ge=0)
+    allow_cpu: bool = field(False, "train a real checkpoint without a GPU, however long it takes")
     seed: int = field(20240501, "seed of the head, the order of battles and dropout")
 
     def __post_init__(self) -> None:
