@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Values from the command line reach the shell through the environment, so spaces in them survive.
-export DATA TEST SET SPACE STORAGE
+export DATA TEST SET SPACE STORAGE GPU
 SUITE_OPTIONS = $(if $(PROFILE),--profile "$(PROFILE)") $(if $(DATA),--data "$$DATA") $(if $(TEST),--test "$$TEST") \
 	$(if $(SET),--set "$$SET") $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)")
 SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(SUITE_OPTIONS) \
 	$(if $(filter-out 0,$(FORCE)),--force) $(if $(filter-out 0,$(LIST)),--list)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint check data train search kernel kernel-push rehearse bench docs notebook clean
+.PHONY: help run plan test lint check data train search kernel kernel-push rehearse bench docs notebook clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,10 @@ $(READY): requirements.txt pyproject.toml
 
 run: $(READY)  ## raw battles to submission.csv: the notebooks in order, without those that are up to date
 	@$(SUITE)
+
+plan: $(READY)  ## what PROFILE=full will need, before it starts: hours, memory, disk (GPU=24|16|2x16|80|T4|2xA100, NB=04, SET, DATA)
+	@$(BIN)/python -m src.utils.training.plan --gpu "$$GPU" --only "$(NB)" $(if $(PROFILE),--profile "$(PROFILE)") \
+		$(if $(DATA),--data "$$DATA") $(if $(SET),--set "$$SET") $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)")
 
 test: $(READY)  ## every test, also those that train and run notebooks, two files at a time (JOBS=1 one)
 	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder

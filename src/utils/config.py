@@ -172,6 +172,7 @@ class FinetuneConfig(Config):
     soft_weight: float = field(0.9, "share of a soft label where a vote exists too", ge=0, le=1)
     soft_temperature: float = field(5.0, "soft labels and logits are compared at this one", gt=0)
     n_processes: int = field(0, "training processes; 0: one per GPU", "processes", ge=0)
+    allow_cpu: bool = field(False, "train a real checkpoint without a GPU, however long it takes")
     seed: int = field(20240501, "seed of the head, the order of battles and dropout")
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ from src.utils.models.tiny import prepare_base
 from src.utils.paths import ROOT, choose_profile
 from src.utils.runs import read_json, read_pairs, write_json, write_pairs
 from src.utils.training.fit import FitResult, fit
+from src.utils.training.plan import check_device
 from src.utils.training.processes import join_world, leave_world, on_first, world_size
 
 CONFIGS = {"03_modernbert": FinetuneConfig, "04_qwen": DecoderConfig}
@@ -50,9 +51,11 @@ def fit_launched(
     The result is that of one process, up to rounding.
 
     Raises:
+        SuiteError: a real checkpoint without a GPU, see `plan.check_device`.
         ValueError: more processes than GPUs.
         RuntimeError: a process failed; the message quotes its error.
     """
+    check_device(config, pairs, base)
     n_processes = count_processes(config)
     if n_processes > 1:
         release_memory()

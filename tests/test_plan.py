@@ -1,0 +1,237 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3Config
+
+from src.utils.config import DecoderConfig, FinetuneConfig, SuiteError
+from src.utils.models.template import count_tokens
+from src.utils.paths import REAL_DATA
+from src.utils.training import plan
+from src.utils.training.costs import CARDS, MACHINES, read_shape
+from src.utils.training.launch import fit_launched
+from src.utils.training.plan import (
+    advise,
+    check_device,
+    describe,
+    main,
+    measure_texts,
+    plan_here,
+    plan_training,
+)
+
+KINDS = {"03": FinetuneConfig(), "04": DecoderConfig()}
+
+
+def plan_full(notebook, machine="24", **changes):
+    config = dataclasses.replace(KINDS[notebook], **changes)
+    return plan_training(config, measure_texts(None), MACHINES[machine], read_shape(config))
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(plan, "choose_device", lambda: torch.device("cpu"))
+
+
+# ── lengths ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("budget", "mean"), [(2048, 684), (3072, 704)])
+def test_the_stored_lengths_have_the_mean_of_real_battles(budget, mean):
+    texts = measure_texts(None)
+    assert len(texts) == 57_477
+    means = [np.minimum(texts + template, budget).mean() for template in (12, 68)]
+    assert np.mean(means) == pytest.approx(mean, rel=0.03)
+
+
+def test_lengths_of_given_battles_are_four_characters_a_token(ugly_pairs, demo_pairs):
+    battles = demo_pairs[["prompt", "response_a", "response_b"]]
+    joined = ["".join(sum(texts, ())) for texts in battles.itertuples(index=False)]
+    assert measure_texts(demo_pairs).tolist() == [len(text) / 4 for text in joined]
+    assert (measure_texts(ugly_pairs) >= 0).all()
+
+
+def test_four_characters_a_token_come_near_a_real_tokenizer(real_pairs):
+    tokenizer = AutoTokenizer.from_pretrained(REAL_DATA / "tokenizers" / "qwen2_5")
+    counted = count_tokens(real_pairs, tokenizer)
+    assert np.mean(measure_texts(real_pairs) + 68) == pytest.approx(np.mean(counted), rel=0.15)
+
+
+# ── plans ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_both_notebooks_fit_into_24_and_80_gb_and_the_encoder_into_16():
+    for machine, notebook in [("24", "03"), ("24", "04"), ("80", "03"), ("80", "04"), ("16", "03")]:
+        assert advise(plan_full(notebook, machine)) == "It fits.", (machine, notebook)
+    assert plan_full("03", "2x16").micro_batch < plan_full("03", "80").most_tokens
+
+
+def test_what_is_too_long_for_kaggle_comes_with_settings_that_make_it_fit():
+    text = advise(plan_full("04", "2x16"))
+    assert "12 h" in text and "TRAIN_HOURS=11 for 2 sessions" in text
+    n_pairs = int(text.split("MAX_PAIRS=")[1].split()[0])
+    assert advise(plan_full("04", "2x16", max_pairs=n_pairs)) == "It fits."
+    assert advise(plan_full("04", "2x16", max_pairs=n_pairs + 3000)) != "It fits."
+    text = advise(plan_full("03", "16", folds=tuple(range(5)), refit=True, n_seeds=2))
+    assert "FOLDS=[0] N_SEEDS=1 REFIT=False" in text
+
+
+def test_what_needs_too_much_memory_comes_with_settings_that_make_it_fit():
+    too_large = {"checkpoint": "Qwen/Qwen3-4B-Instruct-2507", "max_tokens": 1024}
+    text = advise(plan_full("03", "24", **too_large))
+    assert "memory" in text and "QUANTIZATION=4bit" in text
+    change = {"quantization": "4bit", "lora_rank": 32, "gradient_checkpointing": True}
+    assert advise(plan_full("03", "24", **too_large, **change)) == "It fits."
+    assert sum(plan_full("03", "24", **too_large).memory.values()) > 22
+
+
+@pytest.mark.parametrize("notebook", KINDS)
+def test_validation_takes_at_most_a_tenth_of_the_hours(notebook):
+    need = plan_full(notebook)
+    assert 0.02 < need.valid_share < 0.1
+
+
+def test_hours_and_tokens_grow_with_what_is_trained():
+    one = plan_full("04")
+    # 45,982 battles in both orders of some 700 tokens, at some 23 GFLOP a token.
+    assert one.train_tok == pytest.approx(45_982 * 2 * 700, rel=0.05)
+    assert one.flops * (1 - one.valid_share) / one.train_tok == pytest.approx(23e9, rel=0.05)
+    assert plan_full("04", folds=(0, 1)).hours == pytest.approx(2 * one.hours)
+    assert plan_full("04", n_seeds=3).hours == pytest.approx(3 * one.hours)
+    assert plan_full("04", both_orders=False).train_tok == pytest.approx(one.train_tok / 2)
+    assert plan_full("04", max_pairs=4598).train_tok == pytest.approx(one.train_tok / 10, rel=0.01)
+    refit = plan_full("04", refit=True)
+    assert refit.train_tok == pytest.approx(2.25 * one.train_tok, rel=0.01)
+    assert (refit.n_models, refit.valid_tok) == (2, one.valid_tok)
+    assert plan_full("04", "2x16").hours == pytest.approx(plan_full("04", "16").hours / 2)
+
+
+def test_memory_grows_with_the_micro_batch_up_to_what_there_is():
+    need = plan_full("03", "16")
+    assert need.most_tokens > 2048
+    assert sum(need.memory.values()) <= MACHINES["16"].gib
+    small = plan_full("03", "16", tokens_per_batch=4096)
+    assert small.micro_batch == 4096
+    assert sum(small.memory.values()) < sum(need.memory.values())
+    # Of several processes each keeps one vector of all gradients.
+    both = plan_full("03", "2x16").memory
+    assert both["gradients of all GPUs"] == pytest.approx(both["their gradients"])
+    assert "gradients of all GPUs" not in need.memory
+    eight_bit = plan_full("03", "16", optimizer="adamw_8bit").memory
+    assert eight_bit["AdamW's two moments"] < need.memory["AdamW's two moments"] / 3
+
+
+def test_what_is_cut_is_the_share_of_longer_battles():
+    need = plan_full("04", max_tokens=1024, predict_tokens=1024)
+    assert need.train_cut == need.predict_cut == pytest.approx(0.2, abs=0.03)
+
+
+def test_a_description_names_each_part():
+    text = describe(plan_full("04", "2x16"), "04_qwen")
+    for word in (
+        "battles",
+        "FLOPs",
+        "hours",
+        "micro-batch",
+        "frozen weights",
+        "AdamW",
+        "GB",
+        "cut",
+    ):
+        assert word in text, word
+    for card in CARDS:
+        assert f"{card} " in text
+
+
+# ── the command line ──────────────────────────────────────────────────────────────────
+
+
+def test_the_command_lists_the_four_machines(without_gpu, tmp_path, capsys):
+    assert main(["--artifacts", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for machine in MACHINES.values():
+        of_machine = [line for line in lines if line.startswith(f"{machine.name} ")]
+        assert [line.split(")")[1].split()[0] for line in of_machine] == [
+            "03_modernbert",
+            "04_qwen",
+        ]
+    assert sum(line.endswith("It fits.") for line in lines) == 8
+    for notebook in ("01_eda", "02_baseline", "06_kaggle_inference", "07_publish"):
+        assert any(line.startswith(notebook) for line in lines), notebook
+
+
+def test_the_command_takes_settings_notebooks_and_data(demo_pairs, tmp_path, capsys):
+    from src.utils.runs import write_pairs
+
+    arguments = ["--gpu", "2xT4", "--artifacts", str(tmp_path)]
+    assert main([*arguments, "--only", "04,06", "--set", "04.MAX_PAIRS=1000 FOLDS=[1]"]) == 0
+    text = capsys.readouterr().out
+    assert "57,477 battles" in text and "1,000 to learn from" in text
+    assert "03_modernbert" not in text and "06_kaggle_inference" in text
+    write_pairs(tmp_path / "01_eda" / "pairs.parquet", demo_pairs)
+    assert main(arguments) == 0
+    assert "300 battles" in capsys.readouterr().out
+    (tmp_path / "01_eda" / "truth.parquet").touch()  # the demo arena is no plan for a real run
+    assert main(arguments) == 0
+    assert "57,477 battles" in capsys.readouterr().out
+
+
+def test_tiny_models_need_no_plan(tmp_path, capsys):
+    assert main(["--profile", "small", "--gpu", "16", "--artifacts", str(tmp_path)]) == 0
+    assert "tiny:qwen3" in capsys.readouterr().out
+
+
+def test_a_wrong_argument_is_one_line_and_an_exit_code(capsys):
+    for arguments, word in [
+        (["--gpu", "V100"], "V100"),
+        (["--only", "09"], "notebook"),
+        (["--set", "04.FODLS=[1]"], "FOLDS"),
+        (["--data", "nowhere.csv"], "nowhere.csv"),
+    ]:
+        assert main(["--gpu", "16", *arguments]) == 1
+        assert word in capsys.readouterr().err
+
+
+# ── in the notebooks ──────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def large_folder(tmp_path):
+    """A folder with the shape of a large checkpoint, and no weights."""
+    size = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
+    Qwen3Config(**size, vocab_size=1000).save_pretrained(tmp_path / "large")
+    return tmp_path / "large"
+
+
+def test_a_real_checkpoint_without_a_gpu_is_refused_with_hours(
+    without_gpu, large_folder, demo_pairs, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("src.utils.training.costs.choose_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("src.utils.training.costs.measure_flops", lambda _: 1e10)
+    config = FinetuneConfig(checkpoint=str(large_folder))
+    with pytest.raises(SuiteError, match=r"GPU.*[1-9][\d,]* hours.*ALLOW_CPU"):
+        check_device(config, demo_pairs)
+    with pytest.raises(SuiteError, match="ALLOW_CPU"):
+        fit_launched(demo_pairs, config, tmp_path / "run")
+    check_device(dataclasses.replace(config, allow_cpu=True), demo_pairs)
+    check_device(
+        dataclasses.replace(config, max_pairs=1, n_epochs=0.01), demo_pairs[:5]
+    )  # is quick
+    check_device(FinetuneConfig(checkpoint="tiny:modernbert"), demo_pairs)
+    monkeypatch.setattr(plan, "choose_device", lambda: torch.device("cuda"))
+    check_device(config, demo_pairs)
+
+
+def test_the_folder_of_the_base_is_read_in_place_of_the_checkpoint(
+    without_gpu, large_folder, demo_pairs, monkeypatch
+):
+    monkeypatch.setattr("src.utils.training.costs.measure_flops", lambda _: 1e10)
+    with pytest.raises(SuiteError, match="hours"):
+        check_device(FinetuneConfig(checkpoint="owner/unknown"), demo_pairs, large_folder)
+
+
+def test_a_notebook_prints_the_plan_of_its_device(demo_pairs, large_folder):
+    text = plan_here(FinetuneConfig(checkpoint=str(large_folder)), demo_pairs)
+    assert "240 to learn from" in text and "hours" in text
+    assert "tiny:qwen3" in plan_here(FinetuneConfig(checkpoint="tiny:qwen3"), demo_pairs)
