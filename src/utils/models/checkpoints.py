@@ -79,8 +79,8 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
     source, revision = _locate(config, base)
     options: dict[str, Any] = {}
     safely: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **safely)
+    tokenizer = load_base_tokenizer(config, base)
+    with _naming(source):
         skeleton = _make_skeleton(source, revision, config.head)
         if config.quantization != "none":
             options["device_map"] = {"": device}
@@ -105,17 +105,9 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
             **safely,
             **options,
         )
-    except OSError as error:
-        raise OSError(
-            f"checkpoint {source}: not found on the hub or in the cache "
-            f"({str(error).splitlines()[0]}). Check the name; without network set HF_HOME to a "
-            "cache or CHECKPOINT to a folder that has it, or use PROFILE=demo."
-        ) from error
     _check_loaded(source, head_names(skeleton), loading)
     _replace_mismatched_heads(model, skeleton)
     _zero_new_heads(model, skeleton, loading)
-    tokenizer.pad_token = choose_pad_token(tokenizer)
-    tokenizer.padding_side = "right"
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
@@ -130,6 +122,32 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
     if config.head == "contrast":
         model.pieces = make_pieces(tokenizer)
     return (model if options else model.to(device)), tokenizer
+
+
+def load_base_tokenizer(
+    config: FinetuneConfig, base: Path | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base alone; arguments and errors as for `load_classifier`."""
+    source, revision = _locate(config, base)
+    with _naming(source):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+    tokenizer.pad_token = choose_pad_token(tokenizer)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _naming(source: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"checkpoint {source}: not found on the hub or in the cache "
+            f"({str(error).splitlines()[0]}). Check the name; without network set HF_HOME to a "
+            "cache or CHECKPOINT to a folder that has it, or use PROFILE=demo."
+        ) from error
 
 
 def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
