@@ -539,7 +539,8 @@ def a_killed_training_resumes(shapes: Shapes, folder: Path) -> str:
     checkpoint = list_checkpoints(folder / "killed" / "checkpoints" / "fold_0")[0]
     resumed = _make_resumable(shapes, folder, "killed")
     before = copy_weights(resumed)
-    resumed.train(checkpoint)
+    with mock.patch.object(resumed, "take_step", wraps=resumed.take_step) as steps:
+        resumed.train(checkpoint)
     undisturbed = _make_resumable(shapes, folder, "undisturbed")
     undisturbed.train()
     assert len(resumed.history) == len(undisturbed.history)
@@ -550,7 +551,8 @@ def a_killed_training_resumes(shapes: Shapes, folder: Path) -> str:
     assert error <= allowed, f"changes differ by {error:.1e} from an undisturbed run"
     losses = [trainer.history[-1]["train_loss"] for trainer in (resumed, undisturbed)]
     assert abs(losses[0] - losses[1]) < 0.02, f"training losses {losses}"
-    n_steps = checkpoint.name.rpartition("-")[2]
+    n_steps = int(checkpoint.name.rpartition("-")[2])
+    assert steps.call_count == undisturbed.step - n_steps, f"{steps.call_count} steps repeated"
     return f"killed after step {n_steps} of {undisturbed.step}, changes within {error:.1e}"
 
 
