@@ -14,7 +14,7 @@ SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(SUITE_
 	$(if $(filter-out 0,$(FORCE)),--force) $(if $(filter-out 0,$(LIST)),--list)
 
 .DEFAULT_GOAL := help
-.PHONY: help run plan test lint check data train search kernel kernel-push rehearse bench docs notebook clean
+.PHONY: help run plan test lint check gpu-check data train search kernel kernel-push rehearse bench docs notebook clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,9 @@ lint: $(READY)  ## style, types and who may import whom; notebooks carry no outp
 
 check: lint  ## style and the fast tests, under two minutes
 	@$(BIN)/python -m pytest -m "not slow"
+
+gpu-check: $(READY)  ## what no CPU can show, on random weights of the real shapes, in about five minutes (WRITE=file.json keeps the table)
+	@$(BIN)/python -m tests.gpu_checks $(if $(WRITE),--write "$(WRITE)")
 
 data: $(READY)  ## the competition's battles into data/raw
 	@$(BIN)/python -m src.utils.battles.download

@@ -308,11 +308,13 @@ def test_on_a_gpu_a_pass_is_as_large_as_a_trial_shows_that_memory_holds(
     make_trainer, monkeypatch, holds, expected
 ):
     trainer = make_trainer(**SMALL_STEPS | {"tokens_per_batch": 0})
-    assert trainer._choose_tokens_per_batch() == 1536  # below what suits a CPU
+    trainer._choose_tokens_per_batch()
+    assert trainer.tokens_per_batch == 1536  # below what suits a CPU
     longest = int(trainer.examples.lengths.max())
-    trainer.device = torch.device("meta")
+    trainer.device, trainer.tokens_per_batch = torch.device("meta"), 0
     monkeypatch.setattr(trainer, "_fits", lambda n_tok: n_tok <= holds)
-    assert trainer._choose_tokens_per_batch() == max(expected, longest)
+    trainer._choose_tokens_per_batch()
+    assert trainer.tokens_per_batch == max(expected, longest)
 
 
 # ---- time ----------------------------------------------------------------------

@@ -115,8 +115,7 @@ class FoldTrainer:
         processes.copy_from_first(self.weights)
         if checkpoint:
             self._load(checkpoint)
-        if not self.tokens_per_batch:
-            self.tokens_per_batch = self._choose_tokens_per_batch()
+        self._choose_tokens_per_batch()
         progress = None if rank() else self._start_progress()
         n_steps, seconds = 0, 0.0  # since this process began
         saved_at = time.monotonic()
@@ -142,6 +141,7 @@ class FoldTrainer:
     def take_step(self) -> None:
         """Take one optimizer step; when memory runs out, repeat all of it in smaller passes."""
         started = time.perf_counter()
+        self._choose_tokens_per_batch()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self.schedule.rate(self.step)
         items = self.steps[self.step][rank() :: world_size()]
@@ -201,30 +201,33 @@ class FoldTrainer:
 
     # ---- memory ----------------------------------------------------------------------
 
-    def _choose_tokens_per_batch(self) -> int:
-        """Choose how many tokens one pass reads: on a GPU as many as its memory holds."""
-        n_tok = self.config.tokens_per_step
+    def _choose_tokens_per_batch(self) -> None:
+        """Choose how many tokens one pass reads, if nobody did: on a GPU what its memory holds."""
+        if self.tokens_per_batch:
+            return
+        n_tok, longest = self.config.tokens_per_step, int(self.examples.lengths.max())
         if self.device.type == "cpu":
-            return min(n_tok, CPU_TOKENS)
-        longest = int(self.examples.lengths.max())
-        while n_tok > longest and not self._fits(n_tok):
-            n_tok //= 2
-        return max(n_tok, longest)
+            n_tok = min(n_tok, CPU_TOKENS)
+        else:
+            while n_tok > longest and not self._fits(n_tok):
+                n_tok //= 2
+        self.tokens_per_batch = max(n_tok, longest)
 
     def _fits(self, n_tok: int) -> bool:
         """Try a pass of the longest rows, forward and backward; no weight changes."""
         order = np.argsort(-self.examples.lengths, kind="stable")
         n_rows = int(np.searchsorted(self.examples.lengths[order].cumsum(), n_tok, side="right"))
-        items = (2 * order[: max(1, n_rows)]).tolist()
         # What a pass does not need, but a step does: both moments, and what processes exchange.
         n_trained = sum(weight.numel() for weight in self.weights)
         bytes_each = (2 if self.config.optimizer == "adamw_8bit" else 8) + 4 * (world_size() > 1)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        limit = _MEMORY_SHARE * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+        free, total = torch.cuda.mem_get_info()
+        allowed = torch.cuda.get_per_process_memory_fraction() * total
+        limit = _MEMORY_SHARE * min(allowed, free + torch.cuda.memory_reserved())
         self.model.train()
         try:
-            self._add_gradients([items])
+            self._add_gradients([(2 * order[: max(1, n_rows)]).tolist()])
             peak = torch.cuda.max_memory_allocated()
         except torch.OutOfMemoryError:
             peak = math.inf
