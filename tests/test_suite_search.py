@@ -243,7 +243,9 @@ def test_trials_get_the_remembered_profile_and_data(folder, monkeypatch):
     monkeypatch.setenv("ARENA_ARTIFACTS", str(artifacts))
 
     def note(space, pipeline, storage, n_trials, options):
+        options = [*options, "--artifacts", str(folder / "trial")]
         given.append(make_pipeline_of_suite(parse_arguments(options)))
+        monkeypatch.setenv("ARENA_ARTIFACTS", str(artifacts))
         return optuna.create_study()
 
     monkeypatch.setattr(module, "search", note)
