@@ -51,8 +51,8 @@ from src.utils.models.tiny import prepare_base
 from src.utils.paths import ROOT
 from src.utils.runs import atomic_folder, measure_versions, write_json
 from src.utils.schema import probs_table
-from src.utils.training.processes import join_world, leave_world, rank
 from src.utils.training.heldout import Member
+from src.utils.training.processes import join_world, leave_world, rank
 from src.utils.training.trainer import FoldTrainer, list_checkpoints
 
 GIB = 2**30
@@ -367,7 +367,7 @@ def _take_step(shapes: Shapes, kind: str, folder: Path) -> str:
     trainer = make_trainer(shapes, kind, folder, f"step_{kind}", pairs, **ONE_STEP)
     step_until_it_counts(trainer)
     dtype = str(trainer.dtype).removeprefix("torch.")
-    return f"{dtype}, {trainer.step} taken, each batch in {trainer.n_parts} parts"
+    return f"{dtype}, {trainer.step} taken, in passes of {trainer.tokens_per_batch:,} tokens"
 
 
 def step_of_03(shapes: Shapes, folder: Path) -> str:
