@@ -47,8 +47,9 @@ def test_the_stored_lengths_have_the_mean_of_real_battles(budget, mean):
 
 def test_lengths_of_given_battles_are_four_characters_a_token(ugly_pairs, demo_pairs):
     battles = demo_pairs[["prompt", "response_a", "response_b"]]
-    joined = ["".join(sum(texts, ())) for texts in battles.itertuples(index=False)]
-    assert measure_texts(demo_pairs).tolist() == [len(text) / 4 for text in joined]
+    turns = [sum(texts, ()) for texts in battles.itertuples(index=False)]
+    n_chars = [len("".join(filter(None, texts))) for texts in turns]
+    assert measure_texts(demo_pairs).tolist() == [number / 4 for number in n_chars]
     assert (measure_texts(ugly_pairs) >= 0).all()
 
 

@@ -146,6 +146,8 @@ def find_problem(need: Need) -> str:
     on_kaggle = need.machine.tflops == CARDS["T4"].tflops
     if need.most_tokens < need.config.max_tokens:
         return "Too little memory"
+    if not need.machine.n_gpus and need.hours > MAX_CPU_H:
+        return "Too long without a GPU"
     if on_kaggle and need.hours > SESSION_H * MARGIN:
         return f"Too long for Kaggle's {SESSION_H:.0f} h a session"
     if on_kaggle and need.disk["checkpoints"] + need.disk["models"] > OUTPUT_GB:
@@ -182,11 +184,11 @@ def advise(need: Need) -> str:
         if not any(ways):  # several together
             together = {k: v for change in changes[:n_changes] for k, v in change.items()}
             ways = [_solve(need, together)]
-    if problem.startswith("Too long"):
+    if problem.startswith("Too long for Kaggle"):
         n_sessions = math.ceil(need.hours / (SESSION_H * MARGIN))
         week = f" (Kaggle gives {WEEK_H:.0f} h a week)" * (need.hours > WEEK_H)
         ways.append(f"TRAIN_HOURS={SESSION_H * MARGIN:.0f} for {n_sessions} sessions{week}")
-    return f"{problem}: set {' or '.join(filter(None, ways)) or 'a smaller CHECKPOINT'}."
+    return f"{problem}: set {' or '.join(filter(None, ways)) or 'a smaller CHECKPOINT, or take a larger machine'}."
 
 
 def describe(need: Need, notebook: str) -> str:
