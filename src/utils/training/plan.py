@@ -188,7 +188,8 @@ def advise(need: Need) -> str:
         n_sessions = math.ceil(need.hours / (SESSION_H * MARGIN))
         week = f" (Kaggle gives {WEEK_H:.0f} h a week)" * (need.hours > WEEK_H)
         ways.append(f"TRAIN_HOURS={SESSION_H * MARGIN:.0f} for {n_sessions} sessions{week}")
-    return f"{problem}: set {' or '.join(filter(None, ways)) or 'a smaller CHECKPOINT, or take a larger machine'}."
+    text = " or ".join(filter(None, ways)) or "a smaller CHECKPOINT, or take a larger machine"
+    return f"{problem}: set {text}."
 
 
 def describe(need: Need, notebook: str) -> str:
