@@ -47,8 +47,9 @@ def test_the_stored_lengths_have_the_mean_of_real_battles(budget, mean):
 
 def test_lengths_of_given_battles_are_four_characters_a_token(ugly_pairs, demo_pairs):
     battles = demo_pairs[["prompt", "response_a", "response_b"]]
-    joined = ["".join(sum(texts, ())) for texts in battles.itertuples(index=False)]
-    assert measure_texts(demo_pairs).tolist() == [len(text) / 4 for text in joined]
+    turns = [sum(texts, ()) for texts in battles.itertuples(index=False)]
+    n_chars = [len("".join(filter(None, texts))) for texts in turns]
+    assert measure_texts(demo_pairs).tolist() == [number / 4 for number in n_chars]
     assert (measure_texts(ugly_pairs) >= 0).all()
 
 
@@ -114,6 +115,9 @@ def test_memory_grows_with_the_micro_batch_up_to_what_there_is():
     small = plan_full("03", "16", tokens_per_batch=4096)
     assert small.micro_batch == 4096
     assert sum(small.memory.values()) < sum(need.memory.values())
+    # A step is shared out among the GPUs.
+    parts = [plan_full("04", machine, tokens_per_batch=65_536) for machine in ("16", "2x16")]
+    assert parts[0].micro_batch == parts[0].most_tokens > parts[1].micro_batch == 16_384
     # Of several processes each keeps one vector of all gradients.
     both = plan_full("03", "2x16").memory
     assert both["gradients of all GPUs"] == pytest.approx(both["their gradients"])

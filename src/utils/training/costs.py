@@ -228,7 +228,7 @@ def count_memory(
         "gradients of all GPUs": 4.0 * trained * (machine.n_gpus > 1),
         # Autocast keeps a 16-bit copy of every trained matrix until the pass is over.
         "16-bit copies of autocast": 2.0 * (trained if is_lora else shape.n_linear),
-        "CUDA context": CONTEXT_GIB * GIB,
+        "CUDA context": CONTEXT_GIB * GIB * (machine.n_gpus > 0),
     }
     layers = count_saved(shape, config, machine.has_kernel)
     # The state that each layer starts from; in 16 bit where the frozen base is.

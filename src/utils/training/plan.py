@@ -102,7 +102,7 @@ def plan_training(
     train_tok = n_read * config.n_epochs * orders * float(trained.mean()) * padding
     # In between some battles in one order, at the end the fold in both.
     n_between = max(1, round(config.n_evals * config.n_epochs))
-    n_valid = n_between * min(getattr(config, "eval_pairs", 1000), n_heldout) + 2 * n_heldout
+    n_valid = n_between * min(config.eval_pairs, n_heldout) + 2 * n_heldout
     valid_tok = n_folds * n_valid * float(predicted.mean()) * padding
     train_flops, _ = costs.count_training_flops(shape, config, trained, machine.has_kernel)
     _, predict_flops = costs.count_training_flops(shape, config, predicted, machine.has_kernel)
@@ -111,7 +111,7 @@ def plan_training(
     fixed, per_token = costs.count_memory(shape, config, machine)
     room = machine.gib * USABLE * GIB - sum(fixed.values())
     most_tokens = max(0, int(room / sum(per_token.values())))
-    share = getattr(config, "tokens_per_step", 32_768) // max(machine.n_gpus, 1)
+    share = config.tokens_per_step // max(machine.n_gpus, 1)
     micro_batch = max(min(most_tokens, share, config.tokens_per_batch or share), config.max_tokens)
     parts = fixed | {name: micro_batch * n_bytes for name, n_bytes in per_token.items()}
     n_trained, n_models = shape.n_trained(config), n_folds + config.refit
@@ -146,6 +146,8 @@ def find_problem(need: Need) -> str:
     on_kaggle = need.machine.tflops == CARDS["T4"].tflops
     if need.most_tokens < need.config.max_tokens:
         return "Too little memory"
+    if not need.machine.n_gpus and need.hours > MAX_CPU_H:
+        return "Too long without a GPU"
     if on_kaggle and need.hours > SESSION_H * MARGIN:
         return f"Too long for Kaggle's {SESSION_H:.0f} h a session"
     if on_kaggle and need.disk["checkpoints"] + need.disk["models"] > OUTPUT_GB:
@@ -182,11 +184,12 @@ def advise(need: Need) -> str:
         if not any(ways):  # several together
             together = {k: v for change in changes[:n_changes] for k, v in change.items()}
             ways = [_solve(need, together)]
-    if problem.startswith("Too long"):
+    if problem.startswith("Too long for Kaggle"):
         n_sessions = math.ceil(need.hours / (SESSION_H * MARGIN))
         week = f" (Kaggle gives {WEEK_H:.0f} h a week)" * (need.hours > WEEK_H)
         ways.append(f"TRAIN_HOURS={SESSION_H * MARGIN:.0f} for {n_sessions} sessions{week}")
-    return f"{problem}: set {' or '.join(filter(None, ways)) or 'a smaller CHECKPOINT'}."
+    text = " or ".join(filter(None, ways)) or "a smaller CHECKPOINT, or take a larger machine"
+    return f"{problem}: set {text}."
 
 
 def describe(need: Need, notebook: str) -> str:
