@@ -196,18 +196,20 @@ def _replace_mismatched_heads(model: Any, skeleton: nn.Module) -> None:
 
 
 def _zero_new_heads(model: Any, skeleton: nn.Module, loading: dict[str, Iterable]) -> None:
-    """Start new heads at equal probabilities, a loss of ln 3: their last layers become 0.
+    """Start a new contrast, and a decoder's new head, at zero: equal probabilities, a loss of ln 3.
 
-    Random weights on a base's large last states would cost nats in the first steps, and the
-    largest of all gradients.
+    A decoder's head is one layer on the last states, which are large: random weights would cost
+    nats in the first steps. An encoder's head has layers that keep states small, and learns faster
+    from the random weights of its architecture (notebooks/LOG.md).
     """
     new = {*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}
-    for head in head_names(skeleton):
-        for name, module in model.get_submodule(head).named_modules(prefix=head):
-            is_last = isinstance(module, nn.Linear) and module.out_features in (1, len(LABELS))
-            if is_last and f"{name}.weight" in new:
-                for parameter in module.parameters():
-                    nn.init.zeros_(parameter)
+    heads = head_names(skeleton)
+    joint = [head for head in heads if head != "contrast"]
+    for head in heads if len(joint) == 1 else {"contrast"} & set(heads):
+        module = model.get_submodule(head)
+        if isinstance(module, nn.Linear) and f"{head}.weight" in new:
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:

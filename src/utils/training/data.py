@@ -121,8 +121,8 @@ def _read_soft_labels(path: Path, pairs: pd.DataFrame) -> np.ndarray:
     if folds and (rows < 0).all():
         raise ValueError(
             f"soft_labels: {path}: expected some of the {len(ids)} battles to train on, of folds "
-            f"{folds}, found none; run 02, then 05 with WRITE_SOFT_LABELS=True: it writes every "
-            "battle that one of its members held out, and 02 holds out all"
+            f"{folds}, found none: 05 (WRITE_SOFT_LABELS=True) writes what its members held out. "
+            "Set FOLDS to another fold than the teachers', or give 05 teachers that hold out all"
         )
     return np.where(rows[:, None] < 0, 0.0, probs[rows])
 
