@@ -67,6 +67,14 @@ BASE = {
     "MAX_TOKENS": 512,
     "PREDICT_TOKENS": 512,
 }
+NETWORKS = ["03_modernbert", "04_qwen"]
+STUDENT = f"{FULL} ARTIFACTS=artifacts/student NB=01,02,04,05,06"
+BLEND = "05.MEMBERS=[02_baseline,04_qwen]"
+SOFT = "04.SOFT_LABELS=$PWD/artifacts/05_ensemble/soft_labels.parquet"
+STUDENT_SETTINGS = {
+    "05.MEMBERS": ["02_baseline", "04_qwen"],
+    "04.SOFT_LABELS": "{root}/artifacts/05_ensemble/soft_labels.parquet",
+}
 LAUNCH = "-m src.utils.training.launch artifacts/04_qwen --profile full"
 # A text instead of a `Run` is in what the command starts.
 EFFECTS: dict[str, Run | str] = {
@@ -92,8 +100,30 @@ EFFECTS: dict[str, Run | str] = {
         ALL, "full", "full", {f"03.{name}": value for name, value in BASE.items()}
     ),
     f'{FULL} SET="03.HEAD=contrast"': Run(ALL, "full", "full", {"03.HEAD": "contrast"}),
-    f'{FULL} SET="03.N_SEEDS=3 03.REFIT=True"': Run(
-        ALL, "full", "full", {"03.N_SEEDS": 3, "03.REFIT": True}
+    f'{FULL} SET="03.N_SEEDS=3"': Run(ALL, "full", "full", {"03.N_SEEDS": 3}),
+    "make run PROFILE=reward DATA=data/raw ARTIFACTS=artifacts/reward": Run(
+        ALL, "reward", "reward", place="artifacts/reward"
+    ),
+    f'{FULL} SET="FOLDS=[0,1,2,3,4] REFIT=False 05.WRITE_SOFT_LABELS=True"': Run(
+        ALL,
+        "full",
+        "full",
+        {
+            "03.FOLDS": [0, 1, 2, 3, 4],
+            "04.FOLDS": [0, 1, 2, 3, 4],
+            "03.REFIT": False,
+            "04.REFIT": False,
+            "05.WRITE_SOFT_LABELS": True,
+        },
+    ),
+    f'{FULL} NB=05 SET="05.MEMBERS=[03_modernbert,04_qwen] 05.WRITE_SOFT_LABELS=True"': Run(
+        "05", "missing", "full", {"05.MEMBERS": NETWORKS, "05.WRITE_SOFT_LABELS": True}
+    ),
+    f'{STUDENT} SET="{BLEND} {SOFT}"': Run(
+        "01,02,04-06", "full", "full", STUDENT_SETTINGS, "artifacts/student"
+    ),
+    f'{STUDENT} SET="{BLEND} 04.FOLDS=[1] {SOFT}"': Run(
+        "01,02,04-06", "full", "full", STUDENT_SETTINGS | {"04.FOLDS": [1]}, "artifacts/student"
     ),
     f"{FULL} ARTIFACTS=artifacts/try2": Run(ALL, "full", "full", place="artifacts/try2"),
     "make run DATA=demo PROFILE=demo ARTIFACTS=artifacts/demo": Run(
@@ -175,11 +205,17 @@ EFFECTS: dict[str, Run | str] = {
     "python -m src.utils.battles.download": "battles.download",
     "python -m benchmarks.inference": "benchmarks.inference",
     "python -m benchmarks.training": "benchmarks.training",
+    "python -m benchmarks.tokenising": "benchmarks.tokenising",
+    "make plan": "python -m src.utils.training.plan",
+    "make plan GPU=2xT4 NB=04": "src.utils.training.plan --gpu 2xT4 --only 04",
+    "python -m src.utils.training.plan --profile full --gpu 24": "--profile full --gpu 24",
+    "python -m src.utils.training.plan": "src.utils.training.plan",
 }
 PROFILES = {
     "demo": ("tiny:modernbert", "tiny:qwen3", 256),
     "small": ("tiny:modernbert", "tiny:qwen3", 512),
     "full": ("answerdotai/ModernBERT-base", "Qwen/Qwen3-4B-Instruct-2507", 2048),
+    "reward": ("answerdotai/ModernBERT-base", "Skywork/Skywork-Reward-V2-Qwen3-4B", 2048),
 }
 
 
@@ -234,7 +270,8 @@ def test_no_recipe_of_the_real_run_leaves_its_profile_to_chance():
     """What asks for settings that only the real models have gives them in a new clone, too."""
     for command, effect in EFFECTS.items():
         if isinstance(effect, Run) and re.search("CHECKPOINT|REFIT|SOFT_LABELS", command):
-            assert "PROFILE=full" in command and "DATA=" in command, command
+            assert re.search("PROFILE=(full|reward)", command), command
+            assert "DATA=" in command, command
 
 
 # ── what it does ─────────────────────────────────────────────────────────────

@@ -37,7 +37,7 @@ def test_a_battle_without_finite_logits_gets_the_mean_of_the_others(make_trainer
     monkeypatch.setattr(heldout, "predict_pairs", lose_one)
     with pytest.warns(UserWarning, match="fold_0: 1 battles have no finite logits"):
         found = heldout.predict_heldout(
-            trainer.model, trainer.tokenizer, trainer.heldout, trainer.member
+            trainer.reader, trainer.tokenizer, trainer.heldout, trainer.member
         )
     others = np.delete(found.probs, 2, axis=0).mean(axis=0)
     side = (others[0] + others[1]) / 2

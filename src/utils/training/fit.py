@@ -25,6 +25,7 @@ from src.utils.models.checkpoints import (
     longest_row,
     quiet_transformers,
 )
+from src.utils.models.predict import LocalReader
 from src.utils.runs import find_damage, read_json, write_json, write_table
 from src.utils.schema import FROZEN_COLUMNS, check_pairs, probs_of, probs_table
 from src.utils.training.data import add_extra_battles, find_file
@@ -86,10 +87,9 @@ def fit(
     history = [row for record in of_folds for row in record["history"]]
     seconds = sum(row["seconds"] for row in rows)
     n_tok = sum(row["n_tok"] for row in rows)
-    numbers = sorted({member.fold for member in folds})
-    is_refitted = any(member.fold is None for member in members)
+    numbers = sorted({member.fold for member in members if member.fold is not None})
     return FitResult(
-        config=dataclasses.replace(config, folds=tuple(numbers), refit=is_refitted),
+        config=dataclasses.replace(config, folds=tuple(numbers), refit=len(folds) < len(members)),
         oof=pd.concat([_read_oof(run_dir, folds, k) for k in numbers], ignore_index=True),
         history=pd.DataFrame(history, columns=list(HISTORY_COLUMNS)),
         swap_gap=float(np.mean([record["swap_gap"] for record in of_folds])),
@@ -174,12 +174,13 @@ def _read_predicted(pairs: pd.DataFrame, member: Member, run_dir: Path, base: Pa
     heldout = pairs[pairs["fold"] == member.fold].reset_index(drop=True)
     base = base if member.config.lora_rank else None
     model, tokenizer = load_finetuned(folder, member.config, base)
-    prediction = predict_heldout(model, tokenizer, heldout, member)
+    reader = LocalReader(model, tokenizer.pad_token_id, packing=member.config.packing)
+    prediction = predict_heldout(reader, tokenizer, heldout, member)
     record |= {"predict_tokens": n_tok, "swap_gap": prediction.swap_gap}
     table = probs_table(heldout["id"], prediction.probs, fold=member.fold)
     on_first(write_table)(folder / "oof.parquet", table)
     on_first(write_json)(folder / RECORD, record)
-    del model
+    del model, reader
     release_memory()
     return record
 

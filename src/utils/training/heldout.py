@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from src.utils.config import FinetuneConfig
@@ -45,7 +44,7 @@ def sample_groups(pairs: pd.DataFrame, n_pairs: int) -> pd.DataFrame:
 
 
 def predict_heldout(
-    model: nn.Module,
+    reader: LocalReader,
     tokenizer: PreTrainedTokenizerBase,
     heldout: pd.DataFrame,
     member: Member,
@@ -59,7 +58,7 @@ def predict_heldout(
     """
     config = member.config
     prediction = predict_pairs(
-        LocalReader(model, tokenizer.pad_token_id, packing=config.packing),
+        reader,
         tokenizer,
         heldout[rank() :: world_size()],
         max_tokens=config.predict_tokens,
@@ -67,7 +66,7 @@ def predict_heldout(
         twice_share=twice_share,
     )
     probs = processes.gather_rows(prediction.probs)
-    first_probs = processes.gather_rows(prediction.first_probs)
+    first_probs = processes.gather_rows(np.asarray(prediction.first_probs))
     gaps = processes.gather_rows(np.asarray(prediction.swap_gap))
     is_lost = np.isnan(probs).any(axis=1)
     if is_lost.mean() > _MAX_LOST_SHARE:

@@ -122,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"n_processes: expected {config.n_processes} processes, torchrun started {world_size()}"
         )
     pairs = read_pairs(options.pairs or options.run.parent / "01_eda" / "pairs.parquet")
+    check_device(config, pairs, options.base)
     base = options.base or on_first(prepare_base)(config, pairs, options.run / "base")
     fit(pairs, config, options.run, base)
 

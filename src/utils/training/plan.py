@@ -125,7 +125,7 @@ def plan_training(
         train_tok,
         valid_tok,
         flops,
-        hours=machine.hours(flops),
+        hours=min(machine.hours(flops), config.train_hours or math.inf),
         valid_share=valid_tok * predict_flops / flops,
         train_cut=float((given > config.max_tokens).mean()),
         predict_cut=float((given > config.predict_tokens).mean()),
@@ -137,7 +137,9 @@ def plan_training(
             "checkpoints": N_CHECKPOINTS * (4 * n_trained + fixed["AdamW's two moments"]) / 1e9,
             "models": n_models * 4 * n_trained / 1e9,
         },
-        predict_h=machine.hours(2000 * float(predicted.mean()) * padding * predict_flops * n_folds),
+        predict_h=machine.hours(
+            2000 * float(predicted.mean()) * padding * predict_flops * n_models
+        ),
     )
 
 
@@ -169,27 +171,27 @@ def advise(need: Need) -> str:
     problem = find_problem(need)
     if not problem:
         return "It fits."
-    config, valid_h = need.config, need.hours * need.valid_share
-    time_left = max(SESSION_H * MARGIN - valid_h, 0) / (need.hours - valid_h)
+    config = need.config
+    lora = {"lora_rank": config.lora_rank or 32}
+    one_model: dict[str, Any] = {"folds": config.folds[:1], "n_seeds": 1, "refit": False}
+    changed = dataclasses.replace(config, **one_model)
+    alone = plan_training(changed, need.text_tok, need.machine, need.shape)
+    hours, valid_h = SESSION_H * MARGIN, alone.hours * alone.valid_share
+    share = max(hours - valid_h, 0) / (alone.hours - valid_h)
     changes: list[dict[str, Any]] = [
         {"gradient_checkpointing": True},
-        {"lora_rank": config.lora_rank or 32},
-        {"quantization": "4bit", "lora_rank": config.lora_rank or 32},
-        {"folds": config.folds[:1], "n_seeds": 1, "refit": False},
-        {"max_tokens": max(config.max_tokens // 2, 256)},
-        {"max_pairs": max(int(need.n_train * time_left) // 1000, 1) * 1000},
+        lora,
+        lora | {"quantization": "4bit"},
+        lora | {"quantization": "4bit", "gradient_checkpointing": True},
+        one_model,
+        one_model | {"max_tokens": max(config.max_tokens // 2, 256)},
+        one_model | {"max_pairs": max(int(need.n_train * share) // 1000, 1) * 1000},
     ]
     ways = [text for change in changes if (text := _solve(need, change))]
-    for n_changes in range(2, len(changes) + 1):
-        if not any(ways):  # several together
-            together = {k: v for change in changes[:n_changes] for k, v in change.items()}
-            ways = [_solve(need, together)]
-    if problem.startswith("Too long for Kaggle"):
-        n_sessions = math.ceil(need.hours / (SESSION_H * MARGIN))
-        week = f" (Kaggle gives {WEEK_H:.0f} h a week)" * (need.hours > WEEK_H)
-        ways.append(f"TRAIN_HOURS={SESSION_H * MARGIN:.0f} for {n_sessions} sessions{week}")
-    text = " or ".join(filter(None, ways)) or "a smaller CHECKPOINT, or take a larger machine"
-    return f"{problem}: set {text}."
+    if problem.startswith("Too long"):
+        cut = _solve(need, one_model | {"train_hours": float(int(hours))})
+        ways += [f"{cut} (some {share:.0%} of the steps)"] if cut and share < 1 else []
+    return f"{problem}: set {' or '.join(ways) or 'a smaller CHECKPOINT'}."
 
 
 def describe(need: Need, notebook: str) -> str:

@@ -23,6 +23,7 @@ from src.utils.models.batches import collate
 from src.utils.models.checkpoints import hidden_size, write_model
 from src.utils.models.hardware import choose_device, choose_precision
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
+from src.utils.models.predict import LocalReader
 from src.utils.runs import atomic_folder, measure_peak_mib, write_json, write_manifest, write_table
 from src.utils.schema import probs_table
 from src.utils.stats.scores import log_loss
@@ -92,6 +93,8 @@ class FoldTrainer:
         # The last step is followed by a prediction of the whole fold.
         self.validation_steps = set(ends.astype(int).tolist() if len(heldout) else [])
         self.sample = sample_groups(heldout, config.eval_pairs)
+        # One for all validations: it remembers what memory did not hold.
+        self.reader = LocalReader(model, tokenizer.pad_token_id, packing=config.packing)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -288,7 +291,7 @@ class FoldTrainer:
     def _validate(self, progress: Progress | None) -> None:
         """Score the sample in one order, and save."""
         prediction = predict_heldout(
-            self.model, self.tokenizer, self.sample, self.member, twice_share=0.0
+            self.reader, self.tokenizer, self.sample, self.member, twice_share=0.0
         )
         self._close_interval(progress, prediction.first_probs)
         self._save()
@@ -298,7 +301,7 @@ class FoldTrainer:
         self._save()  # the prediction takes long, and may be killed
         prediction = None
         if len(self.heldout):
-            prediction = predict_heldout(self.model, self.tokenizer, self.heldout, self.member)
+            prediction = predict_heldout(self.reader, self.tokenizer, self.heldout, self.member)
             is_sampled = self.heldout["id"].isin(self.sample["id"]).to_numpy()
             self._close_interval(progress, prediction.first_probs[is_sampled])
         else:
