@@ -92,27 +92,15 @@ def real_pairs(_real_pairs: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.fixture(scope="session")
 def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
-    """A function: kind ("modernbert", "qwen3") -> folder of a tiny checkpoint, made once.
-
-    It has a head with random weights. A new head starts at zero, where all rows are alike and the
-    base has no gradient, so that tests of either would pass for nothing.
-    """
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
+    """A function: kind ("modernbert", "qwen3") -> folder of a tiny checkpoint, made once."""
     from src.utils.config import FinetuneConfig
     from src.utils.models.tiny import prepare_base
 
     def make(kind: str) -> Path:
         folder = tmp_path_factory.getbasetemp() / f"tiny_{kind}"
-        if folder.exists():
-            return folder
         config = FinetuneConfig(checkpoint=f"tiny:{kind}", revision="")
         prepared = prepare_base(config, _demo_pairs, folder, n_steps=0)
         assert prepared is not None
-        torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_pretrained(prepared, num_labels=3)
-        model.save_pretrained(prepared)
         return prepared
 
     return make

@@ -66,11 +66,12 @@ def test_a_tiny_checkpoint_has_the_architecture_of_the_real_one(tiny_base):
 
 
 @pytest.mark.parametrize("head", ["joint", "contrast"])
-def test_a_decoders_new_head_starts_at_equal_probabilities_and_a_trained_one_is_kept(
+def test_a_new_head_on_large_states_starts_at_equal_probabilities_and_a_trained_one_is_kept(
     head, demo_pairs, tmp_path
 ):
     config = dataclasses.replace(DECODER, head=head)
     base = prepare_base(config, demo_pairs, tmp_path / "run" / "base", n_steps=0)
+    assert logits_of(*load_classifier(config, base), demo_pairs[:8]).any()  # random on small states
     file = base / "model.safetensors"
     weights = load_file(file)
     weights["model.norm.weight"] *= 50  # last states as large as those of a real decoder

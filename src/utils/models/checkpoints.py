@@ -36,6 +36,7 @@ from src.utils.runs import atomic_folder, read_json, write_json
 from src.utils.schema import LABELS
 
 TINY = "tiny:"
+MAX_LOGIT = 2.0  # standard deviation of a random head's first logits, above which it starts at 0
 Classifier = tuple[nn.Module, PreTrainedTokenizerBase]
 
 
@@ -196,16 +197,19 @@ def _replace_mismatched_heads(model: Any, skeleton: nn.Module) -> None:
 
 
 def _zero_new_heads(model: Any, skeleton: nn.Module, loading: dict[str, Iterable]) -> None:
-    """Start a new contrast, and a decoder's new head, at zero: equal probabilities, a loss of ln 3.
+    """Start a new contrast, and a new joint head on large states, at zero: a loss of ln 3.
 
-    A decoder's head is one layer on the last states, which are large: random weights would cost
-    nats in the first steps. An encoder's head has layers that keep states small, and learns faster
-    from the random weights of its architecture (notebooks/LOG.md).
+    A decoder's joint head is one layer behind the last norm. Where that norm is large, random
+    weights cost nats in the first steps; elsewhere they learn faster (notebooks/LOG.md).
     """
     new = {*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}
-    heads = head_names(skeleton)
-    joint = [head for head in heads if head != "contrast"]
-    for head in heads if len(joint) == 1 else {"contrast"} & set(heads):
+    heads = {*head_names(skeleton)}
+    zeroed = {"contrast"} & heads
+    norm = getattr(model.base_model, "norm", None)
+    if len(heads - zeroed) == 1 and norm is not None:
+        spread = model.config.get_text_config().initializer_range * norm.weight.float().norm()
+        zeroed = heads if spread > MAX_LOGIT else zeroed
+    for head in zeroed:
         module = model.get_submodule(head)
         if isinstance(module, nn.Linear) and f"{head}.weight" in new:
             for parameter in module.parameters():
