@@ -12,6 +12,7 @@ import pytest
 
 from src.utils.delivery.submit import check_submission
 from src.utils.paths import REAL_DATA, ROOT
+from src.utils.runs import hash_file
 from src.utils.schema import LABELS
 from src.utils.suite.pipeline import STAGES, files_under
 from tests.conftest import NO_REAL_DATA
@@ -87,6 +88,29 @@ def test_a_second_run_skips_everything(demo_run, tiny_models):
     artifacts, _ = demo_run
     told = run_suite(artifacts, "--profile", "demo", settings=[*MINI_ARENA, *tiny_models])
     assert told.count(": up to date") == len(STAGES)
+
+
+def test_another_fold_more_seeds_and_a_refit_add_models_and_all_are_used(
+    demo_run, tiny_models, tmp_path
+):
+    artifacts = shutil.copytree(demo_run[0], tmp_path / "artifacts")
+    models = artifacts / "03_modernbert" / "model"
+    before = {file: hash_file(file) for file in models.rglob("*.safetensors")}
+    changes = ["FOLDS=[1]", "03_modernbert.N_SEEDS=2", "REFIT=True", "PREDICT_TOKENS=200"]
+    settings = [*MINI_ARENA, *tiny_models, *changes]
+    run_suite(artifacts, "--profile", "demo", "--only", "03-07", settings=settings)
+    names = ["fold_0", "fold_1", "fold_1_seed_1", "refit"]
+    assert sorted(path.name for path in models.iterdir()) == names
+    assert {file: hash_file(file) for file in before} == before
+    for name in ("03_modernbert", "04_qwen"):
+        config = json.loads((artifacts / name / "config.json").read_text())
+        metrics = json.loads((artifacts / name / "metrics.json").read_text())
+        held_out = pd.read_parquet(artifacts / name / "oof.parquet")
+        assert config["folds"] == [0, 1] and config["refit"]
+        assert metrics["n_pairs"] == len(held_out) and set(held_out["fold"]) == {0, 1}
+        assert 0 < metrics["swap_gap"] < 0.5
+    test = pd.read_csv(artifacts / "01_eda" / "arena" / "test.csv")
+    check_submission(pd.read_csv(artifacts / SUBMISSION), test["id"].to_numpy())
 
 
 def test_exchanging_the_answers_exchanges_the_columns(demo_run, tmp_path):
