@@ -206,6 +206,7 @@ EFFECTS: dict[str, Run | str] = {
     "python -m benchmarks.inference": "benchmarks.inference",
     "python -m benchmarks.training": "benchmarks.training",
     "python -m benchmarks.tokenising": "benchmarks.tokenising",
+    "make gpu-check": "python -m tests.gpu_checks",
     "make plan": "python -m src.utils.training.plan",
     "make plan GPU=2xT4 NB=04": "src.utils.training.plan --gpu 2xT4 --only 04",
     "python -m src.utils.training.plan --profile full --gpu 24": "--profile full --gpu 24",
