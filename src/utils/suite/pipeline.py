@@ -176,7 +176,7 @@ class Pipeline:
             return {**named, "PROFILE": before}  # which the models still have
         if is_other and not self.force:
             raise SuiteError(
-                f"PROFILE={named['PROFILE']}, but {found} holds models of PROFILE={before}. Give "
+                f"PROFILE={named['PROFILE']}, but models of PROFILE={before} are in {found}. Give "
                 f"ARTIFACTS=<another folder>, PROFILE={before}, or FORCE=1, which deletes them."
             )
         return dict(named)

@@ -103,7 +103,7 @@ def _execute(pipeline: Pipeline, stage: Stage, progress: Progress, copy: Path) -
             stderr_file=progress,
             start_timeout=300,
             kernel_manager_class=OwnPythonKernelManager,
-            extra_arguments=["--log-level=ERROR"],  # else it warns about TCP at every start
+            extra_arguments=["--log-level=CRITICAL"],  # else it tells of TCP and of its end
             on_cell_start=progress.cell_starts,
             coalesce_streams=True,
         )
