@@ -16,7 +16,7 @@ from accelerate.utils import release_memory
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.checkpoints import TINY, load_finetuned, load_unquantized, merge, save_model
+from src.utils.models.checkpoints import load_finetuned, load_unquantized, merge, save_model
 from src.utils.models.predict import PRECISION_TOLERANCE, predict_probs
 from src.utils.models.template import TEMPLATE_VERSION
 from src.utils.schema import LABELS
@@ -110,7 +110,6 @@ def make_card(
     Returns:
         A card, front matter included; `str(card)` is the text of `README.md`.
     """
-    is_tiny = config.checkpoint.startswith(TINY)
     results = [
         EvalResult(
             task_type="text-classification",
@@ -123,11 +122,11 @@ def make_card(
     ]
     data = ModelCardData(
         model_name=repo_id.split("/")[-1] or "preference-model",
-        license="mit" if is_tiny else "apache-2.0",
+        license="mit" if config.is_tiny else "apache-2.0",
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["human-preferences", "llm-evaluation", "reward-model"],
-        base_model=None if is_tiny else config.checkpoint,
+        base_model=None if config.is_tiny else config.checkpoint,
         datasets=None if is_demo else [DATASET],
         eval_results=results,
     )
@@ -142,7 +141,6 @@ def make_card(
         measures=measured,
         parity=parity,
         is_demo=is_demo,
-        is_tiny=is_tiny,
         dataset=DATASET,
         labels=LABELS,
         template_version=TEMPLATE_VERSION,

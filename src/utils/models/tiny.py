@@ -32,9 +32,8 @@ from transformers import (
 )
 
 from src.utils.battles.style import measure_style, style_differences
-from src.utils.config import FinetuneConfig
+from src.utils.config import TINY, FinetuneConfig
 from src.utils.models.batches import collate, make_batches
-from src.utils.models.checkpoints import TINY
 from src.utils.models.hardware import choose_device
 from src.utils.models.heads import Pieces, contrast_weights
 from src.utils.models.template import (
@@ -78,7 +77,7 @@ def prepare_base(
     Returns:
         The folder, or None if `checkpoint` is a real one.
     """
-    if not config.checkpoint.startswith(TINY):
+    if not config.is_tiny:
         return None
     kind = config.checkpoint.removeprefix(TINY)
     if kind not in _SPECIAL_TOKENS:
