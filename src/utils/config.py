@@ -240,7 +240,7 @@ def find_name(text: str, names: Sequence[str]) -> str:
 
 def choose_names(text: str, names: Sequence[str]) -> list[str]:
     """Turn "02,04-05" into notebook names, in order ("": all); SuiteError for unknown ones."""
-    chosen = set()
+    chosen: set[str] = set()
     for part in text.replace(",", " ").split():
         first, _, last = part.partition("-")
         start = names.index(find_name(first, names))

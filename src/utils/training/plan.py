@@ -112,8 +112,8 @@ def plan_training(
     n_folds = len(config.folds) * config.n_seeds
     n_models = n_folds + config.refit
     n_read = n_folds * n_train + config.refit * min(len(given), most)  # battles, in one epoch
-    n_read *= config.n_epochs * (2 if config.both_orders else 1)
-    train_tok = n_read * float(trained.mean()) * padding
+    orders = 2 if config.both_orders else 1
+    train_tok = n_read * config.n_epochs * orders * float(trained.mean()) * padding
     # In between some battles in one order, at the end the fold in both.
     n_between = max(1, round(config.n_evals * config.n_epochs))
     n_valid = n_folds * (n_between * min(config.eval_pairs, n_heldout) + 2 * n_heldout)
