@@ -94,42 +94,6 @@ def test_the_first_reading_is_that_of_the_canonical_order(loaded, demo_pairs):
     assert np.isnan(unread.first_probs).all() and unread.first_probs.dtype == np.float64
 
 
-def test_battles_that_are_encoded_already_are_not_encoded_again(
-    tokenizer, demo_pairs, ugly_pairs, monkeypatch
-):
-    for pairs in (demo_pairs[:40], ugly_pairs):
-        expected = predict_probs(Fake(), tokenizer, pairs, **OPTIONS)
-        encoded = encode_battles(pairs, tokenizer, 256)
-        with monkeypatch.context() as patch:
-            patch.delattr(predict, "encode_battles")
-            for _ in range(2):
-                probs = predict_probs(Fake(), tokenizer, pairs, encoded=encoded, **OPTIONS)
-                np.testing.assert_array_equal(probs, expected)
-
-
-def test_cuts_for_lack_of_time_leave_the_encoded_battles_as_they_are(clock, tokenizer, long_pairs):
-    encoded = encode_battles(long_pairs, tokenizer, LONG["max_tokens"])
-    before = encoded.lengths.copy()
-    expected = predict_probs(Fake(clock), tokenizer, long_pairs, swap=False, **LONG)
-    seconds, clock.now = clock.now, 0.0
-    options = {"encoded": encoded, "swap": False, **LONG}
-    hurried = predict_pairs(
-        LocalReader(Fake(clock), 0), tokenizer, long_pairs, deadline=0.7 * seconds, **options
-    )
-    assert hurried.is_cut.any()
-    np.testing.assert_array_equal(encoded.lengths, before)
-    probs = predict_probs(Fake(clock), tokenizer, long_pairs, **options)
-    np.testing.assert_array_equal(probs, expected)
-
-
-def test_battles_encoded_for_another_table_or_budget_are_refused(tokenizer, demo_pairs):
-    encoded = encode_battles(demo_pairs[:5], tokenizer, 1000)
-    for pairs, max_tokens in ((demo_pairs[:6], 1000), (demo_pairs[:5], 100)):
-        with pytest.raises(ValueError, match=f"encoded: expected {len(pairs)} .* {max_tokens}"):
-            options = {"max_tokens": max_tokens, "tokens_per_batch": 2048}
-            predict_probs(Fake(), tokenizer, pairs, encoded=encoded, **options)
-
-
 def test_a_budget_of_zero_is_chosen_for_the_device(tokenizer, demo_pairs, monkeypatch):
     assert reading_budget(700, torch.device("cpu")) == 700
     on_gpu, on_cpu = (reading_budget(0, torch.device(name)) for name in ("cuda", "cpu"))

@@ -203,7 +203,6 @@ def predict_pairs(
     keep: Callable[[Prediction], None] | None = None,
     uncertainty: np.ndarray | None = None,
     twice_share: float = 1.0,
-    encoded: Encoded | None = None,
 ) -> Prediction:
     """Predict how each battle is voted, as well as time allows.
 
@@ -229,17 +228,9 @@ def predict_pairs(
         keep: called with the prediction so far, about once a minute.
         uncertainty: (N,) float, e.g. `measure_entropy` of other members; only its order counts.
         twice_share: share of the battles, 0 to 1, that get a second reading: the least certain.
-        encoded: `encode_battles(pairs, tokenizer, max_tokens)`, where it is known already.
     """
-    if encoded is None:
-        encoded = encode_battles(pairs, tokenizer, max_tokens)
-    elif len(encoded) != len(pairs) or encoded.lengths.max(initial=0) > max_tokens:
-        raise ValueError(
-            f"encoded: expected {len(pairs)} battles of at most {max_tokens} tokens, got "
-            f"{len(encoded)} of at most {encoded.lengths.max(initial=0)}; encode these battles anew"
-        )
     tokens_per_batch = reading_budget(tokens_per_batch, choose_device())
-    readings = _Readings(pairs, tokenizer, max_tokens, encoded, swap, uncertainty, twice_share)
+    readings = _Readings(pairs, tokenizer, max_tokens, swap, uncertainty, twice_share)
     n_tok = int(readings.lengths.sum()) * len(readings.orders)
     style: dict[str, Any] = {"unit": "tok", "unit_scale": True, "file": sys.stdout}
     with tqdm(total=n_tok, desc=progress, disable=not progress, **style) as bar:
@@ -275,7 +266,6 @@ class _Readings:
     pairs: pd.DataFrame
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
-    encoded: Encoded
     swap: bool
     given_uncertainty: np.ndarray | None
     twice_share: float
@@ -286,7 +276,8 @@ class _Readings:
         self._is_as_given = is_canonical(self.pairs) if self.swap else np.ones(n_pairs, dtype=bool)
         self.probs = np.full((2, n_pairs, len(LABELS)), np.nan)
         self.is_cut = np.zeros(n_pairs, dtype=bool)
-        self.lengths = self.encoded.lengths.copy()  # (N,) int, tokens of each battle
+        self._encoded = encode_battles(self.pairs, self.tokenizer, self.max_tokens)
+        self.lengths = self._encoded.lengths  # (N,) int, tokens of each battle
         self._cut_rows: dict[int, tuple[Encoded, int]] = {}  # battle -> where its cut row is
         # Two answers that read the same need no second reading to be made symmetric.
         self._is_same = np.zeros(n_pairs, dtype=bool)
@@ -296,7 +287,7 @@ class _Readings:
 
     def row(self, order: int, battle: int) -> np.ndarray:
         """(tokens,) int32, what the model reads of a battle in this order."""
-        encoded, place = self._cut_rows.get(battle, (self.encoded, battle))
+        encoded, place = self._cut_rows.get(battle, (self._encoded, battle))
         return encoded.row(place, bool(order) == self._is_as_given[battle])
 
     def wanted(self, order: int) -> np.ndarray:
