@@ -16,7 +16,7 @@ from accelerate.utils import release_memory
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.checkpoints import load_finetuned, load_unquantized, merge, save_model
+from src.utils.models.checkpoints import load_finetuned, merge, save_model
 from src.utils.models.predict import PRECISION_TOLERANCE, predict_probs
 from src.utils.models.template import TEMPLATE_VERSION
 from src.utils.schema import LABELS
@@ -61,13 +61,13 @@ def publish_model(
         max_tokens=config.predict_tokens,
         tokens_per_batch=config.tokens_per_batch,
     )
-    unmerged = predict(*load_unquantized(source, config, base))
+    unquantized = dataclasses.replace(config, quantization="none")
+    unmerged = predict(*load_finetuned(source, unquantized, base))
     release_memory()  # a packing model refers to itself
     # Half-precision weights round what merging adds to them.
     tolerance = PRECISION_TOLERANCE[_save_merged(source, config, base, folder)]
     release_memory()
-    plain = dataclasses.replace(config, lora_rank=0, quantization="none")
-    merged = predict(*load_finetuned(folder, plain))
+    merged = predict(*load_finetuned(folder, dataclasses.replace(unquantized, lora_rank=0)))
     difference = float(np.abs(merged - unmerged).max())
     labels = pairs["label"].to_numpy()
     trained = oof.set_index("id").loc[pairs["id"], list(LABELS)].to_numpy()
@@ -98,17 +98,10 @@ def make_card(
     repo_id: str,
     is_demo: bool,
 ) -> ModelCard:
-    """Write the model card from what the run measured.
+    """Write the model card, front matter included, from what the run measured.
 
-    Args:
-        config: settings of the run.
-        metrics: its `metrics.json`.
-        parity: from `publish_model`.
-        repo_id: "owner/name" on the hub; empty writes a placeholder.
-        is_demo: whether the battles are from the demo arena.
-
-    Returns:
-        A card, front matter included; `str(card)` is the text of `README.md`.
+    `metrics` are its `metrics.json`, `parity` is from `publish_model`; without a `repo_id`
+    ("owner/name" on the hub) a placeholder stands.
     """
     results = [
         EvalResult(

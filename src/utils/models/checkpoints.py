@@ -382,17 +382,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_unquantized(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Classifier:
-    """Load a fine-tuned model on a base that is not quantised: what `merge` must reproduce."""
-    return load_finetuned(folder, dataclasses.replace(config, quantization="none"), base)
-
-
 def merge(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Classifier:
     """Merge LoRA, if there is any, into a base in 16 bit (32 bit on a CPU): a plain model.
 
     Merging into a quantised base would change probabilities by up to one half.
     """
-    model, tokenizer = load_unquantized(folder, config, base)
+    config = dataclasses.replace(config, quantization="none")
+    model, tokenizer = load_finetuned(folder, config, base)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
     return model.eval(), tokenizer
