@@ -21,6 +21,7 @@ import torch
 
 from src.utils import paths
 from src.utils.battles.readers import load_pairs
+from src.utils.battles.style import count_tokens
 from src.utils.config import (
     NOTEBOOKS,
     EdaConfig,
@@ -31,7 +32,6 @@ from src.utils.config import (
 )
 from src.utils.models.hardware import choose_device
 from src.utils.runs import read_pairs
-from src.utils.schema import TEXTS
 from src.utils.training import costs
 from src.utils.training.costs import CARDS, CONTEXT_GIB, GIB, Machine, Shape
 
@@ -47,7 +47,6 @@ MAX_CPU_H = 0.5  # training on a CPU up to which nobody is asked
 # Qwen's and ModernBERT's tokenizers, which are within 3 % of it.
 PERCENT = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 100)
 TEXT_TOK = (7, 31, 81, 127, 220, 328, 440, 552, 684, 812, 979, 1342, 1721, 2412, 3406, 4191, 6525)
-CHARS_PER_TOK = 4  # as in notebook 01; those tokenizers have 4.1 and 4.2
 TEMPLATE_TOK = {False: 12, True: 68}  # of an encoder, of a decoder
 PADDING = 1.04  # tokens read for each of a battle, where rows sorted by length are padded
 TINY_TEXT = "a stand-in of 0.25 million weights, which trains within minutes on a CPU"
@@ -60,17 +59,11 @@ ON_CPU = {
 
 
 def measure_texts(pairs: pd.DataFrame | None) -> np.ndarray:
-    """Estimate the tokens of each battle's texts, uncut: (N,) float.
-
-    None stands for the battles of the competition.
-    """
+    """Estimate the tokens of each battle's texts, uncut: (N,) float; None: the competition's."""
     if pairs is None:
         percent = (np.arange(N_BATTLES) + 0.5) / N_BATTLES * 100
         return np.interp(percent, PERCENT, TEXT_TOK)
-    n_chars = np.zeros(len(pairs))
-    for name in TEXTS:
-        n_chars += [sum(len(turn or "") for turn in turns) for turns in pairs[name]]
-    return n_chars / CHARS_PER_TOK
+    return count_tokens(pairs).astype(float)  # four characters a token; these two have 4.1 and 4.2
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,6 @@ class Need:
     text_tok: np.ndarray  # (N,) of the battles
     n_train: int  # battles that one model learns from
     n_models: int
-    train_tok: float
     flops: float
     hours: float
     steps_share: float  # of all steps, for which TRAIN_HOURS leaves time
@@ -140,7 +132,6 @@ def plan_training(
         text_tok,
         n_train,
         n_models,
-        train_tok,
         flops,
         hours,
         steps_share=hours / all_hours,
