@@ -27,8 +27,8 @@ from src.utils.models.checkpoints import hidden_size, in_float32
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
 from src.utils.models.template import Encoded, count_tokens, encode_battles
-from src.utils.schema import LABELS, swap_probs
-from src.utils.stats.scores import bootstrap_interval, row_losses
+from src.utils.schema import LABELS, swap_pairs, swap_probs
+from src.utils.stats.scores import paired_difference, row_losses
 
 MIN_TOKENS = 256  # a battle is never cut below this for lack of time
 _N_WARMUP = 3  # batches before the pace is trusted; the first one also warms the hardware up
@@ -180,11 +180,7 @@ def predict_probs(
 ) -> np.ndarray:
     """Predict how each battle is voted, with a model in this process: `Prediction.probs`.
 
-    `Prediction` says what a row depends on.
-
-    Args:
-        model: a sequence classifier, logits in `LABELS` order; its mode is restored.
-        **options: as for `predict_pairs`; max_tokens and tokens_per_batch are needed.
+    `options` are those of `predict_pairs`, of which max_tokens and tokens_per_batch are needed.
     """
     reader = LocalReader(model, tokenizer.pad_token_id)
     return predict_pairs(reader, tokenizer, pairs, **options).probs
@@ -219,10 +215,9 @@ def predict_pairs(
     What was given up is taken up again where time is left after all.
 
     Args:
-        reader: runs the model that `tokenizer` belongs to, over the texts of N `pairs`.
         max_tokens: token budget of one battle.
         tokens_per_batch: padded tokens of one forward pass, at most; 0: see `reading_budget`.
-        swap: average over both orders; False reads each battle once, as given.
+        swap: False reads each battle once, as given.
         deadline: `time.monotonic()` value, s, that must not be passed.
         progress: title of a progress bar; "" shows none.
         keep: called with the prediction so far, about once a minute.
@@ -279,11 +274,10 @@ class _Readings:
         self._encoded = encode_battles(self.pairs, self.tokenizer, self.max_tokens)
         self.lengths = self._encoded.lengths  # (N,) int, tokens of each battle
         self._cut_rows: dict[int, tuple[Encoded, int]] = {}  # battle -> where its cut row is
-        # Two answers that read the same need no second reading to be made symmetric.
+        # Two equal answers need no second reading to be made symmetric.
         self._is_same = np.zeros(n_pairs, dtype=bool)
         if self.swap:
-            for battle in range(n_pairs):
-                self._is_same[battle] = np.array_equal(self.row(0, battle), self.row(1, battle))
+            self._is_same = self._is_as_given & is_canonical(swap_pairs(self.pairs))
 
     def row(self, order: int, battle: int) -> np.ndarray:
         """(tokens,) int32, what the model reads of a battle in this order."""
@@ -462,7 +456,6 @@ class _Loop:
 
 
 BUDGETS = (128, 256, 512, 1024, 2048, 3072, 4096)
-BUDGET_COLUMNS = ("budget", "cut_share", "log_loss", "cost", "low", "high")
 
 
 def measure_budgets(
@@ -496,13 +489,13 @@ def measure_budgets(
     for budget in sorted({*budgets, max_tokens}):
         losses, is_cut = uncut.copy(), n_tok > budget
         row = {"budget": budget, "cut_share": float(is_cut.mean())}
+        # Only the battles that this budget cuts further are read again.
+        if budget < max_tokens and is_cut.any():
+            probs = predict(pairs[is_cut], max_tokens=budget)
+            losses[is_cut] = row_losses(probs, labels[is_cut])
         if budget <= max_tokens:
-            # Only the battles that this budget cuts further are read again.
-            if budget < max_tokens and is_cut.any():
-                probs = predict(pairs[is_cut], max_tokens=budget)
-                losses[is_cut] = row_losses(probs, labels[is_cut])
-            low, high = bootstrap_interval(losses - uncut, pairs["group"].to_numpy(), seed=seed)
-            row |= {"log_loss": losses.mean(), "cost": (losses - uncut).mean()}
-            row |= {"low": low, "high": high}
+            gap = paired_difference(losses, uncut, pairs["group"].to_numpy(), seed=seed)
+            row |= {"log_loss": losses.mean(), "cost": gap["mean"]}
+            row |= {"low": gap["low"], "high": gap["high"]}
         table.append(row)
-    return pd.DataFrame(table, columns=list(BUDGET_COLUMNS))
+    return pd.DataFrame(table, columns=["budget", "cut_share", "log_loss", "cost", "low", "high"])
