@@ -45,10 +45,8 @@ def publish_model(
 ) -> dict[str, Any]:
     """Merge a fine-tuned model, save it, and compare what is on disk with the unmerged model.
 
-    One copy of the weights is in memory at a time, in the dtype that it has on disk.
-
-    `source` is a saved model, trained with `config`; `pairs` are N held-out battles with label,
-    and `oof` has their id and held-out probabilities. `folder` gets the merged model.
+    One copy of the weights is in memory at a time, in the dtype that it has on disk. `pairs` are
+    held-out battles with label, `oof` has their held-out probabilities.
 
     Returns:
         What `parity.json` holds: max_abs_difference between merged and unmerged (both on

@@ -343,15 +343,11 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 
 
 def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Classifier:
-    """Load what `save_model` saved, in evaluation mode on `choose_device()`.
+    """Load what `save_model` saved, e.g. `run_dir / "model" / "fold_0"`, to predict with.
 
-    A model without LoRA gets the dtype that it was saved in.
-
-    Args:
-        folder: e.g. `run_dir / "model" / "fold_0"`.
-        config: settings of its training.
-        base: folder of the adapters' base; None takes `run_dir / "base"` for a tiny checkpoint,
-            else what `config.checkpoint` names, at the commit of training.
+    A model without LoRA gets the dtype that it was saved in. Adapters go onto `base`; without it
+    onto `run_dir / "base"` if the checkpoint is tiny, else on what `config.checkpoint` names, at
+    the commit of training.
 
     Raises:
         FileNotFoundError: the folder has no model.
