@@ -147,12 +147,8 @@ class FinetuneConfig(Config):
     lora_dropout: float = field(0.05, "dropout before LoRA", "share of inputs", ge=0, lt=1)
     max_tokens: int = field(2048, "budget of one battle in training", "tokens", ge=32)
     predict_tokens: int = field(3072, "budget of one battle in prediction", "tokens", ge=32)
-    tokens_per_step: int = field(
-        32768, "tokens that one optimizer step learns from", "tokens", ge=1
-    )
-    tokens_per_batch: int = field(
-        0, "most tokens of one pass; 0: what memory holds", "tokens", ge=0
-    )
+    tokens_per_step: int = field(32768, "what one optimizer step learns from", "tokens", ge=1)
+    tokens_per_batch: int = field(0, "most of one pass; 0: what memory holds", "tokens", ge=0)
     packing: bool = field(True, "no padding, for architectures that can do without")
     gradient_checkpointing: bool = field(False, "recompute activations to save memory")
     n_epochs: float = field(2.0, "passes over the training battles", "epochs", gt=0)

@@ -224,16 +224,13 @@ def count_layer(shape: Shape, config: FinetuneConfig, has_kernel: bool) -> float
         bytes_per_input += config.lora_dropout > 0
         bytes_per_input += 4 / 3 * (config.quantization == "8bit")
     inputs = bytes_per_input * shape.linear_in / shape.n_layers
-    queries, keys = 2.0 * shape.queries, 2.0 * shape.keys  # bytes
-    whole = local = 2 * queries + 2 * keys  # queries, keys, values, output
+    attention = 4.0 * (shape.queries + shape.keys)  # queries, keys, values, output
     if shape.is_packed and not has_kernel:
-        # A decoder repeats keys and values for every head. An encoder splits a row into documents
-        # (keys and queries before and after RoPE) or windows (keys and values three times).
-        whole, local = (4 * queries,) * 2 if shape.is_causal else (6 * queries, 7 * queries)
+        # A decoder repeats keys and values for every head. An encoder keeps queries and keys before
+        # and after RoPE, and of windows keys and values three times.
+        attention = (8.0 if shape.is_causal else 14.0) * shape.queries
     if not shape.is_fused:  # scores, probabilities and their dropout, in 32 bit
-        whole += 12.0 * shape.n_heads * config.max_tokens
-    local_share = shape.n_local / shape.n_layers
-    attention = whole * (1 - local_share) + local * local_share
+        attention += 12.0 * shape.n_heads * config.max_tokens
     return norms + inputs + 2.0 * shape.mlp + attention
 
 
