@@ -17,7 +17,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from src.utils.config import check_parameter, read_parameters
+from src.utils.config import check_parameter, choose_names, read_parameters
 from src.utils.suite import search
 from src.utils.suite.pipeline import STAGES, Pipeline
 from src.utils.suite.run import parse_arguments
@@ -352,7 +352,7 @@ def check_run(suite, command, effect, profile):
         return
     assert ended_well, printed
     ran = {name[:2]: parameters for name, parameters in suite.ran.items()}
-    chosen = Pipeline(Path(), {}).choose_notebooks(effect.notebooks)
+    chosen = choose_names(effect.notebooks, list(Pipeline(Path(), {}).by_name))
     assert set(suite.ran) <= {*chosen}, printed
     for number, checkpoint in zip(("03", "04"), PROFILES[profile], strict=False):
         if number in ran:
