@@ -100,6 +100,9 @@ EFFECTS: dict[str, Run | str] = {
         ALL, "full", "full", {f"03.{name}": value for name, value in BASE.items()}
     ),
     f'{FULL} SET="03.HEAD=contrast"': Run(ALL, "full", "full", {"03.HEAD": "contrast"}),
+    f'{FULL} SET="04.REFIT=False 04.TRAIN_HOURS=10"': Run(
+        ALL, "full", "full", {"04.REFIT": False, "04.TRAIN_HOURS": 10.0}
+    ),
     f'{FULL} SET="03.N_SEEDS=3"': Run(ALL, "full", "full", {"03.N_SEEDS": 3}),
     "make run PROFILE=reward DATA=data/raw ARTIFACTS=artifacts/reward": Run(
         ALL, "reward", "reward", place="artifacts/reward"
