@@ -319,11 +319,9 @@ def make_plan(options: argparse.Namespace) -> str:
             lines.append(f"\n{describe(needs[0][name], name)}\n")
         else:
             lines += [summarise(each[name], name) for each in needs]
-    lines.append('\nTry a change with make plan SET="04.REFIT=False"; make run takes the same SET.')
+    lines.append('\nTry a change with `make plan SET="04.REFIT=False"`; make run takes the same SET.')
     if len(machines) > 1:
-        lines.append(
-            "See one machine in detail with make plan GPU=24 (or 2xT4, 80, L4, 2xH100, …)."
-        )
+        lines.append("For the details of one machine: `make plan GPU=2xT4 NB=04`")
     return "\n".join(lines)
 
 
