@@ -230,11 +230,11 @@ def describe_others(needs: Sequence[Need], on_kaggle: Sequence[Need]) -> dict[st
     }
 
 
-def plan_here(config: FinetuneConfig, pairs: pd.DataFrame, base: Path | None = None) -> str:
+def plan_here(config: FinetuneConfig, pairs: pd.DataFrame) -> str:
     """Describe what a notebook's training needs on the device that it finds, before it starts."""
     if config.is_tiny:
         return f"{config.checkpoint}: {TINY_TEXT}"
-    return describe(_plan_here(config, pairs, base), "this notebook")
+    return describe(_plan_here(config, pairs, None), "this notebook")
 
 
 def _plan_here(config: FinetuneConfig, pairs: pd.DataFrame, base: Path | None) -> Need:
@@ -319,7 +319,9 @@ def make_plan(options: argparse.Namespace) -> str:
             lines.append(f"\n{describe(needs[0][name], name)}\n")
         else:
             lines += [summarise(each[name], name) for each in needs]
-    lines.append('\nTry a change with `make plan SET="04.REFIT=False"`; make run takes the same SET.')
+    lines.append(
+        '\nTry a change with `make plan SET="04.REFIT=False"`; make run takes the same SET.'
+    )
     if len(machines) > 1:
         lines.append("For the details of one machine: `make plan GPU=2xT4 NB=04`")
     return "\n".join(lines)
