@@ -259,10 +259,8 @@ def can_pack(model: nn.Module) -> bool:
 def enable_packing(model: nn.Module) -> nn.Module:
     """Let a classifier, changed in place, read packed rows as well as padded batches.
 
-    `model(**collate_packed(rows))` then gives logits of (documents, C).
-
-    Raises:
-        TypeError: an architecture that `can_pack` does not know.
+    `model(**collate_packed(rows))` then gives logits of (documents, C). TypeError if `can_pack`
+    does not know the architecture.
     """
     classifier = _unwrap(model)
     if not can_pack(model):

@@ -41,12 +41,8 @@ def fit_launched(
 ) -> FitResult:
     """Train as `fit.fit` does, in `config.n_processes` processes, and show their output.
 
-    The result is that of one process, up to rounding.
-
-    Raises:
-        SuiteError: a real checkpoint without a GPU, see `plan.check_device`.
-        ValueError: more processes than GPUs.
-        RuntimeError: a process failed; the message quotes its error.
+    The result is that of one process, up to rounding. RuntimeError if a process failed, with its
+    error; other errors as for `check_device` and `count_processes`.
     """
     check_device(config, pairs, base)
     n_processes = count_processes(config)

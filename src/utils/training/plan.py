@@ -121,7 +121,10 @@ def plan_training(
     room = machine.gib * USABLE * GIB - sum(fixed.values())
     most_tokens = max(0, int(room / per_token))
     share = config.tokens_per_step // max(machine.n_gpus, 1)
-    micro_batch = max(min(most_tokens, share, config.tokens_per_batch or share), config.max_tokens)
+    micro_batch = min(share, config.tokens_per_batch or share)
+    while micro_batch > most_tokens > config.max_tokens:  # as the trainer does
+        micro_batch //= 2
+    micro_batch = max(micro_batch, config.max_tokens)
     parts = fixed | {"activations": micro_batch * per_token}
     weights_gb = 4 * shape.n_trained(config) / 1e9
     checkpoint_gb = weights_gb + fixed["optimizer"] / 1e9
@@ -230,11 +233,11 @@ def describe_others(needs: Sequence[Need], on_kaggle: Sequence[Need]) -> dict[st
     }
 
 
-def plan_here(config: FinetuneConfig, pairs: pd.DataFrame, base: Path | None = None) -> str:
+def plan_here(config: FinetuneConfig, pairs: pd.DataFrame) -> str:
     """Describe what a notebook's training needs on the device that it finds, before it starts."""
     if config.is_tiny:
         return f"{config.checkpoint}: {TINY_TEXT}"
-    return describe(_plan_here(config, pairs, base), "this notebook")
+    return describe(_plan_here(config, pairs, None), "this notebook")
 
 
 def _plan_here(config: FinetuneConfig, pairs: pd.DataFrame, base: Path | None) -> Need:
@@ -319,11 +322,9 @@ def make_plan(options: argparse.Namespace) -> str:
             lines.append(f"\n{describe(needs[0][name], name)}\n")
         else:
             lines += [summarise(each[name], name) for each in needs]
-    lines.append('\nTry a change with make plan SET="04.REFIT=False"; make run takes the same SET.')
+    lines.append('\nTry a change with `make plan SET="04.REFIT=False"`; make run takes it, too.')
     if len(machines) > 1:
-        lines.append(
-            "See one machine in detail with make plan GPU=24 (or 2xT4, 80, L4, 2xH100, …)."
-        )
+        lines.append("For the details of one machine: `make plan GPU=2xT4 NB=04`")
     return "\n".join(lines)
 
 
