@@ -209,7 +209,6 @@ EFFECTS: dict[str, Run | str] = {
     "python -m benchmarks.inference": "benchmarks.inference",
     "python -m benchmarks.training": "benchmarks.training",
     "python -m benchmarks.tokenising": "benchmarks.tokenising",
-    "make plan GPU=24": "src.utils.training.plan --gpu 24",
     "make plan GPU=2xT4": "src.utils.training.plan --gpu 2xT4",
     'make plan SET="04.REFIT=False"': "--set 04.REFIT=False",
     "make gpu-check": "python -m tests.gpu_checks",
