@@ -31,8 +31,8 @@ def plan_full(notebook, machine="24", **changes):
     return plan_training(config, measure_texts(None), read_machine(machine), read_shape(config))
 
 
-def train_flops(need):
-    return need.flops * (1 - need.valid_share)
+def train_hours(need):
+    return need.hours * (1 - need.valid_share)
 
 
 @pytest.fixture
@@ -94,17 +94,18 @@ def test_validation_takes_at_most_a_tenth_of_the_hours(notebook):
 def test_hours_and_tokens_grow_with_what_is_trained():
     one = plan_full("04")
     # 45,982 battles in both orders of some 700 tokens, at some 23 GFLOP a token.
-    assert train_flops(one) == pytest.approx(45_982 * 2 * 700 * 23e9, rel=0.1)
+    hours = read_machine("24").hours(45_982 * 2 * 700 * 23e9)
+    assert train_hours(one) == pytest.approx(hours, rel=0.1)
     assert plan_full("04", folds=(0, 1)).hours == pytest.approx(2 * one.hours)
     assert plan_full("04", n_seeds=3).hours == pytest.approx(3 * one.hours)
     for change, ratio in (({"both_orders": False}, 0.5), ({"max_pairs": 4598}, 0.1)):
-        less = train_flops(plan_full("04", **change))
-        assert less == pytest.approx(ratio * train_flops(one), rel=0.01)
+        less = train_hours(plan_full("04", **change))
+        assert less == pytest.approx(ratio * train_hours(one), rel=0.01)
     refit = plan_full("04", refit=True)
-    assert train_flops(refit) == pytest.approx(2.25 * train_flops(one), rel=0.01)
+    assert train_hours(refit) == pytest.approx(2.25 * train_hours(one), rel=0.01)
     assert refit.n_models == 2
-    valid_flops = [need.flops * need.valid_share for need in (one, refit)]
-    assert valid_flops[0] == pytest.approx(valid_flops[1])  # nothing is held out of a refit
+    valid_hours = [need.hours * need.valid_share for need in (one, refit)]
+    assert valid_hours[0] == pytest.approx(valid_hours[1])  # nothing is held out of a refit
     assert plan_full("04", "2x16").hours == pytest.approx(plan_full("04", "16").hours / 2)
 
 

@@ -109,10 +109,9 @@ class Shape:
     mlp: int  # values that one MLP keeps for the backward pass, besides inputs of linear layers
     queries: int  # heads x width of a head
     keys: int
-    n_heads: int
+    n_scored: int  # heads whose scores attention keeps: none where it is fused
     is_causal: bool
     is_packed: bool
-    is_fused: bool  # attention does not keep its scores
 
     def n_trained(self, config: FinetuneConfig) -> int:
         """Weights that are trained: all, or those of LoRA and the head."""
@@ -164,10 +163,9 @@ def count_shape(architecture: Any, config: FinetuneConfig) -> Shape:
         mlp=text.intermediate_size * (3 if is_gated else 1),
         queries=n_heads * width,
         keys=keys,
-        n_heads=n_heads,
+        n_scored=0 if model._supports_sdpa else n_heads,
         is_causal=bool(getattr(model, "score", None)),
         is_packed=config.packing and can_pack(model),
-        is_fused=bool(model._supports_sdpa),
     )
 
 
@@ -229,8 +227,8 @@ def count_layer(shape: Shape, config: FinetuneConfig, has_kernel: bool) -> float
         # A decoder repeats keys and values for every head. An encoder keeps queries and keys before
         # and after RoPE, and of windows keys and values three times.
         attention = (8.0 if shape.is_causal else 14.0) * shape.queries
-    if not shape.is_fused:  # scores, probabilities and their dropout, in 32 bit
-        attention += 12.0 * shape.n_heads * config.max_tokens
+    # Scores, probabilities and their dropout, in 32 bit.
+    attention += 12.0 * shape.n_scored * config.max_tokens
     return norms + inputs + 2.0 * shape.mlp + attention
 
 

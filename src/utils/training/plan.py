@@ -76,7 +76,6 @@ class Need:
     text_tok: np.ndarray  # (N,) of the battles
     n_train: int  # battles that one model learns from
     n_models: int
-    flops: float
     hours: float
     steps_share: float  # of all steps, for which TRAIN_HOURS leaves time
     valid_share: float  # of the hours
@@ -135,7 +134,6 @@ def plan_training(
         text_tok,
         n_train,
         n_models,
-        flops,
         hours,
         steps_share=hours / all_hours,
         valid_share=n_valid * reading_flops / flops,
