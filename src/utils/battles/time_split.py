@@ -1,0 +1,56 @@
+"""Split battles by time: a model learns from the past and is scored on the future.
+
+Fold 0 is the newest part of the battles. All others have the fold `PAST`: every model trains on
+them, none is scored on them, so that nothing is ever trained on later battles. Prompts stay
+together: a prompt that was asked in the newest part belongs to fold 0 with all its battles.
+"""
+
+import numpy as np
+import pandas as pd
+
+PAST = -1  # trained on, never held out
+
+
+def hold_out_newest(pairs: pd.DataFrame, n_folds: int = 5) -> pd.DataFrame:
+    """Make the newest 1 / `n_folds` of the battles fold 0, and all that is older `PAST`.
+
+    `pairs` have `group` and `timestamp` (UTC), as from `readers`.
+
+    Returns:
+        The same rows with other folds (int8). Every battle of `PAST` is older than the last
+        battle of each prompt in fold 0.
+
+    Raises:
+        ValueError: a time is missing, or nothing is left to train on; the message says how many.
+    """
+    n_missing = pairs["timestamp"].isna().sum() if "timestamp" in pairs.columns else len(pairs)
+    if n_missing:
+        raise ValueError(
+            f"SPLIT=time: expected a timestamp for each of {len(pairs):,} battles, "
+            f"got {n_missing:,} without: give files that have it, or set SPLIT=prompt"
+        )
+    times = pd.to_datetime(pairs["timestamp"], utc=True).dt.tz_convert(None)
+    last = times.groupby(pairs["group"]).transform("max").to_numpy()
+    # The cut is between two moments, so that equal times are on one side.
+    moments, sizes = np.unique(last, return_counts=True)
+    if len(moments) < 2:
+        raise ValueError(
+            f"SPLIT=time: expected prompts of different times among {len(pairs):,} battles, got "
+            f"{len(moments)} moment at which a prompt was last asked: set SPLIT=prompt"
+        )
+    n_newer = sizes[::-1].cumsum()[::-1][1:]
+    cut = moments[1:][np.abs(n_newer - len(pairs) / n_folds).argmin()]
+    return pairs.assign(fold=np.where(last >= cut, 0, PAST).astype(np.int8))
+
+
+def describe_time_split(pairs: pd.DataFrame) -> str:
+    """Say in a sentence what is trained on and what is scored, after `hold_out_newest`."""
+    times = pd.to_datetime(pairs["timestamp"], utc=True)
+    is_past = (pairs["fold"] == PAST).to_numpy()
+    end = times[is_past].max()
+    later = (times[~is_past] > end).mean()
+    return (
+        f"Trained on {is_past.sum():,} battles until {end:%Y-%m-%d %H:%M} UTC, scored on "
+        f"{(~is_past).sum():,}; {later:.0%} of these are later than all of the training battles, "
+        "the others share a prompt with one that is."
+    )
