@@ -81,7 +81,7 @@ def describe_agreement(found: dict[str, Any]) -> str:
 
 def add_people(table: pd.DataFrame, found: dict[str, Any]) -> pd.DataFrame:
     """Add what `measure_agreement` found as a marked row to a table of `scores.compare_models`."""
-    name = "people: others' votes on the same battle*"
-    row = {"model": name, "log_loss": found["log_loss"]}
+    where = "other battles" if "source" in found else "the same battle"
+    row = {"model": f"people: others' votes, on {where}*", "log_loss": found["log_loss"]}
     row |= {"low": found["log_loss_low"], "high": found["log_loss_high"]}
     return pd.concat([table, pd.DataFrame([row])], ignore_index=True)

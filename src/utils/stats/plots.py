@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.dates import ConciseDateFormatter
 from matplotlib.ticker import PercentFormatter
 
 from src.utils.schema import A_WINS, LABEL_NAMES, TIE
@@ -111,7 +112,7 @@ def plot_drift(ax: Axes, drift: pd.DataFrame) -> Axes:
             first, last = rows["share"].iloc[[0, -1]].map(percent)
             moved.append(f"{outcome} {first} → {last}")
     ax.set_ylim(0, None)
-    ax.tick_params("x", rotation=30)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(ax.xaxis.get_major_locator()))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     n_periods = drift["level"].nunique()
     title = f"First to last period: {', '.join(moved)}"

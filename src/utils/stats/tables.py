@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+_NAMES = {"id": "{}", "row": "{}", "seed": "{}"}  # numbers that name something: 20240501
 _NO_FORMULAS = 'class="tex2jax_ignore mathjax_ignore"'  # for MathJax 2 and 3 or later
 
 
@@ -18,15 +19,16 @@ def show(
     digits: int = 4,
     index: bool = False,
 ) -> Styler:
-    """Style a table for people: cells and headers escaped, thousands separated, NaN as "–".
+    """Style a table for people: cells and headers escaped, thousands separated, missing as "–".
 
     Args:
         formats: column -> format, e.g. "{:.1%}"; the others get `digits` decimals.
         index: show the index, which is escaped, too.
     """
-    # Texts first: a format of one's own ends the escaping of its column, which holds numbers.
+    table = table if index else table.reset_index(drop=True)
     styler = table.style.format(escape="html", precision=digits, na_rep="–", thousands=",")
-    for column, text in (formats or {}).items():
+    named = {name: text for name, text in _NAMES.items() if name in table}
+    for column, text in (named | dict(formats or {})).items():
         styler = styler.format(text, subset=[column], na_rep="–", escape="html")
     styler = styler.format_index(escape="html", axis=1)
     styler = styler.format_index(escape="html", axis=0) if index else styler.hide(axis="index")
