@@ -1,4 +1,4 @@
-"""Names that a figure would read as a formula and a page as HTML, and a file of battles with them."""
+"""Names that a figure reads as a formula and a page as HTML, and a file of battles with them."""
 
 import json
 from pathlib import Path

@@ -86,3 +86,13 @@ def test_every_battle_is_in_one_slice_of_each_kind(pairs):
     kinds = pd.DataFrame(slices).T.groupby(lambda name: name.split(":")[0]).sum()
     assert set(kinds.index) == {"language in the file", "time"} and (kinds == 1).all(axis=None)
     assert len(slices) == 8
+
+
+def test_what_makes_both_bad_is_found(pairs):
+    both_bad, rng = extras.find_both_bad(pairs), np.random.default_rng(2)
+    properties = {"late": np.arange(900), "early": -np.arange(900), "noise": rng.normal(size=900)}
+    properties = pd.DataFrame(properties).assign(constant=1.0)
+    moved = extras.both_bad_effects(both_bad, properties, np.arange(900))
+    assert moved["effect"].tolist() == ["late", "noise", "early"]
+    low, high = moved["low"].to_numpy(), moved["high"].to_numpy()
+    assert low[0] > 0.3 and low[1] < 0 < high[1] and high[2] < -0.3

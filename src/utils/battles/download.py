@@ -160,7 +160,7 @@ def _by_hand(folder: Path, battles: Battles) -> str:
     lines += [f"  put the training table into {folder}, as train.csv or train.parquet"]
     if battles.competition and battles.hub:
         lines += [f"  or take it from https://huggingface.co/datasets/{battles.hub}"]
-    return "\n".join([*lines, f"Then: make run PROFILE=full DATA={folder}"])
+    return "\n".join([*lines, f"Then give the folder as DATA={folder}"])
 
 
 def _move_tables(staging: Path, folder: Path, columns: tuple[str, ...]) -> None:
@@ -209,7 +209,7 @@ def _read_header(table: Path) -> list[str]:
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Download a set, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="make data NAME=…", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", nargs="?", default="competition", choices=SETS)
     name = parser.parse_args(arguments).name
     battles = SETS[name]
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     if not paths.find_table(folder, "test"):
         print("There are no test rows: without TEST=<file> notebook 06 is skipped.")
     if name != "competition":
-        print(f"Then: make run PROFILE=small DATA=data/{name} ARTIFACTS=artifacts/{name}")
+        print(f"Then: DATA=data/{name}, with a folder of its own in ARTIFACTS")
     return 0
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from src.utils.schema import LABEL_NAMES
-from src.utils.stats import scores
+from src.utils.schema import A_WINS, B_WINS, LABEL_NAMES
+from src.utils.stats import effects, scores
 
 BOTH_BAD = "both_bad"  # in the column vote_detail
 _MIN_SLICE = 30  # battles of a language that has a level of its own
@@ -91,6 +91,22 @@ def vote_shares(
         table["p_value"] = stats.chi2_contingency(seen).pvalue if testable else np.nan
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
+
+
+def both_bad_effects(
+    both_bad: np.ndarray, properties: pd.DataFrame, groups: np.ndarray
+) -> pd.DataFrame:
+    """Estimate what makes people call both answers bad, each of `properties` (N, K) alone.
+
+    Returns:
+        The rows of `effects.effect_sizes` that can be estimated, the largest first: effect,
+        log_odds (per standard deviation), low, high, p_value.
+    """
+    outcome = np.where(both_bad, A_WINS, B_WINS)  # of two outcomes, where there is no tie
+    values = properties.to_numpy(dtype=np.float64)
+    table = effects.effect_sizes(values, list(properties), outcome, groups)
+    table = table.dropna(subset="log_odds").sort_values("log_odds", ascending=False)
+    return table[["effect", "log_odds", "low", "high", "p_value"]]
 
 
 def measure_drift(
