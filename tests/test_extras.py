@@ -39,6 +39,7 @@ def test_rare_languages_are_other_and_blank_ones_unknown(pairs):
     assert list(languages.categories) == ["English", "German", "unknown", "other"]
     assert np.bincount(languages.codes).tolist() == [500, 300, 95, 5]
     assert list(extras.find_languages(pairs, n_shown=1).categories) == ["English", "other"]
+    assert extras.find_languages(pairs[880:]) is None  # no language has enough battles
 
 
 def test_periods_hold_equally_many_battles_in_order_and_none_without_a_time(pairs):

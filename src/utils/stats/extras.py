@@ -12,7 +12,7 @@ from src.utils.schema import A_WINS, B_WINS, LABEL_NAMES
 from src.utils.stats import effects, scores
 
 BOTH_BAD = "both_bad"  # in the column vote_detail
-_MIN_SLICE = 30  # battles of a language that has a level of its own
+_MIN_SLICE = 20  # battles of a language that has a level of its own
 _BATTLES_PER_PERIOD = 150
 
 
@@ -35,17 +35,16 @@ def find_times(pairs: pd.DataFrame) -> pd.Series | None:
 def find_languages(pairs: pd.DataFrame, n_shown: int = 8) -> pd.Categorical | None:
     """The language that the file gives, (N,), the most frequent first; rare ones are "other".
 
-    None where the file names fewer than two languages.
+    None where the file names fewer than two languages, or none for 20 battles.
     """
     if "language" not in pairs.columns:
         return None
     names = pairs["language"].fillna("").astype(str).str.strip().replace("", "unknown")
     counts = names.value_counts()
-    if len(counts) < 2:
-        return None
-    frequent = counts[counts >= _MIN_SLICE].index[:n_shown]
-    shown = list(frequent) + ["other"] * (len(frequent) < len(counts))
-    return pd.Categorical(names.where(names.isin(frequent), "other"), pd.unique(np.array(shown)))
+    frequent = counts[counts >= _MIN_SLICE].index[:n_shown].tolist()
+    names = names.where(names.isin(frequent), "other")
+    shown = [*frequent, *({"other"} & set(names) - set(frequent))]
+    return pd.Categorical(names, shown) if len(shown) > 1 else None
 
 
 def cut_periods(times: pd.Series, n_periods: int | None = None) -> pd.Categorical:
@@ -104,7 +103,7 @@ def both_bad_effects(
     """
     outcome = np.where(both_bad, A_WINS, B_WINS)  # of two outcomes, where there is no tie
     values = properties.to_numpy(dtype=np.float64)
-    table = effects.effect_sizes(values, list(properties), outcome, groups)
+    table = effects.effect_sizes(values, properties.columns.tolist(), outcome, groups)
     table = table.dropna(subset="log_odds").sort_values("log_odds", ascending=False)
     return table[["effect", "log_odds", "low", "high", "p_value"]]
 
