@@ -31,12 +31,14 @@ def test_the_split_does_not_depend_on_the_order_of_rows():
     assert hold_out_newest(pairs[::-1])["fold"].sort_index().equals(folds)
 
 
-def test_the_sentence_says_how_many_are_later_than_all_training_battles():
+def test_the_sentence_says_how_many_scored_battles_are_not_of_the_future():
     pairs = pd.DataFrame({"group": [1, 2, 3, 4, 5, 5], "id": range(6)})
     days = [f"2025-01-0{day}" for day in (1, 2, 3, 4, 2, 5)]
     pairs = hold_out_newest(pairs.assign(timestamp=pd.to_datetime(days, utc=True)), n_folds=3)
     assert pairs["fold"].tolist() == [PAST] * 4 + [0, 0]
-    assert {"4", "2;", "50%"} <= set(describe_time_split(pairs).split())
+    said = describe_time_split(pairs)
+    assert {"4", "2;", "1", "2025-01-04"} <= set(said.split())
+    assert "earlier" not in describe_time_split(pairs[pairs["id"] != 4])
 
 
 @pytest.mark.parametrize("column", [None, pd.NaT])

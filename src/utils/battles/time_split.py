@@ -48,9 +48,12 @@ def describe_time_split(pairs: pd.DataFrame) -> str:
     times = pd.to_datetime(pairs["timestamp"], utc=True)
     is_past = (pairs["fold"] == PAST).to_numpy()
     end = times[is_past].max()
-    later = (times[~is_past] > end).mean()
-    return (
-        f"Trained on {is_past.sum():,} battles until {end:%Y-%m-%d %H:%M} UTC, scored on "
-        f"{(~is_past).sum():,}; {later:.0%} of these are later than all of the training battles, "
-        "the others share a prompt with one that is."
+    scored = times[~is_past]
+    text = (
+        f"Trained on {is_past.sum():,} battles until {end:%Y-%m-%d %H:%M} UTC, "
+        f"scored on {len(scored):,}"
     )
+    n_earlier = (scored <= end).sum()
+    if n_earlier:
+        text += f"; {n_earlier:,} of these are earlier, but share a prompt with a later one"
+    return f"{text}."

@@ -102,13 +102,14 @@ def plot_drift(ax: Axes, drift: pd.DataFrame) -> Axes:
     """Show how the share of each vote changes over time, from `extras.measure_drift`."""
     colors = dict(zip((*LABEL_NAMES, "both bad"), (*LABEL_COLORS, "#CC79A7"), strict=True))
     moved = []
-    n_tests = drift["outcome"].nunique()
-    for outcome in pd.unique(drift["outcome"]):
+    outcomes, span = pd.unique(drift["outcome"]), drift["time"].max() - drift["time"].min()
+    for place, outcome in enumerate(outcomes):
         rows = drift[(drift["outcome"] == outcome) & (drift["n"] > 0)]
-        times = rows["time"].dt.tz_convert(None)
+        # Side by side, so that every interval can be read.
+        times = rows["time"].dt.tz_convert(None) + (place - 1) * span / 150
         look = {"fmt": "o-", "color": colors[outcome], "label": outcome}
         _draw_intervals(ax, rows, "share", times, vertical=True, **look)
-        if rows["p_value"].iloc[0] < 0.05 / n_tests:
+        if rows["p_value"].iloc[0] < 0.05 / len(outcomes):
             first, last = rows["share"].iloc[[0, -1]].map(percent)
             moved.append(f"{outcome} {first} → {last}")
     ax.set_ylim(0, None)
