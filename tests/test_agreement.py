@@ -53,7 +53,15 @@ def test_people_are_a_marked_row_and_the_sentence_has_source_and_caveat():
     assert table["model"].iloc[1].startswith("people") and table["model"].iloc[1].endswith("*")
     assert table["log_loss"].iloc[1] == found["log_loss"]
     said = agreement.describe_agreement(found)
-    for part in ("dustalov/llmfao", "CC BY 4.0", "13 prompts", "53%", "0.94", "1.09"):
+    for part in (
+        "dustalov/llmfao",
+        "CC BY 4.0",
+        "13 prompts",
+        "53%",
+        "0.94",
+        "1.09",
+        found["caveat"],
+    ):
         assert part in said
 
 
