@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.battles.time_split import PAST, describe_time_split, hold_out_newest
+from src.utils.battles.time_split import PAST, describe_time_split, hold_out_newest, why_no_split
 
 
 def make_times(n_pairs=1000, n_prompts=600, seed=0):
@@ -15,6 +15,7 @@ def make_times(n_pairs=1000, n_prompts=600, seed=0):
 
 
 def test_nothing_is_trained_on_later_battles_and_prompts_stay_together():
+    assert why_no_split(make_times()) == ""
     pairs = hold_out_newest(make_times(), n_folds=5)
     assert set(pairs["fold"]) == {0, PAST}
     assert (pairs.groupby("group")["fold"].nunique() == 1).all()
@@ -48,10 +49,11 @@ def test_missing_times_are_refused_with_their_number(column):
         pairs = pairs.drop(columns="timestamp")
     else:
         pairs.loc[3, "timestamp"] = column
+    assert why_no_split(pairs)
     with pytest.raises(ValueError, match=f"SPLIT=time.*got {10 if column is None else 1} without"):
         hold_out_newest(pairs)
 
 
 def test_a_single_moment_is_refused():
-    with pytest.raises(ValueError, match="1 moment"):
+    with pytest.raises(ValueError, match="several moments, got 1"):
         hold_out_newest(make_times(10).assign(timestamp=pd.Timestamp("2025-01-01", tz="UTC")))

@@ -23,24 +23,30 @@ def hold_out_newest(pairs: pd.DataFrame, n_folds: int = 5) -> pd.DataFrame:
     Raises:
         ValueError: a time is missing, or nothing is left to train on; the message says how many.
     """
-    n_missing = pairs["timestamp"].isna().sum() if "timestamp" in pairs.columns else len(pairs)
-    if n_missing:
-        raise ValueError(
-            f"SPLIT=time: expected a timestamp for each of {len(pairs):,} battles, "
-            f"got {n_missing:,} without: give files that have it, or set SPLIT=prompt"
-        )
-    times = pd.to_datetime(pairs["timestamp"], utc=True).dt.tz_convert(None)
-    last = times.groupby(pairs["group"]).transform("max").to_numpy()
+    if reason := why_no_split(pairs):
+        raise ValueError(f"SPLIT=time: {reason}: give files with times, or set SPLIT=prompt")
+    moments, sizes = np.unique(_last_asked(pairs), return_counts=True)
     # The cut is between two moments, so that equal times are on one side.
-    moments, sizes = np.unique(last, return_counts=True)
-    if len(moments) < 2:
-        raise ValueError(
-            f"SPLIT=time: expected prompts of different times among {len(pairs):,} battles, got "
-            f"{len(moments)} moment at which a prompt was last asked: set SPLIT=prompt"
-        )
     n_newer = sizes[::-1].cumsum()[::-1][1:]
     cut = moments[1:][np.abs(n_newer - len(pairs) / n_folds).argmin()]
-    return pairs.assign(fold=np.where(last >= cut, 0, PAST).astype(np.int8))
+    return pairs.assign(fold=np.where(_last_asked(pairs) >= cut, 0, PAST).astype(np.int8))
+
+
+def why_no_split(pairs: pd.DataFrame) -> str:
+    """Say what was expected and found where `hold_out_newest` cannot split; else empty."""
+    n_missing = pairs["timestamp"].isna().sum() if "timestamp" in pairs.columns else len(pairs)
+    if n_missing:
+        return f"expected a timestamp for each of {len(pairs):,} battles, got {n_missing:,} without"
+    n_moments = len(np.unique(_last_asked(pairs)))
+    if n_moments < 2:
+        return f"expected prompts that were last asked at several moments, got {n_moments}"
+    return ""
+
+
+def _last_asked(pairs: pd.DataFrame) -> np.ndarray:
+    """When the prompt of each battle was asked last: (N,) datetime64, UTC."""
+    times = pd.to_datetime(pairs["timestamp"], utc=True).dt.tz_convert(None)
+    return times.groupby(pairs["group"]).transform("max").to_numpy()
 
 
 def describe_time_split(pairs: pd.DataFrame) -> str:
