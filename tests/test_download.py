@@ -209,3 +209,15 @@ def test_an_unknown_name_lists_the_known_ones(capsys):
         module.main(["arena-200k"])
     error = capsys.readouterr().err
     assert "arena-200k" in error and all(name in error for name in SETS)
+
+
+@pytest.mark.parametrize(
+    ("typed", "exported", "asked"), [("wsdm", "", '"wsdm"'), ("", "my-computer", "")]
+)
+def test_a_name_counts_only_where_it_is_typed(tmp_path, monkeypatch, typed, exported, asked):
+    monkeypatch.delenv("MAKEFLAGS", raising=False)
+    monkeypatch.setenv("NAME", exported)
+    (tmp_path / ".ready").touch()
+    command = ["make", "--dry-run", "data", f"VENV={tmp_path}", *([f"NAME={typed}"] * bool(typed))]
+    ran = subprocess.run(command, cwd=module.paths.ROOT, capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1].split("battles.download")[1].strip() == asked, ran.stderr
