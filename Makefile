@@ -59,8 +59,9 @@ check: lint  ## style and the fast tests, under two minutes
 gpu-check: $(READY)  ## what no CPU can show, on random weights of the real shapes, in about five minutes (WRITE=file.json keeps the table)
 	@$(BIN)/python -m tests.gpu_checks $(if $(WRITE),--write "$(WRITE)")
 
-data: $(READY)  ## the competition's battles into data/raw
-	@$(BIN)/python -m src.utils.battles.download
+# NAME counts only where it is typed: some systems export one.
+data: $(READY)  ## the competition's battles into data/raw; NAME=arena-140k another set into data/arena-140k (arena-55k, arena-100k, wsdm, mt-bench)
+	@$(BIN)/python -m src.utils.battles.download $(if $(filter command,$(firstword $(origin NAME))),"$(NAME)")
 
 train: NB := 01-05
 train: PROFILE := full

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from src.utils.battles.style import STYLE_FEATURES
+from src.utils.battles.time_split import PAST
 from src.utils.config import BaselineConfig
 from src.utils.models.ablation import STYLE_FAMILIES, ablate
 from src.utils.models.baseline import cross_fit, measure_features
@@ -46,3 +47,13 @@ def test_large_data_are_reduced_to_the_same_battles_each_time(demo_pairs, featur
     again = ablate(demo_pairs, features, CONFIG, max_pairs=150)
     assert small.equals(again)
     assert not np.allclose(small["log_loss"], ablate(demo_pairs, features, CONFIG)["log_loss"])
+
+
+def test_battles_of_the_past_are_learned_from_and_not_scored(demo_pairs, features):
+    is_scored = demo_pairs["fold"] == 0
+    past = demo_pairs.assign(fold=np.where(is_scored, 0, PAST))
+    table = ablate(past, features, CONFIG)
+    full = (table["log_loss"] - table["difference"]).to_numpy()
+    labels = demo_pairs["label"].to_numpy(dtype=int)[is_scored]
+    fitted = row_losses(cross_fit(past, CONFIG, features)["text"], labels).mean()
+    assert full == pytest.approx(np.full(len(table), fitted), abs=0.01)

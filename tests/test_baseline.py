@@ -7,6 +7,7 @@ from scipy.special import softmax
 
 from src.utils.battles.demo import make_battles
 from src.utils.battles.readers import add_groups_and_folds
+from src.utils.battles.time_split import PAST
 from src.utils.config import BaselineConfig
 from src.utils.models.baseline import (
     LINEAR_MEMBERS,
@@ -30,7 +31,7 @@ from src.utils.schema import (
     swap_pairs,
     swap_probs,
 )
-from src.utils.stats.blend import cross_fit_blend
+from src.utils.stats.blend import cross_fit_blend, fit_blend
 from src.utils.stats.ranking import davidson_logits
 from src.utils.stats.scores import class_prior, log_loss
 
@@ -233,3 +234,16 @@ def test_most_of_what_the_demo_plants_is_learned_from_4000_battles():
     labels, probs = predict_held_out(pairs, BaselineConfig(n_trees=20))
     # From 12,000 battles: within 0.011, see notebook 02.
     assert log_loss(probs, labels) - log_loss(truth, labels) < 0.03
+
+
+def test_battles_of_the_past_are_learned_from_and_not_scored(arena):
+    pairs = arena[0].head(600)
+    past = pairs.assign(fold=np.where(pairs["fold"] == 0, 0, PAST))
+    features = measure_features(past, CONFIG)
+    members = cross_fit(past, CONFIG, features)
+    of_all = cross_fit(pairs, CONFIG, features)
+    scored = (past["fold"] == 0).to_numpy()
+    for name, probs in members.items():
+        np.testing.assert_allclose(probs, of_all[name][scored])
+    fitted = fit_baseline(past, CONFIG, features, members)
+    assert fitted.blend == fit_blend(members, past["label"].to_numpy(dtype=int)[scored])

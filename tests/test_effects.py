@@ -273,3 +273,28 @@ def test_the_leak_is_measured_on_whole_groups():
 def test_too_few_prompts_measure_no_leak(n_prompts):
     leak = effects.measure_leak(make_leaky(n_prompts, 2), np.zeros((2 * n_prompts, 1)))
     assert leak.empty and "too few" in effects.describe_leak(leak)
+
+
+def test_the_future_costs_what_the_voters_changed(demo_pairs):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3000, 1))
+    newest = np.arange(3000) >= 2400
+    texts = demo_pairs[["prompt", "response_a", "response_b"]].iloc[np.zeros(3000, dtype=int)]
+    costs = {}
+    for name, sign in (("steady", 1), ("changed", np.where(newest, -1, 1))):
+        won = sign * values[:, 0] + rng.logistic(size=3000) < 0
+        pairs = texts.assign(group=np.arange(3000), label=won.astype(int))
+        costs[name] = effects.measure_future(pairs, values, newest).iloc[0]
+    assert costs["steady"]["battles"] == costs["changed"]["battles"] == 600
+    assert costs["steady"]["low"] < 0.01 and abs(costs["steady"]["cost"]) < 0.01
+    assert costs["changed"]["low"] > 0.02
+    found = costs["changed"]
+    assert found["cost"] == pytest.approx(found["future"] - found["other_prompts"])
+
+
+def test_a_future_with_a_single_vote_is_not_measured(demo_pairs):
+    newest = np.arange(len(demo_pairs)) >= 200
+    differences = np.ones((len(demo_pairs), 1))
+    one = demo_pairs.assign(label=np.where(newest, demo_pairs["label"], 0))
+    assert effects.measure_future(one, differences, newest).empty
+    assert effects.measure_future(demo_pairs, differences, newest & False).empty

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.stats import effects, plots, ranking
+from src.utils.stats import effects, extras, plots, ranking
+from tests.markup import NAMES
 
 
 @pytest.fixture
@@ -249,3 +250,74 @@ def test_battles_beyond_a_single_budget_are_counted_and_drawn(ax):
     plots.plot_token_distribution(ax, {"x": np.array([10, 20, 2000, 40])}, [100])
     assert "25.0\u00a0%" in ax.get_title(loc="left")
     assert [text.get_text() for text in ax.texts] == [" 25.0\u00a0%"]
+
+
+def test_drift_has_a_line_per_vote_and_names_what_moved(ax):
+    labels = np.repeat([0, 2, 1], 300)
+    times = pd.Series(pd.date_range("2025-01-01", periods=900, freq="h", tz="UTC"))
+    plots.plot_drift(ax, extras.measure_drift(times, labels, both_bad=labels == 2))
+    title = ax.get_title(loc="left")
+    assert "A wins 100.0\u00a0% → 0.0\u00a0%" in title
+    lines = [bars[0] for bars in ax.containers]
+    assert len(lines) == 4 and all(len(line.get_xdata()) == 6 for line in lines)
+    colors = [matplotlib.colors.to_hex(line.get_color()).upper() for line in lines]
+    assert colors[:3] == list(plots.LABEL_COLORS)
+
+
+def test_a_steady_vote_has_no_measurable_drift(ax):
+    times = pd.Series(pd.date_range("2025-01-01", periods=900, freq="h", tz="UTC"))
+    labels = np.random.default_rng(2).integers(3, size=900)
+    drift = extras.measure_drift(times, labels)
+    assert 0.02 < drift["p_value"].min() < 0.3  # chance, not nothing
+    plots.plot_drift(ax, drift)
+    assert ax.get_title(loc="left").startswith("No measurable drift")
+
+
+def draw_names(axes):
+    """Every figure that shows a name from outside the suite, and all others with one, too."""
+    interval = {"low": 0.3, "high": 0.7}
+    rng = np.random.default_rng(0)
+    n = len(NAMES)
+    first, second = rng.integers(n, size=400), rng.integers(n, size=400)
+    labels = rng.integers(3, size=400)
+    models = np.array(NAMES)[first], np.array(NAMES)[second]
+    records = ranking.model_records(*models, labels)
+    fitted = ranking.fit_bradley_terry(*models, labels).strengths
+    table = pd.DataFrame({"effect": NAMES, "log_odds": 0.5, **interval})
+    shares = pd.DataFrame({"level": NAMES, "property": "x", "n": 9, "share": 0.5, **interval})
+    leanings = pd.DataFrame({"leaning": NAMES, "share": 0.5, "n": 9, **interval})
+    people = [leanings.assign(voter=voter) for voter in ("people", "model")]
+    marks = pd.DataFrame({"caption": NAMES, "measure": "by count", "share": 0.5, **interval})
+    rates = table.rename(columns={"log_odds": "log_odds_per_unit"})
+    worth = pd.DataFrame({"family": NAMES, "of": "tie", "difference": 0.1, **interval})
+    coefficients = pd.DataFrame({"caption": NAMES, "effect": 0.5})
+    plots.plot_models_usage(axes[0], records)
+    plots.plot_win_rates(axes[1], records)
+    plots.plot_strengths(axes[2], {"as voted": fitted, "at equal style": fitted})
+    plots.plot_effects(axes[3], {"alone": table, "held": table})
+    plots.plot_win_share_by_level(axes[4], shares.assign(p_value=0.5), "position A")
+    plots.plot_preferences(axes[5], pd.concat(people))
+    plots.plot_punctuation_winner(axes[6], marks)
+    plots.plot_planted(axes[7], pd.Series(0.5, index=NAMES), rates)
+    plots.plot_ladder(axes[8], list(NAMES), [1.0] * n, [0.9] * n, [1.1] * n)
+    plots.plot_ablation(axes[9], worth)
+    plots.plot_coefficients(axes[10], coefficients)
+    plots.plot_token_distribution(axes[11], dict.fromkeys(NAMES[:4], np.array([9, 99])))
+
+
+def test_every_figure_shows_names_literally(tmp_path):
+    fig, axes = plt.subplots(12, 1, figsize=(6, 40))
+    draw_names(axes)
+    fig.canvas.draw()
+    for place, ax in enumerate(axes):
+        texts = [text.get_text() for text in ax.findobj(matplotlib.text.Text)]
+        for name in NAMES[:4]:
+            assert any(name in text for text in texts), (place, name)
+    # As text in the file, neither as the outlines of a formula nor as HTML.
+    with plt.rc_context({"svg.fonttype": "none"}):
+        fig.savefig(tmp_path / "figure.svg")
+    plt.close(fig)
+    page = (tmp_path / "figure.svg").read_text()
+    for name in NAMES:
+        shown = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        assert page.count(f">{shown}<") >= 6 and "<img" not in page

@@ -89,6 +89,7 @@ def _explain(error: ValidationError, place: str) -> str:
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 Head = Literal["joint", "contrast"]
 Quantization = Literal["none", "8bit", "4bit"]
+Split = Literal["prompt", "time"]
 
 
 def field(default: Any, meaning: str, unit: str = "", **limits: Any) -> Any:
@@ -101,6 +102,7 @@ class EdaConfig(Config):
     """Settings of 01."""
 
     n_folds: int = field(5, "folds of the split that all later notebooks share", "folds", ge=2)
+    split: Split = field("prompt", "time holds out the newest 1 / N_FOLDS as fold 0")
     min_battles: int = field(30, "battles that a chatbot needs to be ranked", "battles", ge=1)
     n_bootstrap: int = field(200, "bootstrap samples per interval", "samples", ge=1)
     tokenizers: tuple[str, ...] = field((), "tokenizer folders; none: 4 characters per token")

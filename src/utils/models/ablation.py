@@ -47,6 +47,7 @@ def ablate(
     kernels = _family_kernels(features.take(drawn))
     all_roots = {of: _root(list(families.values())) for of, families in kernels.items()}
     all_losses = _row_losses(all_roots, pairs, config.ridge)
+    groups = pairs.loc[pairs["fold"] >= 0, "group"].to_numpy()
     rows = []
     for of, families in kernels.items():
         candidates = {name: {name} for name in families}
@@ -55,9 +56,7 @@ def ablate(
         for family, left_out in candidates.items():
             root = _root([kernel for name, kernel in families.items() if name not in left_out])
             losses = _row_losses(all_roots | {of: root}, pairs, config.ridge)
-            gap = paired_difference(
-                losses, all_losses, pairs["group"].to_numpy(), config.n_bootstrap, config.seed
-            )
+            gap = paired_difference(losses, all_losses, groups, config.n_bootstrap, config.seed)
             rows.append((family, of, losses.mean(), gap["mean"], gap["low"], gap["high"]))
     table = pd.DataFrame(rows, columns=["family", "of", "log_loss", "difference", "low", "high"])
     return table.sort_values("difference", ascending=False, ignore_index=True)
@@ -95,16 +94,17 @@ def _root(kernels: list[np.ndarray]) -> np.ndarray:
 
 
 def _row_losses(roots: Kernels, pairs: pd.DataFrame, ridge: float) -> np.ndarray:
-    """Losses of the model that reads these features, each fold held out in turn: (N,) nats."""
+    """Losses of the model that reads these features, each fold from 0 up held out in turn: nats."""
     labels = pairs["label"].to_numpy(dtype=int)
     probs = np.empty((len(labels), len(LABELS)))
-    for fold in np.unique(pairs["fold"]):
+    scored = (pairs["fold"] >= 0).to_numpy()
+    for fold in np.unique(pairs["fold"][scored]):
         held_out = (pairs["fold"] == fold).to_numpy()
         signed, unsigned = (_block(root[~held_out]) for root in roots.values())
         model = baseline.fit_davidson(signed, unsigned, labels[~held_out], ridge)
         signed, unsigned = (_block(root[held_out]) for root in roots.values())
         probs[held_out] = model.predict(signed, unsigned)
-    return row_losses(probs, labels)
+    return row_losses(probs[scored], labels[scored])
 
 
 def _block(features: np.ndarray) -> baseline.Blocks:

@@ -348,9 +348,10 @@ class Baseline:
 def cross_fit(
     pairs: pd.DataFrame, config: BaselineConfig, features: Features
 ) -> dict[str, np.ndarray]:
-    """Predict N battles (`schema.FROZEN_COLUMNS`), each with members fitted to the other folds.
+    """Predict battles (`schema.FROZEN_COLUMNS`), each with members fitted to the other folds.
 
-    Returns member -> (N, C) float64. Raises ValueError for a missing column or a single fold.
+    Returns member -> (N, C) float64, of the N battles in folds from 0 up: those of a fold below 0
+    are only learned from. Raises ValueError for a missing column or a single fold.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
     folds = pairs["fold"].to_numpy()
@@ -359,12 +360,12 @@ def cross_fit(
         raise ValueError(f"pairs: expected two folds or more in column fold, got {distinct}")
     labels = pairs["label"].to_numpy(dtype=int)
     probs = {name: np.empty((len(pairs), len(LABELS))) for name in (*LINEAR_MEMBERS, "trees")}
-    for fold in tqdm(distinct, desc="baseline", unit="fold"):
+    for fold in tqdm(distinct[distinct >= 0], desc="baseline", unit="fold"):
         held_out = folds == fold
         ensemble = fit_ensemble(features.take(~held_out), labels[~held_out], config)
         for name, predicted in ensemble.predict(features.take(held_out)).items():
             probs[name][held_out] = predicted
-    return probs
+    return {name: predicted[folds >= 0] for name, predicted in probs.items()}
 
 
 def fit_baseline(
@@ -377,7 +378,9 @@ def fit_baseline(
     features = measure_features(pairs, config) if features is None else features
     members = cross_fit(pairs, config, features) if members is None else members
     labels = pairs["label"].to_numpy(dtype=int)
-    return Baseline(config, fit_ensemble(features, labels, config), fit_blend(members, labels))
+    scored = (pairs["fold"] >= 0).to_numpy()
+    blend = fit_blend(members, labels[scored])
+    return Baseline(config, fit_ensemble(features, labels, config), blend)
 
 
 def save_baseline(baseline: Baseline, folder: Path) -> None:

@@ -8,10 +8,12 @@ and `stats.scores`; their columns `low` and `high` are 95 % intervals, losses na
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.dates import ConciseDateFormatter
 from matplotlib.ticker import PercentFormatter
 
 from src.utils.schema import A_WINS, LABEL_NAMES, TIE
@@ -20,6 +22,9 @@ from src.utils.schema import A_WINS, LABEL_NAMES, TIE
 LABEL_COLORS = ("#0072B2", "#D55E00", "#7F7F7F")
 ACCENT, MUTED = "#009E73", "#BBBBBB"
 _BLACK: dict[str, Any] = {"color": "black", "linewidth": 1}
+
+# Names are shown as they are: dollars in one ("alpha$x_1$") are no formula, and stop no figure.
+matplotlib.rcParams["text.parse_math"] = False
 
 Series = dict[str, tuple[str, pd.DataFrame]]  # name -> its colour and table
 
@@ -91,6 +96,31 @@ def plot_winner_shares(ax: Axes, shares: pd.DataFrame) -> Axes:
     a, b, tie = shares["share"].map(percent)
     title = f"A wins {a}, B wins {b}, and {tie} are ties"
     return _label(ax, title, "vote", "share of battles (95 % interval)", percent_on="y")
+
+
+def plot_drift(ax: Axes, drift: pd.DataFrame) -> Axes:
+    """Show how the share of each vote changes over time, from `extras.measure_drift`."""
+    colors = dict(zip((*LABEL_NAMES, "both bad"), (*LABEL_COLORS, "#CC79A7"), strict=True))
+    moved = []
+    outcomes, span = pd.unique(drift["outcome"]), drift["time"].max() - drift["time"].min()
+    for place, outcome in enumerate(outcomes):
+        rows = drift[(drift["outcome"] == outcome) & (drift["n"] > 0)]
+        # Side by side, so that every interval can be read.
+        times = rows["time"].dt.tz_convert(None) + (place - 1) * span / 150
+        look = {"fmt": "o-", "color": colors[outcome], "label": outcome}
+        _draw_intervals(ax, rows, "share", times, vertical=True, **look)
+        if rows["p_value"].iloc[0] < 0.05 / len(outcomes):
+            first, last = rows["share"].iloc[[0, -1]].map(percent)
+            moved.append(f"{outcome} {first} → {last}")
+    ax.set_ylim(0, None)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(ax.xaxis.get_major_locator()))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    n_periods = drift["level"].nunique()
+    title = f"First to last period: {', '.join(moved)}"
+    if not moved:
+        title = f"No measurable drift of the votes over {n_periods} periods"
+    y = "share of battles (95 % interval)"
+    return _label(ax, title, "time (UTC), mean of each period", y, percent_on="y")
 
 
 def plot_models_usage(ax: Axes, records: pd.DataFrame, n_shown: int = 25) -> Axes:

@@ -1,0 +1,36 @@
+"""Tables in notebooks: names are shown literally, numbers as people write them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from src.utils.stats.tables import show
+from tests.markup import IMAGE, NAMES
+
+ESCAPED = IMAGE.replace("<", "&lt;").replace(">", "&gt;")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_markup_in_cells_headers_and_index_is_shown_literally(name):
+    page = show(pd.DataFrame({name: [name]}, index=[name]), index=True).to_html()
+    shown = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    assert page.count(shown) == 3
+    assert "<img" not in page
+    assert "tex2jax_ignore" in page and "mathjax_ignore" in page
+
+
+def test_a_format_of_ones_own_keeps_the_escaping():
+    table = pd.DataFrame({"share": [0.5, np.nan], "name": IMAGE})
+    page = show(table, {"share": "{:.1%}", "name": "{}"}).to_html()
+    assert "50.0%" in page and "–" in page
+    assert page.count(ESCAPED) == 2 and "<img" not in page
+
+
+def test_counts_get_separators_and_ids_do_not():
+    page = show(pd.DataFrame({"id": [20240501], "n": [12000], "loss": [1.23456]})).to_html()
+    assert ">20240501<" in page and ">12,000<" in page and ">1.2346<" in page
+
+
+def test_an_empty_table_and_rows_that_share_an_index_are_shown():
+    assert "name" in show(pd.DataFrame(columns=["name", "n"])).to_html()
+    assert show(pd.DataFrame({"n": [7, 8]}, index=[0, 0])).to_html().count("<td") == 2
