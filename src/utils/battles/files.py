@@ -4,6 +4,7 @@ Cells of text files are `str` as they stand: nothing counts as missing. Those of
 parquet are Python values. A damaged file is a `ValueError` that names file and row.
 """
 
+import codecs
 import contextlib
 import csv
 import gzip
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 
 from src.utils.paths import on_disk
 
+_N_ROWS = 500  # read at once
 _SEPARATORS = ",;\t|"
 _UNREADABLE = (
     *(ValueError, OSError, EOFError, RuntimeError, csv.Error),
@@ -78,13 +80,16 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
             packed = stack.enter_context(zipfile.ZipFile(archive))
             member = path.relative_to(archive).as_posix()
             file = stack.enter_context(packed.open(member))
-        yield gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
+        if path.name.lower().endswith(".gz"):
+            file = gzip.GzipFile(fileobj=file)
+        yield file
 
 
 def _decode(file: Any) -> tuple[io.TextIOWrapper, str]:
     """Wrap bytes as text; and return its first line."""
     head = file.peek(4096)
-    encoding, errors = "utf-8-sig", "surrogateescape"
+    encoding = "utf-8-sig" if head.startswith(codecs.BOM_UTF8) else "utf-8"
+    errors = "surrogateescape"
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:2]:
         places = {b"\xff": "utf-16", b"\xfe": "utf-16", b"\0": "utf-16-be"}
         encoding, errors = places.get(head[:1], "utf-16-le"), "surrogatepass"
@@ -118,29 +123,44 @@ def _read_csv(file: IO[bytes], keep: Collection[str] | None, header_only: bool) 
         picked = _pick(header, keep)
         if not picked:
             raise _DamagedTableError(f"expected names of columns in line 1, found {header}")
-        rows = [] if header_only else _read_rows(reader, len(header))
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(header)
+        columns = _read_rows(reader, len(header), header_only)
     return _make_table({name: columns[place] for name, place in picked.items()})
 
 
-def _read_rows(reader: Any, width: int) -> list[list[str]]:
+def _read_rows(reader: Any, width: int, is_done: bool) -> list[list[str]]:
+    """The columns of a table; in chunks, which leave no million of lists behind."""
+    columns: list[list[str]] = [[] for _ in range(width)]
+    while not is_done:
+        chunk: list[list[str]] = []
+        line, damage = reader.line_num + 1, ""
+        try:
+            chunk.extend(itertools.islice(reader, _N_ROWS))
+        except csv.Error as error:  # what was read before it is in the chunk
+            damage = str(error).partition(" - ")[0]
+        is_done = len(chunk) < _N_ROWS
+        if damage or {*map(len, chunk)} - {width}:
+            chunk = _check_rows(chunk, width, damage, line, len(columns[0]))
+        for column, cells in zip(columns, zip(*chunk, strict=True), strict=False):
+            column.extend(cells)
+    return columns
+
+
+def _check_rows(
+    chunk: list[list[str]], width: int, damage: str, line: int, n_before: int
+) -> list[list[str]]:
+    """Drop blank lines, and blank cells after the last column; other rows are damage."""
     rows: list[list[str]] = []
-    line = reader.line_num
-    try:
-        for row in reader:
-            if len(row) != width:
-                if not row:  # a blank line
-                    continue
-                if len(row) < width or any(row[width:]):
-                    raise csv.Error(f"expected {width} cells, got {len(row)}")
-                row = row[:width]
-            rows.append(row)
-            line = reader.line_num
-    except csv.Error as error:
+    for row in chunk:
+        if row and len(row) != width and (len(row) < width or any(row[width:])):
+            damage = f"expected {width} cells, got {len(row)}"
+            break
+        rows += [row[:width]] if row else []
+        line += 1 + "".join(row).count("\n")  # a line more for every return inside a cell
+    if damage:
         before = f", after the row of {ascii(rows[-1][0])[:40]}" if rows else ""
         raise _DamagedTableError(
-            f"row {len(rows) + 1} (from line {line + 1}{before}): {error}; {_QUOTE}"
-        ) from error
+            f"row {n_before + len(rows) + 1} (from line {line}{before}): {damage}; {_QUOTE}"
+        )
     return rows
 
 
@@ -159,7 +179,9 @@ def _read_json(file: IO[bytes], keep: Collection[str] | None, header_only: bool)
                     f"row {len(rows) + 1} (line {number}): expected a JSON object with the columns "
                     f"as keys, got {ascii(line)[:60]}"
                 )
-            rows.append(row if keep is None else {k: v for k, v in row.items() if k.strip() in keep})
+            if keep is not None:
+                row = {name: cell for name, cell in row.items() if name.strip() in keep}
+            rows.append(row)
             if header_only:
                 break
     names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
@@ -175,9 +197,7 @@ def _read_object(line: str) -> Any:
         return None
 
 
-def _read_parquet(
-    file: IO[bytes], keep: Collection[str] | None, header_only: bool
-) -> pd.DataFrame:
+def _read_parquet(file: IO[bytes], keep: Collection[str] | None, header_only: bool) -> pd.DataFrame:
     # pyarrow wants to jump about in the file, which is slow in a packed one.
     source = file if isinstance(file, io.BufferedReader) else io.BytesIO(file.read())
     parquet = pq.ParquetFile(source)

@@ -7,7 +7,7 @@ chatbots, and, where a file has them, language, timestamp and user; others are i
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from src.utils.battles.files import read_table
 from src.utils.battles.texts import Note, decode_columns, read_messages, split_messages
 from src.utils.schema import A_WINS, B_WINS, LABELS, MODELS, TEXTS, TIE, UNKNOWN_MODEL, Turns
 
@@ -203,9 +204,7 @@ LAYOUTS = (
         _read_judged_turn,
         _read_winner,
     ),
-    Layout(
-        f"{_CHAT} (arena 140k)", CONVERSATIONS, ("winner",), _read_conversations, _read_winner
-    ),
+    Layout(f"{_CHAT} (arena 140k)", CONVERSATIONS, ("winner",), _read_conversations, _read_winner),
     Layout("conversations", CONVERSATIONS, LABELS, _read_conversations, _read_three_votes),
     Layout(
         "chosen and rejected answers, positions drawn at random",
@@ -219,6 +218,11 @@ _ALWAYS = {"id", "question_id", *MODELS, *_BATTLES}
 KNOWN_COLUMNS = _ALWAYS.union(
     *(layout.columns(labelled=True) for layout in LAYOUTS), *_EXTRAS.values(), *_CHATBOTS.values()
 )
+
+
+def has_votes(columns: Collection[str]) -> bool:
+    """Whether a file with these columns is of a layout with votes."""
+    return any({*columns}.issuperset(layout.columns(labelled=True)) for layout in LAYOUTS)
 
 
 def find_layout(path: Path, columns: Sequence[str], labelled: bool) -> Layout:
@@ -239,6 +243,16 @@ def find_layout(path: Path, columns: Sequence[str], labelled: bool) -> Layout:
         f"{path}: expected columns {LAYOUTS[closest].columns(labelled)} ({LAYOUTS[closest].name}), "
         f"missing {lacking[closest]}, got {list(columns)}; README lists the layouts that are read"
     )
+
+
+def describe_file(path: Path) -> str:
+    """Say in one line what a training file is taken for, by the names of its columns.
+
+    Raises:
+        ValueError: the file cannot be read, or no layout fits.
+    """
+    columns = list(read_table(path, KNOWN_COLUMNS, header_only=True).columns)
+    return f"{path}: {find_layout(path, columns, labelled=True).name}"
 
 
 def read_labels(path: Path, raw: pd.DataFrame, layout: Layout, seed: int) -> dict[str, Any]:
@@ -277,16 +291,17 @@ def read_names(raw: pd.DataFrame, layout: Layout, seed: int) -> dict[str, list[s
     a, b = ([UNKNOWN_MODEL] * len(raw), [UNKNOWN_MODEL] * len(raw))
     names = []
     for column, unknown in zip(columns, (a, b), strict=True):
-        found = column is not None and column in raw.columns
-        names.append([_name(cell) for cell in raw[column]] if found else unknown)
+        cells = [] if column not in raw.columns else [str(cell) for cell in raw[column]]
+        known = {cell: _name(cell) for cell in {*cells}}
+        names.append([known[cell] for cell in cells] if len(cells) else unknown)
     if is_drawn:
         for row in np.flatnonzero(_draw_sides(raw, seed)):
             names[0][row], names[1][row] = names[1][row], names[0][row]
     return dict(zip(MODELS, names, strict=True))
 
 
-def _name(cell: Any) -> str:
-    name = str(cell).strip()
+def _name(cell: str) -> str:
+    name = cell.strip()
     return UNKNOWN_MODEL if name.casefold() in _BLANK else name
 
 
@@ -308,7 +323,9 @@ def read_extras(raw: pd.DataFrame) -> tuple[dict[str, Any], list[Note]]:
         if name == "timestamp":
             extras[name] = times = _read_times(extras[name])
             for row in np.flatnonzero(times.isna() & pd.Series(texts).ne("")):
-                notes.append((row, column, "a time, ISO 8601 or seconds since 1970", cells[row]))
+                notes.append(
+                    (int(row), column, "a time, ISO 8601 or seconds since 1970", cells[row])
+                )
     return extras, notes
 
 
@@ -325,6 +342,6 @@ def _read_times(texts: list[str]) -> pd.Series:
     return epochs.fillna(written).astype("datetime64[us, UTC]")
 
 
-def has_voters(columns: Sequence[str]) -> bool:
+def has_voters(columns: Collection[str]) -> bool:
     """Whether a file says who voted, or on which pair: then several votes may be on one battle."""
     return not {*_VOTERS, *_BATTLES}.isdisjoint(columns)

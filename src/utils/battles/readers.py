@@ -21,7 +21,6 @@ from src.utils.battles.texts import decode_turns as decode_turns
 from src.utils.schema import (
     A_WINS,
     B_WINS,
-    EXTRA_COLUMNS,
     MODELS,
     TEXTS,
     TIE,
@@ -37,8 +36,9 @@ _N_SHOWN = 5  # rows that an error message lists
 _LONG_CHARS = 20_000  # about 5,000 tokens of English, more than any model here reads
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # A table without a column for the voter holds several votes per battle where it is this long and
-# repeats its battles so often; the competition repeats less than 1 % of them.
-_MIN_REPEATED, _MIN_VOTES = 100, 1.25
+# repeats its battles so often, with other votes for such a share of them; the competition repeats
+# less than 1 % of its battles, and copies of rows agree.
+_MIN_REPEATED, _MIN_VOTES, _MIN_DISAGREEING = 100, 1.25, 0.1
 _MAX_SESSION = 20  # battles that users may chain together, where a fold is smaller
 _NUMBER = re.compile(r"[+-]?\d+")
 _SPOILT_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
@@ -58,16 +58,6 @@ _CHECKS = {
     "duplicate with another vote": "people disagree: a limit for any model",
     "prompt seen before": "would leak across a random split",
 }
-
-
-def describe_file(path: Path) -> str:
-    """Say in one line what a training file is taken for, by the names of its columns.
-
-    Raises:
-        ValueError: the file cannot be read, or no layout fits.
-    """
-    raw = read_table(path, layouts.KNOWN_COLUMNS, header_only=True)
-    return f"{path}: {layouts.find_layout(path, list(raw.columns), True).name}"
 
 
 def load_pairs(
@@ -190,29 +180,39 @@ def _drop_shared_rows(pairs: pd.DataFrame, quiet: bool) -> pd.DataFrame:
         )
     if not quiet and is_repeated.any():
         counts = same.loc[is_repeated, "file"].value_counts().to_dict()
-        shown = ", ".join(f"{n:,} of {name}" for name, n in counts.items())
-        print(f"rows that an earlier file has, too, read once: {shown}")
+        each = ", ".join(f"{n:,} of {name}" for name, n in counts.items())
+        print(f"rows that an earlier file has, too, read once: {each}")
     return pairs.drop(index=same.index[is_repeated]).reset_index(drop=True)
 
 
 def _key_battles(pairs: pd.DataFrame) -> list[int]:
     """Hash prompt, answers and chatbots, the same for a battle and its mirror image."""
-    keys = []
-    for prompt, *sides in zip(*(pairs[name] for name in (*TEXTS, *MODELS)), strict=True):
-        a, b, model_a, model_b = sides
-        keys.append(hash((prompt, frozenset(((a, model_a), (b, model_b))))))
-    return keys
+    return [hash((prompt, frozenset(sides))) for prompt, *sides in _sides_of(pairs)]
+
+
+def _sides_of(pairs: pd.DataFrame) -> list[tuple[Turns, tuple, tuple]]:
+    """Prompts, and each side's answer and chatbot."""
+    sides = (zip(pairs[f"response_{x}"], pairs[f"model_{x}"], strict=True) for x in "ab")
+    return list(zip(pairs["prompt"], *sides, strict=True))
 
 
 def _repeats_battles(part: pd.DataFrame) -> bool:
     if len(part) < _MIN_REPEATED:
         return False
     # Lengths tell most battles apart, and are quicker to compare than texts.
-    lengths = [len(p[0] or "") * len(a[0] or "") * len(b[0] or "") for p, a, b in _texts_of(part)]
-    n_battles = len({*lengths})
-    if n_battles * _MIN_VOTES > len(part):
-        return False
-    return len({*_key_battles(part)}) * _MIN_VOTES <= len(part)
+    lengths = [(len(p[0] or ""), len(a[0] or ""), len(b[0] or "")) for p, a, b in _texts_of(part)]
+    return all(_has_votes(rows, part["label"]) for rows in (lengths, _sides_of(part)))
+
+
+def _has_votes(battles: list, labels: pd.Series) -> bool:
+    keys, winners = [], []
+    for (prompt, a, b), label in zip(battles, labels, strict=True):
+        keys.append(hash((prompt, frozenset((a, b)))))
+        winners.append(hash((a, b, "tie")[label]))
+    n_winners = pd.Series(winners).groupby(keys).nunique()
+    # The same battles with the same votes are copies of rows, not votes of several people.
+    is_repeated = len(n_winners) * _MIN_VOTES <= len(battles)
+    return is_repeated and bool((n_winners > 1).mean() >= _MIN_DISAGREEING)
 
 
 def _texts_of(pairs: pd.DataFrame) -> list[tuple[Turns, Turns, Turns]]:
@@ -225,24 +225,23 @@ def _merge_votes(pairs: pd.DataFrame, quiet: bool) -> pd.DataFrame:
     keys = pd.Series(_key_battles(voted), index=voted.index)
     if not keys.duplicated().any():
         return pairs
-    first = keys.groupby(keys).transform(lambda rows: rows.index[0])
+    # Row by row, the first vote on the same battle.
+    first = np.arange(len(pairs))
+    places = voted.index.to_numpy()
+    first[places] = pd.Series(places).groupby(keys.to_numpy()).transform("min")
+    labels = pairs["label"].to_numpy()
     sides = list(zip(pairs["response_a"], pairs["model_a"], strict=True))
-    is_mirrored = np.array([sides[row] != sides[top] for row, top in first.items()])
-    labels = voted["label"].to_numpy()
+    is_mirrored = np.array([sides[row] != sides[top] for row, top in enumerate(first)])
     labels = np.where(is_mirrored, swap_labels(labels), labels)
-    all_first = pd.Series(pairs.index, index=pairs.index)
-    all_first[voted.index] = first
-    all_labels = pairs["label"].to_numpy().copy()
-    all_labels[voted.index] = labels
-    counts = pd.crosstab(all_first, all_labels).reindex(columns=range(len(VOTES)), fill_value=0)
+    counts = pd.crosstab(first, labels).reindex(columns=range(len(VOTES)), fill_value=0)
     merged = pairs.loc[counts.index].copy()
     merged[list(VOTES)] = counts.to_numpy().astype(np.int32)
     merged["label"] = _most_frequent(counts.to_numpy())
     if "user" in merged.columns:
-        # Who voted is known for a single vote only.
-        merged.loc[counts.sum(axis=1) > 1, "user"] = ""
+        merged.loc[counts.sum(axis=1) > 1, "user"] = ""  # several people
+        merged = merged if merged["user"].any() else merged.drop(columns="user")
     if "vote_detail" in merged.columns:
-        is_bad = pairs["vote_detail"].eq(layouts.BOTH_BAD).groupby(all_first).sum()
+        is_bad = pairs["vote_detail"].eq(layouts.BOTH_BAD).groupby(first).sum()
         is_mostly_bad = (is_bad * 2 >= counts[TIE]) & (merged["label"] == TIE)
         merged["vote_detail"] = np.where(is_mostly_bad, layouts.BOTH_BAD, "").astype(object)
     if not quiet:

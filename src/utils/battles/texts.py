@@ -21,6 +21,9 @@ _PLAIN_EXPECTED = "a text"
 _MIN_CELLS = 10  # a column with fewer cells that are not blank follows the file's other columns
 _MAX_DEPTH = 100  # brackets within brackets in a cell
 
+# strict=False: raw line breaks inside a string are text, not damage.
+_JSON = json.JSONDecoder(strict=False)
+_TEXT_TYPES = {str, type(None)}
 _TOKEN = re.compile(
     r"""\s*+(?:
         (?P<string>'[^'\\]*+(?:\\.[^'\\]*+)*+'|"[^"\\]*+(?:\\.[^"\\]*+)*+")
@@ -30,9 +33,7 @@ _TOKEN = re.compile(
     )\s*+""",
     re.VERBOSE | re.DOTALL,
 )
-_ESCAPE = re.compile(
-    r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL
-)
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
 _ESCAPED |= {"0": "\0", "\\": "\\", "'": "'", '"': '"'}
 _WORDS = {"None": None, "nan": None, "NaN": None, "True": True, "False": False}
@@ -49,14 +50,16 @@ def decode_turns(cell: Any) -> tuple[Turns, str | None]:
         The turns; and None, or what was expected where the cell was something else and is
         therefore kept as a single turn.
     """
+    turns: Any = None
     if isinstance(cell, str):
         try:
-            # strict=False: raw line breaks inside a string are text, not damage.
-            turns: Any = json.loads(cell, strict=False)
+            turns, end = _JSON.raw_decode(cell)
+            if end != len(cell):  # blanks, or damage
+                turns = _JSON.decode(cell)
         except (ValueError, RecursionError):
             return (cell,), JSON_EXPECTED
-    else:
-        turns = list(cell) if isinstance(cell, (list, tuple, np.ndarray)) else None
+    elif isinstance(cell, (list, tuple, np.ndarray)):
+        turns = list(cell)
     if isinstance(turns, list) and turns:
         if _is_texts(turns):
             return tuple(turns), None
@@ -67,7 +70,7 @@ def decode_turns(cell: Any) -> tuple[Turns, str | None]:
 
 
 def _is_texts(turns: list) -> bool:
-    return all(turn is None or isinstance(turn, str) for turn in turns)
+    return {*map(type, turns)} <= _TEXT_TYPES or all(isinstance(t, str | None) for t in turns)
 
 
 def _dump(value: Any) -> str:
@@ -124,8 +127,10 @@ def decode_columns(columns: Mapping[str, Sequence]) -> tuple[dict[str, list[Turn
     n_filled, n_json, n_lists = {}, {}, {}
     for name, cells in columns.items():
         read[name] = [decode_turns(cell) for cell in cells]
-        n_filled[name] = len(cells) - sum(map(_is_blank, cells))
         n_json[name] = [expected for _, expected in read[name]].count(None)
+        n_filled[name] = n_json[name]
+        if n_json[name] < len(cells):
+            n_filled[name] = len(cells) - sum(map(_is_blank, cells))
         n_lists[name] = n_json[name]
         if n_json[name] * 2 < n_filled[name]:
             n_lists[name] += sum(_decode_python(cell)[1] is None for cell in cells)
@@ -188,7 +193,7 @@ def read_messages(cell: Any) -> list[dict[str, Any]]:
             turns = zip(parts[::2], parts[1::2], strict=True)
             return [{"role": role, "content": content} for role, content in turns]
         try:
-            cell = json.loads(cell, strict=False)
+            cell = _JSON.decode(cell)
         except (ValueError, RecursionError):
             try:
                 cell = parse_literal(cell)
