@@ -15,7 +15,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,10 +25,14 @@ import pyarrow.parquet as pq
 
 from src.utils.paths import on_disk
 
+# Stands for a return in a cell that is not quoted, which csv refuses. No text has it: what is not
+# UTF-8 becomes another half of a pair.
+_RETURN = "\ud800"
+_LONE_RETURN = re.compile(r"\r(?!\n|\Z)")
 _N_ROWS = 500  # read at once
 _SEPARATORS = ",;\t|"
 _UNREADABLE = (
-    *(ValueError, OSError, EOFError, RuntimeError, csv.Error),
+    *(ValueError, KeyError, OSError, EOFError, RuntimeError, csv.Error),
     *(zlib.error, zipfile.BadZipFile, pa.ArrowException),
 )
 _QUOTE = "put cells that hold a return, a separator or a quote in double quotes, and double them"
@@ -85,8 +89,8 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _decode(file: Any) -> tuple[io.TextIOWrapper, str]:
-    """Wrap bytes as text; and return its first line."""
+def _decode(file: Any) -> tuple[io.TextIOWrapper, str, str]:
+    """Wrap bytes as text; and return its first line, and what ends the lines."""
     head = file.peek(4096)
     encoding = "utf-8-sig" if head.startswith(codecs.BOM_UTF8) else "utf-8"
     errors = "surrogateescape"
@@ -98,7 +102,7 @@ def _decode(file: Any) -> tuple[io.TextIOWrapper, str]:
     first = re.match(r"[^\r\n]*(\r(?!\n))?", text)
     newline = "\r" if first and first[1] and len(text) > first.end() else "\n"
     wrapped = io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=newline)
-    return wrapped, text.splitlines()[0] if text else ""
+    return wrapped, text.splitlines()[0] if text else "", newline
 
 
 def _pick(names: list[str], keep: Collection[str] | None) -> dict[str, int]:
@@ -113,18 +117,31 @@ def _pick(names: list[str], keep: Collection[str] | None) -> dict[str, int]:
 
 
 def _read_csv(file: IO[bytes], keep: Collection[str] | None, header_only: bool) -> pd.DataFrame:
-    text, first_line = _decode(file)
+    text, first_line, newline = _decode(file)
     # The header decides: names of columns hold no separators.
     separator = max(_SEPARATORS, key=first_line.count)
     csv.field_size_limit(sys.maxsize)
     with text:
-        reader = csv.reader(text, delimiter=separator, strict=True)
+        is_hidden: list[bool] = []
+        lines = _hide_returns(text, is_hidden) if newline == "\n" else text
+        reader = csv.reader(lines, delimiter=separator, strict=True)
         header = next(reader, [])
         picked = _pick(header, keep)
         if not picked:
             raise _DamagedTableError(f"expected names of columns in line 1, found {header}")
         columns = _read_rows(reader, len(header), header_only)
+    if is_hidden:
+        for column in columns:
+            column[:] = [cell.replace(_RETURN, "\r") for cell in column]
     return _make_table({name: columns[place] for name, place in picked.items()})
+
+
+def _hide_returns(lines: Iterable[str], is_hidden: list[bool]) -> Iterator[str]:
+    for line in lines:
+        if "\r" in line and (hidden := _LONE_RETURN.sub(_RETURN, line)) != line:
+            is_hidden.append(True)
+            line = hidden
+        yield line
 
 
 def _read_rows(reader: Any, width: int, is_done: bool) -> list[list[str]]:
@@ -165,7 +182,7 @@ def _check_rows(
 
 
 def _read_json(file: IO[bytes], keep: Collection[str] | None, header_only: bool) -> pd.DataFrame:
-    text, first_line = _decode(file)
+    text, first_line, _ = _decode(file)
     is_list = first_line.lstrip().startswith("[")  # the whole file is one list of objects
     rows: list[dict[str, Any]] = []
     with text:

@@ -322,10 +322,9 @@ def read_extras(raw: pd.DataFrame) -> tuple[dict[str, Any], list[Note]]:
         extras[name] = [text.strip() for text in texts]
         if name == "timestamp":
             extras[name] = times = _read_times(extras[name])
+            expected = "a time, ISO 8601 or seconds since 1970"
             for row in np.flatnonzero(times.isna() & pd.Series(texts).ne("")):
-                notes.append(
-                    (int(row), column, "a time, ISO 8601 or seconds since 1970", cells[row])
-                )
+                notes.append((int(row), column, expected, cells[row]))
     return extras, notes
 
 

@@ -153,8 +153,8 @@ class Pipeline:
                 found |= {str(file.relative_to(self.artifacts)): file for file in files}
         raw = self._find_raw(stage)
         if "train" in stage.raw and raw.kind != "demo":  # 01 makes the demo's tables itself
-            files = map(paths.on_disk, raw.train)
-            found |= {f"training file {i}": path for i, path in enumerate(files, 1)}
+            tables = map(paths.on_disk, raw.train)
+            found |= {f"training file {i}": path for i, path in enumerate(tables, 1)}
         for table, path in (("test", raw.test), ("sample_submission", raw.sample_submission)):
             if table in stage.raw and path:
                 found[f"raw {table}"] = paths.on_disk(path)
