@@ -46,7 +46,7 @@ def test_a_layout_is_recognised_by_its_columns_and_by_no_other_entry(tmp_path):
     for layout in LAYOUTS:
         assert find_layout(tmp_path, layout.columns(labelled=True), True) is layout
     path = write(tmp_path / "a.csv", [plain(1)])
-    assert describe_file(path).startswith(f"{path}: texts with one column winner")
+    assert describe_file(path).startswith(f"{path}: read as texts with one column")
     with pytest.raises(ValueError, match=r"x\.csv: .*missing \['winner'\]"):
         find_layout(tmp_path / "x.csv", ["id", *TEXTS], True)
 

@@ -252,7 +252,7 @@ def describe_file(path: Path) -> str:
         ValueError: the file cannot be read, or no layout fits.
     """
     columns = list(read_table(path, KNOWN_COLUMNS, header_only=True).columns)
-    return f"{path}: {find_layout(path, columns, labelled=True).name}"
+    return f"{path}: read as {find_layout(path, columns, labelled=True).name}"
 
 
 def read_labels(path: Path, raw: pd.DataFrame, layout: Layout, seed: int) -> dict[str, Any]:
