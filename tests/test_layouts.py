@@ -47,8 +47,9 @@ def test_a_layout_is_recognised_by_its_columns_and_by_no_other_entry(tmp_path):
         assert find_layout(tmp_path, layout.columns(labelled=True), True) is layout
     path = write(tmp_path / "a.csv", [plain(1)])
     assert describe_file(path).startswith(f"{path}: read as texts with one column")
-    with pytest.raises(ValueError, match=r"x\.csv: .*missing \['winner'\]"):
-        find_layout(tmp_path / "x.csv", ["id", *TEXTS], True)
+    odd = {name: cell for name, cell in plain(1).items() if name != "winner"} | {"who": 1}
+    with pytest.raises(ValueError, match=r"x\.csv: .*missing \['winner'\], got .*'who'"):
+        load_pairs(write(tmp_path / "x.csv", [odd]))
 
 
 @pytest.mark.parametrize(

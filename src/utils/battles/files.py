@@ -128,7 +128,7 @@ def _read_csv(file: IO[bytes], keep: Collection[str] | None, header_only: bool) 
         header = next(reader, [])
         picked = _pick(header, keep)
         if not picked:
-            raise _DamagedTableError(f"expected names of columns in line 1, found {header}")
+            raise _DamagedTableError(f"expected names of columns in line 1, found {header!a:.80}")
         columns = _read_rows(reader, len(header), header_only)
     if is_hidden:
         for column in columns:

@@ -108,7 +108,8 @@ def _split_conversations(
 def _read_chosen(raw: pd.DataFrame, seed: int) -> tuple[dict[str, list[Turns]], list[Note]]:
     sides = raw[["chosen", "rejected"]].astype(object)
     has_prompt = "prompt" in raw.columns
-    is_plain = has_prompt and not any(_has_messages(cell) for cell in sides["chosen"])
+    n_chats = sum(map(_has_messages, sides["chosen"]))
+    is_plain = has_prompt and n_chats * 2 < len(raw)
     if is_plain:
         columns = {"prompt": "prompt", "chosen": "response_a", "rejected": "response_b"}
         decoded, notes = decode_columns({name: raw[name].tolist() for name in columns})
@@ -236,12 +237,12 @@ def find_layout(path: Path, columns: Sequence[str], labelled: bool) -> Layout:
         lacking.append([name for name in layout.columns(labelled) if name not in columns])
     if [] in lacking:
         return LAYOUTS[lacking.index([])]
-    # The closest: the one with most of its columns there.
+    there = list(read_table(path, header_only=True).columns)  # also those that no layout knows
     shares = [len(m) / len(lay.columns(labelled)) for m, lay in zip(lacking, LAYOUTS, strict=True)]
-    closest = int(np.argmin(shares))
+    closest = int(np.argmin(shares))  # the one with most of its columns there
     raise ValueError(
         f"{path}: expected columns {LAYOUTS[closest].columns(labelled)} ({LAYOUTS[closest].name}), "
-        f"missing {lacking[closest]}, got {list(columns)}; README lists the layouts that are read"
+        f"missing {lacking[closest]}, got {there}; README lists the layouts that are read"
     )
 
 

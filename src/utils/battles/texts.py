@@ -200,9 +200,13 @@ def read_messages(cell: Any) -> list[dict[str, Any]]:
             except TypeError as error:
                 raise ValueError(str(error)) from error
     messages = list(cell) if isinstance(cell, (list, tuple, np.ndarray)) else []
-    if not messages or not all(isinstance(each, dict) for each in messages):
+    if not messages or not all(map(_is_message, messages)):
         raise ValueError("expected a list of messages with role and content")
     return messages
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
 def split_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Turns, Turns, str | None]:
