@@ -37,6 +37,12 @@ def test_separators_line_ends_and_encodings_are_recognised(tmp_path, separator, 
     assert table["prompt"][2] == f'["prompt 3{separator} é"]'
 
 
+def test_half_of_an_emoji_survives_in_utf16(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes("id\n\ud83d\n".encode("utf-16", "surrogatepass"))
+    assert read_table(path)["id"].tolist() == ["\ud83d"]
+
+
 def test_a_return_in_a_quoted_or_bare_cell_is_text(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(b'id,a\r\n1,"x\r\ny\rz"\r\n\r\n2,bare \r return\r\n3,end')

@@ -182,18 +182,19 @@ def test_chosen_answers_stand_in_a_position_drawn_from_the_seed(tmp_path, kind):
 
 
 def test_language_time_and_user_are_kept_and_odd_times_flagged(tmp_path):
-    times = ["2024-05-01T12:00:00", "2024-05-01 14:00:00+02:00", "1714564800.0", "soon", ""]
+    zoned, since = "2024-05-01 14:00:00+02:00", ("1714564800.0", "1714564800000")
+    times = ["2024-05-01T12:00:00", zoned, *since, "soon", ""]
     rows = []
     for number, time in enumerate(times):
         rows.append(plain(number, language="en", tstamp=time, session_id=f"s{number}"))
     pairs, problems = load_pairs(write(tmp_path / "e.csv", rows))
-    assert pairs["timestamp"].isna().tolist() == [False, False, False, True, True]
+    assert pairs["timestamp"].isna().tolist() == [False] * 4 + [True] * 2
     assert set(pairs["timestamp"].dropna()) == {pd.Timestamp("2024-05-01 12:00", tz="UTC")}
-    assert pairs["language"].tolist() == ["en"] * 5
-    assert pairs["user"].tolist() == ["s0", "s1", "s2", "s3", "s4"]
-    assert problems[["row", "column"]].values.tolist() == [[4, "tstamp"]]
+    assert pairs["language"].tolist() == ["en"] * 6
+    assert pairs["user"].tolist() == [f"s{number}" for number in range(6)]
+    assert problems[["row", "column"]].values.tolist() == [[5, "tstamp"]]
     other, _ = load_pairs([tmp_path / "e.csv", write(tmp_path / "f.csv", [plain(9)])])
-    assert other["language"].tolist() == ["en"] * 5 + [""]
+    assert other["language"].tolist() == ["en"] * 6 + [""]
     assert {"language", "timestamp", "user"} <= {*add_groups_and_folds(pairs, 2).columns}
 
 

@@ -89,6 +89,15 @@ def test_other_names_of_roles_and_parts_without_text_are_understood():
     assert (prompt, answer) == (("hi",), ("see",)) and "text" in expected
 
 
+def test_an_answer_that_was_never_given_is_none_and_turns_stay_side_by_side():
+    roles = ("user", "user", "assistant", "user")
+    talk = [{"role": role, "content": str(place)} for place, role in enumerate(roles)]
+    prompt, answer, expected = split_messages(talk)
+    assert (prompt, answer) == (("0", "1", "3"), (None, "2", None))
+    assert "ends with an answer" in expected
+    assert "every turn" in split_messages(talk[:3])[2]
+
+
 @pytest.mark.parametrize("cell", ["", "hi", "[]", '["a"]', 5, None, '{"role": "user"}'])
 def test_what_is_no_conversation_is_refused(cell):
     with pytest.raises(ValueError):

@@ -182,8 +182,6 @@ def _read_winner(raw: pd.DataFrame, seed: int) -> np.ndarray:
 
 
 def _letters(cell: Any) -> str:
-    if isinstance(cell, bool):
-        return ""  # which of the two a boolean means is not known
     return re.sub(r"[^a-z0-9]", "", re.sub(r"\.0+$", "", str(cell).strip().casefold()))
 
 
