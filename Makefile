@@ -92,7 +92,7 @@ notebook: $(READY)  ## Jupyter Lab in the notebooks folder
 	@$(BIN)/jupyter lab --notebook-dir notebooks
 
 clean:  ## remove build and caches, keep data, .venv and the trained models in artifacts (FORCE=1 removes artifacts, too)
-	rm -rf build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	@find src tests docs benchmarks kaggle_kernel -name __pycache__ -prune -exec rm -rf {} +
 ifneq ($(filter-out 0,$(FORCE)),)
 	rm -rf "$(or $(ARTIFACTS),artifacts)"

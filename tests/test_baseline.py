@@ -207,6 +207,29 @@ def test_the_fit_minimises_the_penalised_loss():
         assert penalised_loss(w, v + step) > best
 
 
+def test_shares_of_votes_count_as_much_as_the_same_votes_one_by_one(arena):
+    rng = np.random.default_rng(0)
+    differences, shared = rng.normal(size=(300, 2)), rng.normal(size=(300, 1))
+    counts = rng.multinomial(4, [0.5, 0.2, 0.3], size=300)
+    rows, labels = np.nonzero(counts)
+    rows, labels = rows.repeat(counts[rows, labels]), labels.repeat(counts[rows, labels])
+    one = fit_davidson(block(differences), block(shared), counts / 4, ridge=1.0)
+    other = fit_davidson(block(differences[rows]), block(shared[rows]), labels, ridge=4.0)
+    np.testing.assert_allclose(one.differences, other.differences, atol=1e-3)
+    assert one.intercept == pytest.approx(other.intercept, abs=1e-3)
+
+    pairs = arena[0].head(400)
+    votes = np.eye(3, dtype=int)[pairs["label"]]
+    same = pairs.assign(votes_a=votes[:, 0], votes_b=votes[:, 1], votes_tie=votes[:, 2])
+    split = same.assign(votes_a=1, votes_b=1, votes_tie=6)
+    features = measure_features(pairs, CONFIG)
+    before = cross_fit(pairs, CONFIG, features)
+    for name, probs in cross_fit(same, CONFIG, features).items():
+        np.testing.assert_array_equal(probs, before[name])
+    for probs in cross_fit(split, CONFIG, features).values():
+        np.testing.assert_allclose(probs.mean(axis=0), [0.125, 0.125, 0.75], atol=0.05)
+
+
 def test_ugly_battles_can_be_learned_and_predicted(ugly_pairs):
     _, probs = predict_held_out(ugly_pairs)
     check_probs(probs, n_pairs=len(ugly_pairs))

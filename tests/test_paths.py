@@ -1,5 +1,6 @@
 """Claims about finding the data, at home and on Kaggle."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def make_files(folder: Path, *names: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
+@pytest.mark.parametrize("suffix", paths.TABLE_SUFFIXES)
 def test_a_folder_in_the_competitions_layout_is_understood(tmp_path: Path, suffix: str) -> None:
     folder = make_files(
         tmp_path / "given", f"train{suffix}", f"test{suffix}", f"sample_submission{suffix}", "x.csv"
@@ -196,3 +197,26 @@ def test_the_checkpoint_with_the_very_name_comes_first(
     longer = make_files(tmp_path / "qwen3-4b-awq", "config.json", "model.safetensors")
     exact = make_files(tmp_path / "z" / "Qwen3_4B", "config.json", "model.safetensors")
     assert paths.find_checkpoints("Qwen/Qwen3-4B") == [exact, longer]
+
+
+def test_zips_are_read_like_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_files(tmp_path / "given", "a.csv")
+    for name, members in (("k.zip", ["train.csv", "test.csv"]), ("t.csv.zip", ["in/t.csv"])):
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            for member in members:
+                archive.writestr(member, "")
+    k, t = folder / "k.zip", folder / "t.csv.zip"
+    assert paths.find_raw_data(str(k)).test == k / "test.csv"
+    assert paths.find_raw_data(str(t)).train == (t / "in" / "t.csv",)
+    assert paths.find_raw_data(f"{folder / 'a.csv'} {k} {t}").train == (
+        *(folder / "a.csv", k / "train.csv", t / "in" / "t.csv"),
+    )
+    assert paths.find_raw_data(str(folder / "a.csv"), str(k)).test == k / "test.csv"
+    assert paths.make_absolute(str(k)) == str(k)
+    assert paths.make_absolute(f"{k} {t}") == f"{k / 'train.csv'} | {t / 'in' / 't.csv'}"
+    raw = make_files(tmp_path / "home" / "data" / "raw")
+    k.rename(raw / "k.zip")
+    assert paths.find_raw_data().train == (raw / "k.zip" / "train.csv",)
+    (raw / "k.zip").write_bytes(b"PK, but cut")
+    with pytest.raises(ValueError, match=r"k\.zip: expected a zip"):
+        paths.find_raw_data()

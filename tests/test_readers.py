@@ -232,3 +232,142 @@ def test_real_rows_are_read_completely(real_pairs):
     assert raw[list(LABELS)].sum().tolist() == [313, 311, 274]
     for name in TEXTS:
         assert real_pairs[name].map(list).tolist() == raw[name].map(json.loads).tolist()
+
+
+# ---- ids and votes -----------------------------------------------------------
+
+
+def write_plain(path, rows):
+    """Rows of id, answer of A and winner, and whatever more, as CSV."""
+    fixed = {"prompt": "q", "response_b": "B", "model_a": "x", "model_b": "y"}
+    pd.DataFrame([fixed | each for each in rows]).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "nan"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_blank_ids_are_named(tmp_path, blank, labelled):
+    path = write_rows(tmp_path / "t.csv", [row(1), row(blank), row(3)])
+    with pytest.raises(ValueError, match=r"t\.csv: .*1 blank: rows 2"):
+        load_pairs(path, labelled=labelled)
+
+
+@pytest.mark.parametrize("spoilt", ["1.23E+09", "12.0", "1e5", "7."])
+def test_ids_that_a_spreadsheet_spoilt_are_refused_in_a_test_file(tmp_path, spoilt):
+    path = write_rows(tmp_path / "t.csv", [row("1234567890"), row(spoilt)])
+    with pytest.raises(ValueError, match=rf"t\.csv: .*row 2: {spoilt}".replace("+", r"\+")):
+        load_pairs(path, labelled=False)
+    names = write_rows(tmp_path / "n.csv", [row("12e5"), row("ab12")])
+    assert load_pairs(names, labelled=False)[0]["id"].tolist() == ["12e5", "ab12"]
+
+
+def test_rows_without_ids_get_some_that_depend_on_the_row_alone(tmp_path):
+    rows = [{"response_a": text, "winner": "tie"} for text in ("one", "two", "one")]
+    pairs, _ = load_pairs(write_plain(tmp_path / "t.csv", rows))
+    again, _ = load_pairs(write_plain(tmp_path / "again.csv", rows[::-1]))
+    assert pairs["id"].is_unique and set(pairs["id"]) == set(again["id"])
+    assert load_pairs([tmp_path / "t.csv", tmp_path / "again.csv"])[0].shape == pairs.shape
+
+
+def test_rows_that_two_files_share_are_read_once_and_other_rows_under_one_id_are_refused(
+    tmp_path, capsys
+):
+    first = write_rows(tmp_path / "1.csv", [row(1), row(2)])
+    second = write_rows(tmp_path / "2.csv", [row(2), row(3)])
+    assert load_pairs([first, second, first])[0]["id"].tolist() == [1, 2, 3]
+    assert "1 of 2.csv" in capsys.readouterr().out
+    other = write_rows(tmp_path / "3.csv", [row(2, label=1)])
+    with pytest.raises(ValueError, match=r"2 rows .*'id': '2', 'file': '1\.csv'.*3\.csv"):
+        load_pairs([first, other])
+
+
+def test_votes_of_several_people_become_one_battle_with_counts(tmp_path, capsys):
+    rows = [
+        {"id": 1, "worker": "u", "response_a": "A", "winner": "model_a"},
+        {"id": 1, "worker": "v", "response_a": "A", "winner": "tie"},
+        {"id": 2, "worker": "u", "response_a": "C", "winner": "both_bad"},
+        {"id": 3, "worker": "w", "response_a": "B", "response_b": "A", "winner": "model_b"},
+    ]
+    rows[3] |= {"model_a": "y", "model_b": "x"}
+    pairs, _ = load_pairs(write_plain(tmp_path / "t.csv", rows))
+    assert "4 votes on 2 battles" in capsys.readouterr().out
+    assert pairs[["id", "label", "votes_a", "votes_b", "votes_tie"]].values.tolist() == [
+        *([1, 0, 2, 0, 1], [2, 2, 0, 0, 1])
+    ]
+    assert pairs["user"].tolist() == ["", "u"]
+    assert pairs["vote_detail"].tolist() == ["", "both_bad"]
+    bad = [rows[0], rows[1] | {"response_a": "other"}]
+    with pytest.raises(ValueError, match="2 rows"):
+        load_pairs(write_plain(tmp_path / "bad.csv", bad))
+
+
+@pytest.mark.parametrize(
+    ("votes", "label"), [("AABB", 2), ("AT", 0), ("BT", 1), ("ABT", 2), ("AABTTT", 2), ("ABB", 1)]
+)
+def test_the_most_frequent_vote_is_the_label(tmp_path, votes, label):
+    names = {"A": "left", "B": "right", "T": "tie"}
+    rows = [
+        {"id": n, "judge": n, "response_a": "A", "winner": names[v]} for n, v in enumerate(votes)
+    ]
+    assert load_pairs(write_plain(tmp_path / "t.csv", rows))[0]["label"].tolist() == [label]
+
+
+@pytest.mark.parametrize("disagree", [True, False])
+def test_a_long_table_that_repeats_its_battles_holds_votes_only_where_people_disagree(
+    tmp_path, disagree
+):
+    rows = []
+    for number in range(150):
+        vote = "left" if disagree and number > 70 else "tie"
+        rows.append({"id": number, "response_a": f"A{number % 50}", "winner": vote})
+    pairs, _ = load_pairs(write_plain(tmp_path / "t.csv", rows))
+    assert len(pairs) == (50 if disagree else 150)
+
+
+# ---- sessions and folds ------------------------------------------------------
+
+
+def make_sessions(users, prompts=None):
+    """Battles of these users, each with a prompt of its own or of these numbers."""
+    numbers = range(len(users)) if prompts is None else prompts
+    return pd.DataFrame(
+        {
+            "id": range(len(users)),
+            "prompt": pd.Series([(f"question {number}",) for number in numbers], dtype=object),
+            "user": users,
+            "label": [number % 3 for number in range(len(users))],
+        }
+    )
+
+
+def test_battles_that_share_a_prompt_or_a_session_are_in_one_group():
+    prompts = [0, 1, 2, 3, 1, *range(5, 12)]
+    pairs = make_sessions(["a", "a", "b", "b", "c", "c", *[""] * 6], prompts)
+    groups = add_groups_and_folds(pairs, n_folds=2)["group"].tolist()
+    assert groups[0] == groups[1] == groups[4] == groups[5]  # session a, question 1, session c
+    assert groups[2] == groups[3] != groups[0]
+    assert len({*groups[6:]}) == 6  # no user is known
+    alone = add_groups_and_folds(pairs.drop(columns="user"), n_folds=2)["group"]
+    assert alone.nunique() == 11
+
+
+def test_a_user_with_most_of_the_battles_joins_nothing(capsys):
+    pairs = make_sessions(["heavy"] * 300 + [f"u{n // 3}" for n in range(99)])
+    split = add_groups_and_folds(pairs, n_folds=5)
+    assert split["group"].nunique() == 300 + 33 and split["fold"].nunique() == 5
+    assert "1 of 34 users" in capsys.readouterr().out
+
+
+def test_no_fold_is_empty_where_there_are_as_many_prompts_as_folds(capsys):
+    # Votes for A, B and tie of each prompt: scikit-learn's splitter leaves a fold empty.
+    votes = [(0, 23, 0), (0, 1, 16), (29, 0, 0), (9, 0, 13), (5, 22, 1), (32, 0, 0), (0, 0, 39)]
+    counts = np.array([*votes, (1, 4, 0)])
+    prompts, labels = np.nonzero(counts)
+    numbers = prompts.repeat(counts[prompts, labels])
+    pairs = make_sessions([""] * len(numbers), numbers).drop(columns="user")
+    pairs["label"] = labels.repeat(counts[prompts, labels])
+    split = add_groups_and_folds(pairs, n_folds=8, seed=0)
+    assert split["fold"].nunique() == split["group"].nunique() == 8
+    assert "dealt out in turn" in capsys.readouterr().out
+    add_groups_and_folds(pairs.head(2), n_folds=4)
+    assert "3 folds stay empty" in capsys.readouterr().out

@@ -65,6 +65,7 @@ def test_the_hash_of_battles_depends_on_every_part(demo_pairs):
     assert runs.hash_pairs(demo_pairs.copy()) == first
     changes = {"label": (demo_pairs["label"] + 1) % 3, "fold": demo_pairs["fold"] + 1}
     changes |= {"id": demo_pairs["id"] + 1, "prompt": demo_pairs["response_a"]}
+    changes |= {"votes_a": 1, "votes_tie": 2}
     for name, values in changes.items():
         assert runs.hash_pairs(demo_pairs.assign(**{name: values})) != first, name
 

@@ -5,11 +5,13 @@ import pandas as pd
 import pytest
 
 from src.utils.schema import (
+    FROZEN_COLUMNS,
     LABELLED_COLUMNS,
     LABELS,
     average_over_swap,
     check_pairs,
     check_probs,
+    choose_columns,
     clean_text,
     join_turns,
     probs_of,
@@ -17,6 +19,7 @@ from src.utils.schema import (
     swap_labels,
     swap_pairs,
     swap_probs,
+    vote_shares,
 )
 
 
@@ -109,3 +112,21 @@ def test_averaging_refuses_what_is_not_a_distribution():
     for pair in ((bad, good), (good, bad)):
         with pytest.raises(ValueError, match="row 0"):
             average_over_swap(*pair)
+
+
+def test_votes_become_shares_and_without_counts_the_label_is_the_only_vote():
+    pairs = pd.DataFrame({"label": [0, 2, -1, 1]})
+    one_vote = np.array([[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 1, 0]])
+    np.testing.assert_array_equal(vote_shares(pairs), one_vote)
+    counts = {"votes_a": [3, None, None, 0], "votes_b": [1, None, None, 0], "votes_tie": [0.0] * 4}
+    shares = vote_shares(pairs.assign(**counts))
+    np.testing.assert_array_equal(shares, [[0.75, 0.25, 0], *one_vote[1:]])
+
+
+def test_votes_are_exchanged_with_the_answers_and_extra_columns_are_kept(demo_pairs):
+    pairs = demo_pairs.assign(votes_a=2, votes_b=1, votes_tie=0, user="u", other=1)
+    swapped = swap_pairs(pairs)
+    assert swapped["votes_a"].eq(1).all() and swapped["votes_b"].eq(2).all()
+    np.testing.assert_array_equal(vote_shares(swapped), swap_probs(vote_shares(pairs)))
+    columns = [*FROZEN_COLUMNS, "votes_a", "votes_b", "votes_tie", "user"]
+    assert choose_columns(pairs) == columns

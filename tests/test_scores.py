@@ -209,3 +209,10 @@ def test_a_summary_scores_held_out_battles_in_any_order():
     assert "oracle_log_loss" not in summarise(probs_table(pairs["id"], probs), pairs)
     with pytest.raises(KeyError):
         summarise(unknown, pairs)
+
+
+def test_the_log_loss_over_several_votes_is_that_of_each_vote():
+    probs = np.array([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]])
+    counts = np.array([[2, 0, 1], [0, 0, 1]])
+    each = log_loss(probs[[0, 0, 0, 1]], np.array([0, 0, 2, 2]))
+    assert log_loss(probs, np.array([0, 2]), counts) == pytest.approx(each)

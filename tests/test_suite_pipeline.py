@@ -1,4 +1,5 @@
 import shutil
+import zipfile
 
 import nbformat
 
@@ -33,6 +34,19 @@ def test_raw_data_count_by_their_content_and_not_by_their_place(tmp_path):
         assert "DATA" not in pipeline.all_parameters("01_words")
         states.append(measure_states(pipeline.inputs(stage))["training file 1"][2])
     assert states[0] == states[1] != states[2]
+
+
+def test_a_table_in_a_zip_counts_by_the_content_of_the_zip(tmp_path):
+    stage = Stage("01_words", ("x",), raw=("train", "test"))
+    write_notebook(tmp_path / "01_words.ipynb", 'DATA: str = ""')
+    with zipfile.ZipFile(tmp_path / "k.zip", "w") as archive:
+        archive.writestr("train.csv", "1")
+        archive.writestr("test.csv", "2")
+    pipeline = Pipeline(
+        tmp_path / "artifacts", {"01_words": {"DATA": str(tmp_path / "k.zip")}}, tmp_path, [stage]
+    )
+    found = pipeline.inputs(stage)
+    assert found["training file 1"] == found["raw test"] == tmp_path / "k.zip"
 
 
 def test_a_notebook_that_predicts_needs_test_battles(tmp_path):

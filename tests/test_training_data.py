@@ -116,6 +116,15 @@ def test_targets_are_the_votes_beside_the_soft_labels_where_there_are_some(demo_
     assert not make_targets(pairs, FinetuneConfig())[:, 1].any()
 
 
+def test_targets_of_several_votes_are_their_shares(demo_pairs):
+    pairs = demo_pairs.head(3).assign(votes_a=[3, 0, 1], votes_b=[1, 0, 1], votes_tie=[0, 2, 2])
+    targets = make_targets(pairs, FinetuneConfig())
+    np.testing.assert_allclose(targets[:, 0], [[0.75, 0.25, 0], [0, 0, 1], [0.25, 0.25, 0.5]])
+    logits = torch.zeros(3, 3)
+    loss, reported = loss_of(logits, torch.from_numpy(targets), FinetuneConfig())
+    assert loss == reported == pytest.approx(3 * np.log(3))
+
+
 def test_the_other_order_has_vote_and_soft_label_exchanged(demo_pairs, tmp_path, tiny_base):
     pairs, soft = demo_pairs.head(5), np.tile([0.2, 0.3, 0.5], (5, 1))
     config = dataclasses.replace(ALTERNATING, soft_labels=str(soft_file(tmp_path, pairs, soft)))
@@ -271,6 +280,21 @@ def test_extra_battles_are_only_trained_on_and_dropped_where_their_prompt_is_hel
     )
     # A model that holds nothing out takes all.
     assert len(add_extra_battles(arena, np.zeros(200, dtype=bool), config)) == 240
+
+
+def test_extra_battles_of_another_layout_are_kept_from_held_out_prompts_of_a_users_group(
+    arena_and_extra, tmp_path
+):
+    arena, _ = arena_and_extra
+    is_heldout = (arena["fold"] == 0).to_numpy()
+    question = arena["prompt"][is_heldout].iloc[0][0]
+    table = pd.DataFrame({"id": ["x", "y"], "prompt": [question, "a new one"]})
+    table = table.assign(response_a="1", response_b="2", winner="tie")
+    table.to_csv(tmp_path / "extra.csv", index=False)
+    config = FinetuneConfig(extra_battles=(str(tmp_path / "extra.csv"),))
+    joined = arena.assign(group=7)  # named by another prompt of its user
+    added = add_extra_battles(joined, is_heldout, config)
+    assert added["id"].tolist()[-1] == "y" and len(added) == (~is_heldout).sum() + 1
 
 
 def test_battles_without_votes_learn_from_a_submission(arena_and_extra, tmp_path):

@@ -5,6 +5,7 @@ Kaggle mounts inputs in an old and a new layout, so files are found by name, nev
 
 import os
 import re
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ REAL_DATA = Path(os.environ.get("ARENA_REAL_DATA", ROOT / "data" / "real")).expa
 KAGGLE = Path(os.environ.get("ARENA_KAGGLE_ROOT", "/kaggle"))  # the rehearsal moves it
 KAGGLE_INPUT = KAGGLE / "input"
 KAGGLE_WORKING = KAGGLE / "working"
-TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 DEMO = "demo"  # as DATA: the demo arena, whatever is in data/raw
 SETTINGS = "settings.json"  # in an artifacts folder: what the last `make run` there named
 _REMEMBERED: TypeAdapter[Any] = TypeAdapter(dict[Literal["PROFILE", "DATA", "TEST"], str])
@@ -106,10 +107,37 @@ class RawData:
     sample_submission: Path | None
 
 
+def on_disk(path: Path) -> Path:
+    """The file that holds `path`: itself, or the archive of `archive.zip/train.csv`."""
+    archives = (folder for folder in path.parents if folder.suffix.lower() == ".zip")
+    return next(filter(Path.is_file, archives), path)
+
+
+def _is_archive(path: Path) -> bool:
+    return path.suffix.lower() == ".zip" and path.is_file()
+
+
+def _list_tables(folder: Path) -> list[Path]:
+    """The tables in a folder or a zip, sorted; those in a zip have paths like a folder's."""
+    if not _is_archive(folder):
+        files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    else:
+        try:
+            with zipfile.ZipFile(folder) as archive:
+                files = [folder / name for name in archive.namelist()]
+        except zipfile.BadZipFile as error:
+            raise ValueError(
+                f"{folder}: expected a zip with train.csv, got {error}; download it again"
+            ) from error
+        files = [path for path in files if "__MACOSX" not in path.parts]
+    return sorted(path for path in files if path.name.lower().endswith(TABLE_SUFFIXES))
+
+
 def find_table(folder: Path, stem: str) -> Path | None:
-    """The table `stem` in a folder, with any of the accepted suffixes; None when absent."""
-    files = (folder / f"{stem}{suffix}" for suffix in TABLE_SUFFIXES)
-    return next(filter(Path.is_file, files), None)
+    """The table `stem` in a folder or zip, with any of the accepted suffixes; None when absent."""
+    names = {path.name.lower(): path for path in _list_tables(folder)}
+    found = (names.get(f"{stem}{suffix}") for suffix in TABLE_SUFFIXES)
+    return next(filter(None, found), None)
 
 
 def find_raw_data(data: str = "", test: str = "") -> RawData:
@@ -117,16 +145,23 @@ def find_raw_data(data: str = "", test: str = "") -> RawData:
 
     Args:
         data: a folder in the competition's layout (`train`, `test`, `sample_submission` with any
-            of the suffixes), a training file, or several separated by spaces; a `|` separates
-            paths that hold spaces. A folder without a `train` file gives every other table in it.
+            of the suffixes), or a zip of one; a training file; or several of these separated by
+            spaces; a `|` separates paths that hold spaces. A folder without a `train` file gives
+            every other table in it, or what its zip holds.
             Empty: `data/raw`, else Kaggle's input, else as "demo": the arena that 01 makes.
         test: a test file that is not beside the training files.
+
+    Raises:
+        FileNotFoundError: a path is given and does not exist, or a folder holds no table.
+        ValueError: a zip is damaged.
     """
     data = data.strip()
     source = _read_given(data) if data else _search()
     if not test.strip():
         return source
     path = _existing(test)
+    if _is_archive(path):
+        path = find_table(path, "test") or path
     return replace(_read_folder(path.parent, source.kind), train=source.train, test=path)
 
 
@@ -135,13 +170,14 @@ def make_absolute(data: str) -> str:
     if data in ("", DEMO):
         return data
     path = Path(data).expanduser()
-    return " | ".join(map(os.path.abspath, [path] if path.is_dir() else _read_given(data).train))
+    is_one = path.is_dir() or _is_archive(path)
+    return " | ".join(map(os.path.abspath, [path] if is_one else _read_given(data).train))
 
 
 def _search() -> RawData:
-    raw = ROOT / "data" / "raw"
-    if find_table(raw, "train"):
-        return _read_folder(raw, "raw")
+    raw = _read_folder(ROOT / "data" / "raw", "raw")
+    if raw.train:
+        return raw
     for path in sorted(KAGGLE_INPUT.rglob("test.csv")) if on_kaggle() else ():
         if (path.parent / "sample_submission.csv").exists():
             return _read_folder(path.parent, "kaggle")
@@ -150,7 +186,7 @@ def _search() -> RawData:
 
 def _existing(text: str) -> Path:
     path = Path(text.strip()).expanduser()
-    if not path.is_file():
+    if not on_disk(path).is_file():
         raise FileNotFoundError(f"{path}: no such data file or folder (looked from {Path.cwd()})")
     return path
 
@@ -159,10 +195,13 @@ def _read_given(data: str) -> RawData:
     if data == DEMO:
         return _read_folder(artifacts_dir() / "01_eda" / "arena", DEMO)
     path = Path(data).expanduser()
-    if not path.is_dir():
-        texts = [data] if path.exists() else data.split("|" if "|" in data else None)
-        files = tuple(_existing(text) for text in texts)
-        return replace(_read_folder(files[0].parent, "given"), train=files)
+    if not path.is_dir() and not _is_archive(path):
+        is_one = on_disk(path).exists()
+        texts = [data] if is_one else data.split("|" if "|" in data else None)
+        files: list[Path] = []
+        for file in map(_existing, texts):
+            files += _read_folder(file, "given").train if _is_archive(file) else [file]
+        return replace(_read_folder(files[0].parent, "given"), train=tuple(files))
     source = _read_folder(path, "given")
     if not source.train and not source.test:
         raise FileNotFoundError(f"{path}: expected a table such as train.csv, found none")
@@ -174,6 +213,9 @@ def _read_folder(folder: Path, kind: str) -> RawData:
     train, test, sample = (find_table(folder, stem) for stem in stems)
     files = [train] if train else []
     if kind == "given" and not train:
-        tables = sorted(path for path in folder.iterdir() if path.name.endswith(TABLE_SUFFIXES))
-        files = [path for path in tables if path not in (test, sample)]
+        files = [path for path in _list_tables(folder) if path not in (test, sample)]
+    if not files and folder.is_dir():
+        for archive in sorted(filter(_is_archive, folder.glob("*.zip"))):
+            if (packed := _read_folder(archive, kind)).train:
+                return replace(packed, test=test or packed.test)
     return RawData(kind, tuple(files), test, sample)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.utils.schema import LABELS, TEXTS, probs_of
+from src.utils.schema import LABELS, TEXTS, VOTES, probs_of
 
 _MANIFEST = "manifest.json"
 _PACKAGES = "torch transformers peft bitsandbytes scikit-learn lightgbm pandas numpy".split()
@@ -171,9 +171,9 @@ def hash_json(content: Any) -> str:
 
 
 def hash_pairs(pairs: pd.DataFrame) -> str:
-    """BLAKE2b of ids, texts, and labels and folds if any, in row order, 16 hex digits."""
+    """BLAKE2b of ids, texts, and labels, folds and votes if any, in row order, 16 hex digits."""
     digest = _new_hash()
-    extra = [name for name in ("label", "fold") if name in pairs.columns]
+    extra = [name for name in ("label", "fold", *VOTES) if name in pairs.columns]
     for row in pairs[["id", *TEXTS, *extra]].itertuples(index=False):
         values = [value if isinstance(value, tuple) else str(value) for value in row]
         digest.update(json.dumps(values).encode())

@@ -23,9 +23,14 @@ UNKNOWN_MODEL = "unknown"
 PAIR_COLUMNS = ("id", *TEXTS)
 LABELLED_COLUMNS = (*PAIR_COLUMNS, *MODELS, "label")
 FROZEN_COLUMNS = (*LABELLED_COLUMNS, "group", "fold")
+# Where a file has them: how many people voted for each class; "both_bad", else ""; the language;
+# when (UTC); who, or in which session. Unknown is "", or NaT for the time.
+VOTES = ("votes_a", "votes_b", "votes_tie")
+EXTRA_COLUMNS = (*VOTES, "vote_detail", "language", "timestamp", "user")
 
 Turns = tuple[str | None, ...]
 
+_TEXT_TYPES = {str, type(None)}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -71,7 +76,10 @@ def check_pairs(pairs: pd.DataFrame, columns: tuple[str, ...] = PAIR_COLUMNS) ->
 
 
 def _is_turns(value: object) -> bool:
-    return isinstance(value, tuple) and all(isinstance(turn, str | None) for turn in value)
+    if not isinstance(value, tuple):
+        return False
+    # The first way takes half the time, the second one knows subclasses.
+    return {*map(type, value)} <= _TEXT_TYPES or all(isinstance(t, str | None) for t in value)
 
 
 def check_probs(
@@ -110,9 +118,29 @@ def probs_of(table: pd.DataFrame) -> np.ndarray:
     return check_probs(table[list(LABELS)].to_numpy(dtype=np.float64))
 
 
+def choose_columns(pairs: pd.DataFrame) -> list[str]:
+    """List the columns of frozen battles: `FROZEN_COLUMNS`, and the extra ones that are there."""
+    return [*FROZEN_COLUMNS, *(name for name in EXTRA_COLUMNS if name in pairs.columns)]
+
+
+def vote_shares(pairs: pd.DataFrame) -> np.ndarray:
+    """Compute which share of the people voted for each class: (N, C) float64, rows sum to 1.
+
+    Without counts of votes (`VOTES`) the label is the only vote; a label outside the classes is
+    no vote, its row is zero.
+    """
+    labels = pairs["label"].to_numpy(dtype=np.int64)
+    shares = (labels[:, None] == np.arange(len(LABELS))).astype(np.float64)
+    if not {*VOTES} <= {*pairs.columns}:
+        return shares
+    counts = pairs[list(VOTES)].to_numpy(dtype=np.float64, na_value=0.0)
+    sums = counts.sum(axis=1, keepdims=True)
+    return np.where(sums > 0, counts / np.maximum(sums, 1), shares)
+
+
 def swap_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     """Exchange A and B in every battle: answers and, if present, model names and votes."""
-    to_b = {"response_a": "response_b", "model_a": "model_b"}
+    to_b = {"response_a": "response_b", "model_a": "model_b", "votes_a": "votes_b"}
     to_a = {b: a for a, b in to_b.items()}
     swapped = pairs.rename(columns=to_b | to_a)[list(pairs.columns)]
     if "label" in pairs.columns:

@@ -1,12 +1,10 @@
-"""Read files of battles, report damaged texts, and assign groups and folds.
+"""Read files of battles of any layout, merge votes, and assign groups and folds.
 
-In a file, a text is a JSON list with one string or null per turn. A text that cannot be
-decoded is kept as a single turn and reported with its file, row, id and column: no battle
-is lost.
+`files.py` reads cells, `texts.py` makes turns of them, `layouts.py` knows where each file has what.
+What is odd in a file is reported with file, row, id and column: no battle is lost.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +14,34 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
-from src.utils.schema import LABELS, MODELS, TEXTS, UNKNOWN_MODEL, Turns, check_pairs
+from src.utils.battles import layouts
+from src.utils.battles.files import read_table
+from src.utils.battles.texts import JSON_EXPECTED, Note
+from src.utils.battles.texts import decode_turns as decode_turns
+from src.utils.schema import (
+    A_WINS,
+    B_WINS,
+    MODELS,
+    TEXTS,
+    TIE,
+    VOTES,
+    Turns,
+    check_pairs,
+    swap_labels,
+)
 
 PROBLEM_COLUMNS = ("file", "row", "id", "column", "expected", "found")
-_TURNS_EXPECTED = "a JSON list of strings and nulls"
+SEED = 20240501
 _N_SHOWN = 5  # rows that an error message lists
 _LONG_CHARS = 20_000  # about 5,000 tokens of English, more than any model here reads
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# A table without a column for the voter holds several votes per battle where it is this long and
+# repeats its battles so often, with other votes for such a share of them; the competition repeats
+# less than 1 % of its battles, and copies of rows agree.
+_MIN_REPEATED, _MIN_VOTES, _MIN_DISAGREEING = 100, 1.25, 0.1
+_MAX_SESSION = 20  # battles that users may chain together, where a fold is smaller
+_NUMBER = re.compile(r"[+-]?\d+")
+_SPOILT_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 # The rows of the health table and what each means.
 _CHECKS = {
     "text that is not a JSON list": "kept as one turn, listed in problems",
@@ -41,131 +60,200 @@ _CHECKS = {
 }
 
 
-def decode_turns(cell: Any) -> tuple[Turns, str | None]:
-    """Decode one text cell: a JSON list of strings and nulls, or already a list or array.
-
-    Returns:
-        The turns; and None, or what was expected where the cell was something else and is
-        therefore kept as a single turn.
-    """
-    if isinstance(cell, str):
-        try:
-            # strict=False: raw line breaks inside a string are text, not damage.
-            turns: Any = json.loads(cell, strict=False)
-        except ValueError:
-            return (cell,), _TURNS_EXPECTED
-    else:
-        turns = list(cell) if isinstance(cell, (list, tuple, np.ndarray)) else None
-    if isinstance(turns, list) and turns:
-        kept = tuple(t if isinstance(t, str | None) else json.dumps(t) for t in turns)
-        return kept, None if kept == tuple(turns) else _TURNS_EXPECTED
-    is_text = isinstance(cell, str) and turns is not None  # neither missing nor JSON's null
-    return (cell if is_text else None,), _TURNS_EXPECTED
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a `.csv`, `.csv.gz` or `.parquet` file without interpreting its cells.
-
-    Nothing counts as missing ("NA" and "null" are possible answers); bytes that are not UTF-8
-    become lone surrogates.
-
-    Raises:
-        ValueError: the file cannot be read as a table; it is named.
-    """
-    try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_csv(
-            path, dtype=object, keep_default_na=False, encoding_errors="surrogateescape"
-        )
-    except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise ValueError(
-            f"{path}: expected a readable table, got {type(error).__name__}: {error}"
-        ) from error
-
-
 def load_pairs(
-    paths: Sequence[Path] | Path, labelled: bool = True
+    paths: Sequence[Path] | Path, labelled: bool = True, seed: int = SEED, quiet: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read battles from one or several files in the competition's layout.
+    """Read battles from one or several files of any layout in `layouts.LAYOUTS`.
 
-    `paths` are `.csv`, `.csv.gz` or `.parquet` files, `labelled` if they hold votes.
+    Several votes on one battle become one battle with counts (`schema.VOTES`). The label is the
+    most frequent vote; where two are equally frequent, a tie if these are A and B, else the
+    answer that is one of them; of all three, a tie. A row that two files share is read once.
+
+    Args:
+        paths: files, see `files.read_table`.
+        labelled: whether they hold votes.
+        seed: draws the positions of chosen and rejected answers.
+        quiet: print nothing of what each file was taken for.
 
     Returns:
         pairs: one row per battle, in file order: `schema.LABELLED_COLUMNS`, or
-            `schema.PAIR_COLUMNS` if not labelled; texts are tuples of turns.
-        problems: one row per damaged text: file, row (from 1), id, column, expected, found.
+            `schema.PAIR_COLUMNS` if not labelled; and those of `schema.EXTRA_COLUMNS` that a
+            file has. Texts are tuples of turns.
+        problems: one row per odd cell: file, row (from 1), id, column, expected, found.
 
     Raises:
-        ValueError: a column is missing, a training id repeats, or a row does not have
-            exactly one winner; the message names file, row, id and column.
+        ValueError: a column is missing, an id is blank, a training id has two different rows, a
+            test id was spoilt by a spreadsheet, or a row does not have exactly one winner; the
+            message names file, row, id and column.
     """
     paths = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     if not paths:
         raise ValueError("load_pairs: expected at least one file, got none")
     parts = []
     problems: list[dict[str, Any]] = []
-    for path in paths:
-        raw = read_table(path)
-        columns = ["id", *TEXTS, *(LABELS if labelled else ())]
-        missing = [name for name in columns if name not in raw.columns]
-        if missing:
-            raise ValueError(
-                f"{path}: expected columns {columns}, missing {missing}, got {list(raw.columns)}"
-            )
-        part = pd.DataFrame({"id": raw["id"].astype(str)})
-        for column in TEXTS:
-            part[column] = _decode_column(path, raw, column, problems)
-        if labelled:
-            for column in MODELS:
-                part[column] = raw[column].astype(str) if column in raw.columns else UNKNOWN_MODEL
-            part["label"] = _read_labels(path, raw)
-        parts.append(part.assign(file=path.name))
+    for number, path in enumerate(paths):
+        part, notes = _load_file(path, labelled, seed, quiet)
+        for row, *values in notes:
+            place = (path.name, int(row) + 1, part["id"].iloc[row])
+            values[-1] = ascii(values[-1])[:80]
+            problems.append(dict(zip(PROBLEM_COLUMNS, (*place, *values), strict=True)))
+        parts.append(part.assign(file=path.name, file_number=number))
     pairs = pd.concat(parts, ignore_index=True)
+    for name in {"language", "user", "vote_detail"} & {*pairs.columns}:
+        pairs[name] = pairs[name].fillna("").astype(object)
     if labelled:
-        _check_unique_ids(pairs)
+        pairs = _drop_shared_rows(pairs, quiet)
+        pairs = _merge_votes(pairs, quiet)
     pairs["id"] = _as_integers(pairs["id"])
     table = pd.DataFrame(problems, columns=list(PROBLEM_COLUMNS))
-    return check_pairs(pairs.drop(columns="file")), table
+    return check_pairs(pairs.drop(columns=["file", "file_number", "is_voted"])), table
 
 
-def _decode_column(
-    path: Path, raw: pd.DataFrame, column: str, problems: list[dict[str, Any]]
-) -> pd.Series:
-    """Decode a column of texts and append what is damaged to `problems`."""
-    decoded = []
-    for row, (battle_id, cell) in enumerate(zip(raw["id"], raw[column], strict=True), start=1):
-        turns, expected = decode_turns(cell)
-        decoded.append(turns)
-        if expected:
-            found = ascii(cell)[:80]
-            values = (path.name, row, str(battle_id), column, expected, found)
-            problems.append(dict(zip(PROBLEM_COLUMNS, values, strict=True)))
-    return pd.Series(decoded, index=raw.index, dtype=object)
+def _load_file(
+    path: Path, labelled: bool, seed: int, quiet: bool
+) -> tuple[pd.DataFrame, list[Note]]:
+    raw = read_table(path, layouts.KNOWN_COLUMNS)
+    layout = layouts.find_layout(path, list(raw.columns), labelled)
+    texts, notes = layout.read_texts(raw, seed)
+    columns: dict[str, Any] = dict.fromkeys(("id", *TEXTS)) | texts
+    columns["id"] = _read_ids(path, raw, labelled)
+    if labelled:
+        columns |= layouts.read_names(raw, layout, seed)
+        columns |= layouts.read_labels(path, raw, layout, seed)
+    extras, more = layouts.read_extras(raw)
+    part = pd.DataFrame({name: pd.Series(cells) for name, cells in (columns | extras).items()})
+    part = part.astype(dict.fromkeys((set(part) & {"id", *MODELS, *TEXTS}), object))
+    part["is_voted"] = labelled and (layouts.has_voters(raw.columns) or _repeats_battles(part))
+    if not quiet:
+        print(f"{path.name}: {len(part):,} rows, read as {layout.name}")
+    return part, notes + more
 
 
-def _read_labels(path: Path, raw: pd.DataFrame) -> np.ndarray:
-    table = raw[list(LABELS)]
-    votes = table.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
-    wrong = np.flatnonzero(~(np.isin(votes, (0, 1)).all(axis=1) & (votes.sum(axis=1) == 1)))
-    if len(wrong):
-        shown = "; ".join(
-            f"row {row + 1}, id {raw['id'].iloc[row]}: {table.iloc[row].tolist()}"
-            for row in wrong[:_N_SHOWN]
-        )
+def _read_ids(path: Path, raw: pd.DataFrame, labelled: bool) -> list[str]:
+    """Ids as texts; a training file without a column of ids gets ids made of its rows."""
+    column = "id"
+    if "id" not in raw.columns and "question_id" in raw.columns:
+        column = "question_id"  # in the arena's files of every battle, in MT-bench's of a prompt
+    if column not in raw.columns or (column != "id" and raw[column].duplicated().any()):
+        rows = raw.astype(str).agg("\x1f".join, axis=1)
+        made = [hashlib.blake2b(ascii(row).encode(), digest_size=8).hexdigest() for row in rows]
+        again = pd.Series(made, dtype=object).groupby(made).cumcount()
+        return [f"{name}-{n}" if n else name for name, n in zip(made, again, strict=True)]
+    ids = [str(cell).strip() for cell in raw[column]]
+    blank = [row for row, name in enumerate(ids) if name.casefold() in ("", "nan", "none")]
+    if blank:
+        shown = ", ".join(str(row + 1) for row in blank[:_N_SHOWN])
         raise ValueError(
-            f"{path}: expected a single 1 in {list(LABELS)}, got {len(wrong)} rows without: {shown}"
+            f"{path}: expected an id in column {column} of every row, got {len(blank)} blank: "
+            f"rows {shown}"
         )
-    return votes.argmax(axis=1).astype(np.int8)
+    if not labelled and all(map(_SPOILT_NUMBER.fullmatch, ids)):
+        spoilt = [row for row, name in enumerate(ids) if not _NUMBER.fullmatch(name)]
+        if spoilt:
+            raise ValueError(
+                f"{path}: expected ids as the competition has them, got numbers with a decimal "
+                f"point or exponent in {len(spoilt)} rows, such as row {spoilt[0] + 1}: "
+                f"{ids[spoilt[0]]}; a spreadsheet may have changed them: take the original file"
+            )
+    return ids
 
 
-def _check_unique_ids(pairs: pd.DataFrame) -> None:
-    repeated = pairs.loc[pairs["id"].duplicated(keep=False), ["id", "file"]]
-    if len(repeated):
-        shown = repeated.sort_values("id").head(_N_SHOWN).to_dict("records")
+def _drop_shared_rows(pairs: pd.DataFrame, quiet: bool) -> pd.DataFrame:
+    """Drop rows that an earlier file has, too; ValueError for different rows under one id."""
+    is_shared = pairs["id"].duplicated(keep=False)
+    if not is_shared.any():
+        return pairs
+    same = pairs[is_shared].copy()
+    names = [name for name in ("user",) if name in pairs.columns]
+    whole = ["id", *TEXTS, *MODELS, "label", *names]
+    same["first"] = same.groupby(whole, sort=False, dropna=False)["file_number"].transform("min")
+    is_repeated = same["file_number"] > same["first"]
+    # Rows under one id may be votes of several people on one battle.
+    same["battle"] = _key_battles(same)
+    same["is_clash"] = (same.groupby("id")["battle"].transform("nunique") > 1) | ~same["is_voted"]
+    clashes = same[~is_repeated & same["is_clash"]]
+    clashes = clashes[clashes["id"].duplicated(keep=False)]
+    if len(clashes):
+        shown = clashes.sort_values("id")[["id", "file"]].head(_N_SHOWN).to_dict("records")
         raise ValueError(
-            f"training data: expected unique ids, got {len(repeated)} rows that share one: {shown}"
+            f"training data: expected unique ids, got {len(clashes)} rows that share one: {shown}"
         )
+    if not quiet and is_repeated.any():
+        counts = same.loc[is_repeated, "file"].value_counts().to_dict()
+        each = ", ".join(f"{n:,} of {name}" for name, n in counts.items())
+        print(f"rows that an earlier file has, too, read once: {each}")
+    return pairs.drop(index=same.index[is_repeated]).reset_index(drop=True)
+
+
+def _key_battles(pairs: pd.DataFrame) -> list[int]:
+    """Hash prompt, answers and chatbots, the same for a battle and its mirror image."""
+    return [hash((prompt, frozenset(sides))) for prompt, *sides in _sides_of(pairs)]
+
+
+def _sides_of(pairs: pd.DataFrame) -> list[tuple[Turns, tuple, tuple]]:
+    """Prompts, and each side's answer and chatbot."""
+    sides = (zip(pairs[f"response_{x}"], pairs[f"model_{x}"], strict=True) for x in "ab")
+    return list(zip(pairs["prompt"], *sides, strict=True))
+
+
+def _repeats_battles(part: pd.DataFrame) -> bool:
+    if len(part) < _MIN_REPEATED:
+        return False
+    # Lengths tell most battles apart, and are quicker to compare than texts.
+    lengths = [(len(p[0] or ""), len(a[0] or ""), len(b[0] or "")) for p, a, b in _texts_of(part)]
+    return all(_has_votes(rows, part["label"]) for rows in (lengths, _sides_of(part)))
+
+
+def _has_votes(battles: list, labels: pd.Series) -> bool:
+    keys, winners = [], []
+    for (prompt, a, b), label in zip(battles, labels, strict=True):
+        keys.append(hash((prompt, frozenset((a, b)))))
+        winners.append(hash((a, b, "tie")[label]))
+    n_winners = pd.Series(winners).groupby(keys).nunique()
+    # The same battles with the same votes are copies of rows, not votes of several people.
+    is_repeated = len(n_winners) * _MIN_VOTES <= len(battles)
+    return is_repeated and bool((n_winners > 1).mean() >= _MIN_DISAGREEING)
+
+
+def _texts_of(pairs: pd.DataFrame) -> list[tuple[Turns, Turns, Turns]]:
+    return list(zip(*(pairs[name] for name in TEXTS), strict=True))
+
+
+def _merge_votes(pairs: pd.DataFrame, quiet: bool) -> pd.DataFrame:
+    """Make one battle of several votes on it; A and B are those of its first vote."""
+    voted = pairs[pairs["is_voted"]]
+    keys = pd.Series(_key_battles(voted), index=voted.index)
+    if not keys.duplicated().any():
+        return pairs
+    # Row by row, the first vote on the same battle.
+    first = np.arange(len(pairs))
+    places = voted.index.to_numpy()
+    first[places] = pd.Series(places).groupby(keys.to_numpy()).transform("min")
+    labels = pairs["label"].to_numpy()
+    sides = list(zip(pairs["response_a"], pairs["model_a"], strict=True))
+    is_mirrored = np.array([sides[row] != sides[top] for row, top in enumerate(first)])
+    labels = np.where(is_mirrored, swap_labels(labels), labels)
+    counts = pd.crosstab(first, labels).reindex(columns=range(len(VOTES)), fill_value=0)
+    merged = pairs.loc[counts.index].copy()
+    merged[list(VOTES)] = counts.to_numpy().astype(np.int32)
+    merged["label"] = _most_frequent(counts.to_numpy())
+    if "user" in merged.columns:
+        merged.loc[counts.sum(axis=1) > 1, "user"] = ""  # several people
+        merged = merged if merged["user"].any() else merged.drop(columns="user")
+    if "vote_detail" in merged.columns:
+        is_bad = pairs["vote_detail"].eq(layouts.BOTH_BAD).groupby(first).sum()
+        is_mostly_bad = (is_bad * 2 >= counts[TIE]) & (merged["label"] == TIE)
+        merged["vote_detail"] = np.where(is_mostly_bad, layouts.BOTH_BAD, "").astype(object)
+    if not quiet:
+        print(f"{len(pairs):,} votes on {len(merged):,} battles: several votes count as shares")
+    return merged.reset_index(drop=True)
+
+
+def _most_frequent(counts: np.ndarray) -> np.ndarray:
+    """(N, C) votes -> (N,) int8 labels."""
+    n_a, n_b, n_tie = counts.T
+    winner = np.where(n_a > n_b, A_WINS, B_WINS)
+    return np.where((n_a == n_b) | (n_tie > np.maximum(n_a, n_b)), TIE, winner).astype(np.int8)
 
 
 def _as_integers(ids: pd.Series) -> pd.Series:
@@ -176,17 +264,20 @@ def _as_integers(ids: pd.Series) -> pd.Series:
     return integers if (integers.astype(str) == ids).all() else ids
 
 
-def add_groups_and_folds(
-    pairs: pd.DataFrame, n_folds: int = 5, seed: int = 20240501
-) -> pd.DataFrame:
+def add_groups_and_folds(pairs: pd.DataFrame, n_folds: int = 5, seed: int = SEED) -> pd.DataFrame:
     """Assign every battle to a group and to the fold that holds it out.
 
     Battles whose prompts begin alike (whatever the case and spacing) share a group: repeated
     prompts, duplicates and mirrored duplicates. Folds hold complete groups and about the same
     shares of the labels; they depend on ids and texts alone, not on row order or machine.
 
+    Where battles have a `user` (a person or a session), these join the groups of a user's
+    battles, those with the fewest battles first, as long as no group outgrows a fold (or 20
+    battles) and there are as many groups as folds: a user with thousands of battles, or chains
+    of users by way of common prompts, would make a group of nearly all. Who is left out is printed.
+
     Returns:
-        The same rows with `group` (int64, a hash of the prompt) and `fold` (int8, from 0).
+        The same rows with `group` (int64, the hash of a prompt in it) and `fold` (int8, from 0).
 
     Raises:
         ValueError: `n_folds` is less than 2.
@@ -194,10 +285,44 @@ def add_groups_and_folds(
     if n_folds < 2:
         raise ValueError(f"n_folds: expected 2 or more, got {n_folds}")
     groups = np.array([hash_prompt(turns) for turns in pairs["prompt"]], dtype=np.int64)
+    if "user" in pairs.columns:
+        groups = _join_users(groups, pairs["user"].astype(str).to_numpy(dtype=object), n_folds)
     order = np.lexsort((pairs["id"].astype(str).to_numpy(dtype="U"), groups))
     folds = np.empty(len(pairs), dtype=np.int8)
     folds[order] = _split(pairs["label"].to_numpy()[order], groups[order], n_folds, seed)
     return pairs.assign(group=groups, fold=folds)
+
+
+def _join_users(groups: np.ndarray, users: np.ndarray, n_folds: int) -> np.ndarray:
+    """Join the groups of each user's battles, within bounds; a group is named by its least hash."""
+    limit = max(-(-len(groups) // n_folds), _MAX_SESSION)
+    names, sizes = np.unique(groups, return_counts=True)
+    leader = {int(name): int(name) for name in names}
+    n_battles = dict(zip(leader, sizes.tolist(), strict=True))
+
+    def find(name: int) -> int:
+        while leader[name] != name:
+            leader[name] = leader[leader[name]]  # halve the way for the next search
+            name = leader[name]
+        return name
+
+    rows = pd.Series(groups[users != ""]).groupby(users[users != ""], sort=True)
+    n_groups, left_out = len(names), 0
+    for _, own in sorted(rows, key=lambda item: len(item[1])):
+        joined = sorted({find(int(name)) for name in own})
+        size = sum(n_battles[name] for name in joined)
+        if len(joined) > 1 and (size > limit or n_groups - len(joined) + 1 < n_folds):
+            left_out += 1
+            continue
+        n_groups -= len(joined) - 1
+        n_battles[joined[0]] = size
+        leader |= dict.fromkeys(joined, joined[0])
+    if left_out:
+        print(
+            f"groups: {left_out:,} of {rows.ngroups:,} users or sessions share no group, which "
+            f"would hold more than {limit:,} battles or leave fewer groups than folds"
+        )
+    return np.array([find(int(name)) for name in groups], dtype=np.int64)
 
 
 def hash_prompt(turns: Turns) -> int:
@@ -212,14 +337,23 @@ def hash_prompt(turns: Turns) -> int:
 
 def _split(labels: np.ndarray, groups: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
     _, codes = np.unique(groups, return_inverse=True)
-    folds = codes % n_folds
-    # With too few rows to stratify, groups are dealt out in the order of their hashes.
+    n_groups = codes.max(initial=-1) + 1
     n_rarest = min(np.unique(labels, return_counts=True)[1], default=0)
-    if codes.max(initial=0) + 1 >= n_folds and n_rarest >= n_folds:
+    if n_groups >= n_folds and n_rarest >= n_folds:
+        folds = np.empty(len(codes), dtype=np.int64)
         splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
         for fold, (_, held_out) in enumerate(splitter.split(labels, labels, codes)):
             folds[held_out] = fold
-    return folds
+        # With few groups the splitter may leave a fold empty: scikit-learn issue 34828.
+        if len(np.unique(folds)) == n_folds:
+            return folds
+    if len(labels):
+        lacking = f"; {n_folds - n_groups} folds stay empty" if n_groups < n_folds else ""
+        print(
+            f"folds: {n_groups:,} groups are too few to give {n_folds} folds like shares of the "
+            f"votes, so they are dealt out in turn{lacking}"
+        )
+    return codes % n_folds
 
 
 def describe_health(pairs: pd.DataFrame, problems: pd.DataFrame) -> pd.DataFrame:
@@ -228,21 +362,22 @@ def describe_health(pairs: pd.DataFrame, problems: pd.DataFrame) -> pd.DataFrame
     Returns:
         One row per check: check, count (battles), share, meaning.
     """
-    texts = list(zip(*(pairs[name] for name in TEXTS), strict=True))
+    texts = _texts_of(pairs)
     ordered = pd.Series(list(map(hash, texts)))
     # The same for a battle and its mirror image, and so is the vote: the answer that won.
     unordered = pd.Series([hash((prompt, frozenset((a, b)))) for prompt, a, b in texts])
     winners = []
     for (_, a, b), label in zip(texts, pairs["label"], strict=True):
         winners.append(hash((a, b, "tie")[label]))
+    odd = problems[problems["expected"] == JSON_EXPECTED] if "expected" in problems else problems
     votes_differ = pd.Series(winners).groupby(unordered).transform("nunique") > 1
     is_mirrored = unordered.duplicated(keep=False) & ~ordered.duplicated(keep=False)
     counts = pd.DataFrame([_find_oddities(*row) for row in texts]).sum().to_dict() | {
-        "text that is not a JSON list": problems["id"].nunique(),
+        "text that is not a JSON list": odd["id"].nunique(),
         "exact duplicate": ordered.duplicated().sum(),
         "mirrored duplicate": is_mirrored.sum(),
         "duplicate with another vote": votes_differ.sum(),
-        "prompt seen before": pairs["group"].duplicated().sum(),
+        "prompt seen before": pairs["prompt"].map(hash_prompt).duplicated().sum(),
     }
     table = pd.DataFrame({"check": list(_CHECKS)})
     table["count"] = [int(counts.get(check, 0)) for check in _CHECKS]

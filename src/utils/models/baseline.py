@@ -29,7 +29,7 @@ import pandas as pd
 from safetensors.numpy import load_file, save
 from scipy import sparse
 from scipy.optimize import minimize
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from sklearn.feature_extraction.text import HashingVectorizer
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
@@ -47,6 +47,7 @@ from src.utils.schema import (
     check_pairs,
     join_turns,
     swap_labels,
+    vote_shares,
 )
 from src.utils.stats.blend import Blend, apply_blend, fit_blend
 from src.utils.stats.ranking import davidson_logits
@@ -241,27 +242,27 @@ class Davidson:
         return softmax(davidson_logits(differences.times(self.differences), tie), axis=1)
 
 
-def fit_davidson(differences: Blocks, shared: Blocks, labels: np.ndarray, ridge: float) -> Davidson:
+def fit_davidson(differences: Blocks, shared: Blocks, votes: np.ndarray, ridge: float) -> Davidson:
     """Maximise the likelihood under a Gaussian prior of variance 1 / ridge on every weight.
 
-    `differences`, (N, D), change sign under the swap, `shared`, (N, G), do not; `labels` are (N,)
-    int in 0..2. The intercept is free.
+    `differences`, (N, D), change sign under the swap, `shared`, (N, G), do not; `votes` are (N,)
+    int in 0..2, or (N, C) shares of several votes, rows sum to 1. The intercept is free.
     """
     n_differences = differences.width
-    votes = np.eye(len(LABELS))[labels]
+    votes = np.eye(len(LABELS))[votes] if votes.ndim == 1 else votes
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         w, v, intercept = np.split(weights, [n_differences, len(weights) - 1])
         logits = davidson_logits(differences.times(w), shared.times(v) + intercept)
-        probs = softmax(logits, axis=1)
-        residual = probs - votes
+        log_probs = log_softmax(logits, axis=1)
+        residual = np.exp(log_probs) - votes
         gradient_w = differences.transposed_times((residual[:, A_WINS] - residual[:, B_WINS]) / 2)
         gradient_v = shared.transposed_times(residual[:, TIE])
         gradient = np.concatenate(
             [gradient_w + ridge * w, gradient_v + ridge * v, [residual[:, TIE].sum()]]
         )
-        loss = -np.log((probs * votes).sum(axis=1)).sum() + ridge / 2 * (w @ w + v @ v)
-        return loss / len(labels), gradient / len(labels)
+        loss = -(log_probs * votes).sum() + ridge / 2 * (w @ w + v @ v)
+        return loss / len(votes), gradient / len(votes)
 
     start = np.zeros(n_differences + shared.width + 1)
     with threadpool_limits(1):
@@ -277,12 +278,19 @@ def _tree_inputs(features: Features) -> tuple[np.ndarray, np.ndarray]:
     return forward, np.hstack([-features.differences, features.shared])
 
 
-def _fit_trees(features: Features, labels: np.ndarray, config: BaselineConfig) -> lgb.Booster:
-    inputs = np.vstack(_tree_inputs(features))
-    votes = np.concatenate([labels, swap_labels(labels)])
+def _fit_trees(features: Features, votes: np.ndarray, config: BaselineConfig) -> lgb.Booster:
+    # A battle with votes for several classes is a row for each, weighted by its share.
+    rows, labels = np.nonzero(votes)
+    weights = votes[rows, labels]
+    inputs = np.vstack([side[rows] for side in _tree_inputs(features)])
+    data = lgb.Dataset(
+        inputs,
+        np.concatenate([labels, swap_labels(labels)]),
+        weight=None if (weights == 1).all() else np.concatenate([weights, weights]),
+    )
     settings = _TREES | {"learning_rate": config.learning_rate, "seed": config.seed}
-    n_rounds = max(min(config.n_trees, len(labels) // _BATTLES_PER_TREE), 1)
-    return lgb.train(settings, lgb.Dataset(inputs, votes), num_boost_round=n_rounds)
+    n_rounds = max(min(config.n_trees, len(votes) // _BATTLES_PER_TREE), 1)
+    return lgb.train(settings, data, num_boost_round=n_rounds)
 
 
 @dataclass(frozen=True)
@@ -302,14 +310,14 @@ class Ensemble:
         return probs | {"trees": average_over_swap(*both)}
 
 
-def fit_ensemble(features: Features, labels: np.ndarray, config: BaselineConfig) -> Ensemble:
-    """Fit every member to N battles with (N,) int labels in 0..2."""
+def fit_ensemble(features: Features, votes: np.ndarray, config: BaselineConfig) -> Ensemble:
+    """Fit every member to N battles with (N, C) votes or shares of votes, rows sum to 1."""
     units = measure_units(features)
     linear = {}
     for name, prior in LINEAR_MEMBERS.items():
         inputs = linear_inputs(features, units, prior)
-        linear[name] = fit_davidson(*inputs, labels, config.ridge)
-    return Ensemble(units, linear, _fit_trees(features, labels, config))
+        linear[name] = fit_davidson(*inputs, votes, config.ridge)
+    return Ensemble(units, linear, _fit_trees(features, votes, config))
 
 
 @dataclass(frozen=True)
@@ -358,11 +366,11 @@ def cross_fit(
     distinct = np.unique(folds)
     if len(distinct) < 2:
         raise ValueError(f"pairs: expected two folds or more in column fold, got {distinct}")
-    labels = pairs["label"].to_numpy(dtype=int)
+    votes = vote_shares(pairs)
     probs = {name: np.empty((len(pairs), len(LABELS))) for name in (*LINEAR_MEMBERS, "trees")}
     for fold in tqdm(distinct[distinct >= 0], desc="baseline", unit="fold"):
         held_out = folds == fold
-        ensemble = fit_ensemble(features.take(~held_out), labels[~held_out], config)
+        ensemble = fit_ensemble(features.take(~held_out), votes[~held_out], config)
         for name, predicted in ensemble.predict(features.take(held_out)).items():
             probs[name][held_out] = predicted
     return {name: predicted[folds >= 0] for name, predicted in probs.items()}
@@ -380,7 +388,7 @@ def fit_baseline(
     labels = pairs["label"].to_numpy(dtype=int)
     scored = (pairs["fold"] >= 0).to_numpy()
     blend = fit_blend(members, labels[scored])
-    return Baseline(config, fit_ensemble(features, labels, config), blend)
+    return Baseline(config, fit_ensemble(features, vote_shares(pairs), config), blend)
 
 
 def save_baseline(baseline: Baseline, folder: Path) -> None:

@@ -45,9 +45,15 @@ def row_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.log(clipped.sum(axis=1)) - np.log(clipped[np.arange(len(labels)), labels])
 
 
-def log_loss(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Average `row_losses`, the competition's score: (N, C), (N,) int -> nats per battle."""
-    return float(row_losses(probs, labels).mean())
+def log_loss(probs: np.ndarray, labels: np.ndarray, counts: np.ndarray | None = None) -> float:
+    """Average `row_losses`, the competition's score: (N, C), (N,) int -> nats per battle.
+
+    With `counts`, (N, C) votes for each class, it is the mean over the votes instead.
+    """
+    if counts is None:
+        return float(row_losses(probs, labels).mean())
+    losses = [row_losses(probs, np.full(len(probs), label)) for label in range(len(LABELS))]
+    return float((np.stack(losses, axis=1) * counts).sum() / np.sum(counts))
 
 
 def score(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:

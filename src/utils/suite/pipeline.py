@@ -140,10 +140,11 @@ class Pipeline:
                 found |= {str(file.relative_to(self.artifacts)): file for file in files}
         raw = self._find_raw(stage)
         if "train" in stage.raw and raw.kind != "demo":  # 01 makes the demo's tables itself
-            found |= {f"training file {i}": path for i, path in enumerate(raw.train, 1)}
+            tables = map(paths.on_disk, raw.train)
+            found |= {f"training file {i}": path for i, path in enumerate(tables, 1)}
         for table, path in (("test", raw.test), ("sample_submission", raw.sample_submission)):
             if table in stage.raw and path:
-                found[f"raw {table}"] = path
+                found[f"raw {table}"] = paths.on_disk(path)
         return found
 
     def outputs(self, stage: Stage) -> dict[str, Path]:

@@ -29,6 +29,7 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
 from src.utils import config, paths
+from src.utils.battles.layouts import describe_file
 from src.utils.config import SuiteError
 from src.utils.runs import Stopwatch, hash_file, hash_json, read_json, write_json, write_text
 from src.utils.suite.pipeline import EARLIER, RECORD, Pipeline, Stage, files_under, measure_states
@@ -282,9 +283,12 @@ def make_pipeline(options: argparse.Namespace) -> Pipeline:
     os.environ.setdefault("OMP_NUM_THREADS", str(count_idle_cores()))
     options.named = recall_options(options)
     data, test = (options.named.get(name, "") for name in ("DATA", "TEST"))
-    kind, profile = paths.find_raw_data(data, test).kind, options.named.get("PROFILE")
+    raw, profile = paths.find_raw_data(data, test), options.named.get("PROFILE")
+    for path in raw.train if raw.kind != "demo" else ():
+        with contextlib.suppress(ValueError):  # 01 stops at a damaged file, and names the place
+            print(describe_file(path), flush=True)
     if not profile:
-        profile = "demo" if kind == "demo" else "small"
+        profile = "demo" if raw.kind == "demo" else "small"
         print(f"PROFILE={profile}, since none was named: tiny models", flush=True)
     sections = config.read_profile(profile)
     pipeline = Pipeline(paths.artifacts_dir(), {}, force=options.force)

@@ -9,11 +9,13 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from src.utils.battles.readers import hash_prompt, load_pairs, read_table
+from src.utils.battles import layouts
+from src.utils.battles.files import read_table
+from src.utils.battles.readers import hash_prompt, load_pairs
 from src.utils.config import FinetuneConfig
 from src.utils.models.batches import make_batches, make_packs
 from src.utils.models.template import encode_battles
-from src.utils.schema import LABELS, MODELS, TEXTS, UNKNOWN_MODEL, probs_of, swap_probs
+from src.utils.schema import LABELS, MODELS, TEXTS, UNKNOWN_MODEL, probs_of, swap_probs, vote_shares
 from src.utils.training.processes import rank
 
 NO_VOTE = -1  # label of a battle that has a soft label only
@@ -40,23 +42,21 @@ class Examples:
 
 
 def make_targets(pairs: pd.DataFrame, config: FinetuneConfig) -> np.ndarray:
-    """Put each battle's vote beside its soft label, for `loss_of`; zeros for what it lacks.
+    """Put each battle's votes beside its soft label, for `loss_of`; zeros for what it lacks.
 
     The teachers of soft labels were fitted to votes that are held out here, so their student's
     score is slightly optimistic.
 
     `pairs` are N battles with `id` and `label`, which may be `NO_VOTE`. Returns (N, 2, C) float32:
-    the vote (one 1), the soft label (sums to 1).
+    the vote (one 1, or the shares of several votes), the soft label (sums to 1).
 
     ValueError if the file does not fit, or a battle has neither vote nor soft label.
     """
-    labels = pairs["label"].to_numpy(dtype=np.int64)
-    has_vote = labels != NO_VOTE
-    votes = np.eye(len(LABELS))[labels] * has_vote[:, None]
+    votes = vote_shares(pairs)
     soft = np.zeros_like(votes)
     if config.soft_labels:
         soft = _read_soft_labels(find_file(config.soft_labels), pairs)
-    has_neither = ~has_vote & ~soft.any(axis=1)
+    has_neither = ~votes.any(axis=1) & ~soft.any(axis=1)
     if has_neither.any():
         battle = pairs[has_neither].iloc[0]
         raise ValueError(
@@ -137,7 +137,7 @@ def add_extra_battles(
     Without a vote its label is `NO_VOTE`, and it needs a row in `soft_labels`.
 
     `pairs` are all N battles of the arena, with `group`; `is_heldout`, (N,) bool, says which of
-    them this model must not see. `config.extra_battles` names files in the competition's layout.
+    them this model must not see. `config.extra_battles` names files of any layout that 01 reads.
 
     ValueError for an id of another battle, or neither vote nor soft label; where is named.
     """
@@ -147,7 +147,9 @@ def add_extra_battles(
     tables = [_read_extra(find_file(name)) for name in config.extra_battles]
     extra = pd.concat(tables, ignore_index=True)
     is_repeated = _find_repeated(extra, pairs)
-    is_leak = extra["group"].isin(pairs.loc[is_heldout, "group"]).to_numpy() & ~is_repeated
+    # A group may hold several prompts, those of a user.
+    heldout = {hash_prompt(turns) for turns in pairs.loc[is_heldout, "prompt"]}
+    is_leak = extra["group"].isin(heldout).to_numpy() & ~is_repeated
     added = extra[~is_repeated & ~is_leak]
     if len(added):
         make_targets(added, config)  # refuses a battle without a target before a model is loaded
@@ -162,8 +164,8 @@ def add_extra_battles(
 
 
 def _read_extra(path: Path) -> pd.DataFrame:
-    is_labelled = set(LABELS) <= set(read_table(path).columns)
-    extra, _ = load_pairs(path, labelled=is_labelled)
+    is_labelled = layouts.has_votes(read_table(path, header_only=True).columns)
+    extra, _ = load_pairs(path, labelled=is_labelled, quiet=rank() != 0)
     if not is_labelled:
         extra = extra.assign(**dict.fromkeys(MODELS, UNKNOWN_MODEL), label=NO_VOTE)
     groups = [hash_prompt(turns) for turns in extra["prompt"]]
