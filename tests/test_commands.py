@@ -214,7 +214,6 @@ EFFECTS: dict[str, Run | str] = {
     "make gpu-check": "python -m tests.gpu_checks",
     "make plan": "python -m src.utils.training.plan",
     "make plan GPU=2xT4 NB=04": "src.utils.training.plan --gpu 2xT4 --only 04",
-    'make plan SET="04.REFIT=False"': "src.utils.training.plan --gpu  --only  --set 04.REFIT=False",
     "python -m src.utils.training.plan --profile full --gpu 24": "--profile full --gpu 24",
     "python -m src.utils.training.plan": "src.utils.training.plan",
 }
