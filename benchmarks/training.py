@@ -85,10 +85,15 @@ SMALL = {"hidden_size": 384, "intermediate_size": 576}
 SMALL |= {"num_hidden_layers": 6, "num_attention_heads": 6}
 QWEN = {"vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128}
 QWEN |= {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+GPU_TOKENS = 16_384  # of one pass
 SETUPS = {
     "small": Setup(ModernBertConfig(**SMALL, **BASE), FinetuneConfig(tokens_per_batch=8192), 128),
-    "base": Setup(ModernBertConfig(**BASE), FinetuneConfig(), 800),
-    "qwen3-4b": Setup(Qwen3Config(**QWEN, tie_word_embeddings=True), DecoderConfig(), 160),
+    "base": Setup(ModernBertConfig(**BASE), FinetuneConfig(tokens_per_batch=GPU_TOKENS), 800),
+    "qwen3-4b": Setup(
+        Qwen3Config(**QWEN, tie_word_embeddings=True),
+        DecoderConfig(tokens_per_batch=GPU_TOKENS),
+        160,
+    ),
 }
 TITLES = {
     "small": "ModernBERT, 6 layers × 384",

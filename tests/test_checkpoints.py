@@ -283,7 +283,8 @@ def test_merging_gives_a_plain_model_with_the_same_probabilities(
     train_a_little(model, tokenizer, demo_pairs[:4])
     folder = save_model(model, tokenizer, tmp_path / "fold_0")
     merged, _ = merge(folder, config, tiny_base("qwen3"))
-    unmerged, _ = checkpoints.load_unquantized(folder, config, tiny_base("qwen3"))
+    plain = dataclasses.replace(config, quantization="none")
+    unmerged, _ = load_finetuned(folder, plain, tiny_base("qwen3"))
     assert not isinstance(merged, PeftModel)
     assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
     torch.testing.assert_close(

@@ -17,7 +17,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from src.utils.config import check_parameter, read_parameters
+from src.utils.config import check_parameter, choose_names, read_parameters
 from src.utils.suite import search
 from src.utils.suite.pipeline import STAGES, Pipeline
 from src.utils.suite.run import parse_arguments
@@ -100,6 +100,9 @@ EFFECTS: dict[str, Run | str] = {
         ALL, "full", "full", {f"03.{name}": value for name, value in BASE.items()}
     ),
     f'{FULL} SET="03.HEAD=contrast"': Run(ALL, "full", "full", {"03.HEAD": "contrast"}),
+    f'{FULL} SET="04.REFIT=False 04.TRAIN_HOURS=10"': Run(
+        ALL, "full", "full", {"04.REFIT": False, "04.TRAIN_HOURS": 10.0}
+    ),
     f'{FULL} SET="03.N_SEEDS=3"': Run(ALL, "full", "full", {"03.N_SEEDS": 3}),
     "make run PROFILE=reward DATA=data/raw ARTIFACTS=artifacts/reward": Run(
         ALL, "reward", "reward", place="artifacts/reward"
@@ -206,8 +209,12 @@ EFFECTS: dict[str, Run | str] = {
     "python -m benchmarks.inference": "benchmarks.inference",
     "python -m benchmarks.training": "benchmarks.training",
     "python -m benchmarks.tokenising": "benchmarks.tokenising",
+    "make plan GPU=2xT4": "src.utils.training.plan --gpu 2xT4",
+    'make plan SET="04.REFIT=False"': "--set 04.REFIT=False",
+    "make gpu-check": "python -m tests.gpu_checks",
     "make plan": "python -m src.utils.training.plan",
     "make plan GPU=2xT4 NB=04": "src.utils.training.plan --gpu 2xT4 --only 04",
+    'make plan SET="04.REFIT=False"': "src.utils.training.plan --gpu  --only  --set 04.REFIT=False",
     "python -m src.utils.training.plan --profile full --gpu 24": "--profile full --gpu 24",
     "python -m src.utils.training.plan": "src.utils.training.plan",
 }
@@ -351,7 +358,7 @@ def check_run(suite, command, effect, profile):
         return
     assert ended_well, printed
     ran = {name[:2]: parameters for name, parameters in suite.ran.items()}
-    chosen = Pipeline(Path(), {}).choose_notebooks(effect.notebooks)
+    chosen = choose_names(effect.notebooks, list(Pipeline(Path(), {}).by_name))
     assert set(suite.ran) <= {*chosen}, printed
     for number, checkpoint in zip(("03", "04"), PROFILES[profile], strict=False):
         if number in ran:

@@ -21,11 +21,11 @@ from src.utils.config import (
     FinetuneConfig,
     SuiteError,
     check_parameter,
+    choose_names,
     find_name,
     make_parameters,
     read_parameters,
     read_profile,
-    split_settings,
 )
 
 ROOT = PROFILES.parents[1]
@@ -287,8 +287,34 @@ def test_a_value_that_is_not_a_text_must_have_the_type() -> None:
 
 
 def test_settings_in_one_text_are_split() -> None:
-    text = " 03.FOLDS=[0, 1]  SEED=2 04.CHECKPOINT=my model "
-    assert split_settings(text) == ["03.FOLDS=[0, 1]", "SEED=2", "04.CHECKPOINT=my model"]
+    text = " 03.FOLDS=[0, 1]  03.N_SEEDS=2 04.CHECKPOINT=my model "
+    chosen = make_parameters(DEFAULTS, profile={}, settings=[text])
+    assert chosen["03_modernbert"]["FOLDS"] == [0, 1]
+    assert chosen["03_modernbert"]["OPTIONS"] == {"N_SEEDS": 2}
+    assert chosen["04_qwen"]["CHECKPOINT"] == "my model"
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        ("", list(NOTEBOOKS)),
+        ("02", ["02_baseline"]),
+        ("5,2", ["02_baseline", "05_ensemble"]),
+        ("03-05", ["03_modernbert", "04_qwen", "05_ensemble"]),
+        ("01 04_qwen", ["01_eda", "04_qwen"]),
+        ("02_baseline-03", ["02_baseline", "03_modernbert"]),
+    ],
+)
+def test_notebooks_are_chosen_by_number_range_or_name(text: str, chosen: list[str]) -> None:
+    assert choose_names(text, list(NOTEBOOKS)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("02_baselin", "02_baseline"), ("9", "01_eda"), ("05-02", "05-02")]
+)
+def test_an_unknown_notebook_or_a_falling_range_is_an_error(text: str, named: str) -> None:
+    with pytest.raises(SuiteError, match=named):
+        choose_names(text, list(NOTEBOOKS))
 
 
 def test_a_notebook_is_found_by_name_or_number() -> None:

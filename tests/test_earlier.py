@@ -96,6 +96,14 @@ def test_a_kill_between_two_moves_loses_nothing(tmp_path, monkeypatch):
     assert list_finished(tmp_path) == ["fold_0"]
 
 
+def test_a_folder_of_the_user_is_left_alone(tmp_path):
+    finish(tmp_path, "fold_0", ONE)
+    finish(tmp_path, "fold_0_copy", TWO)
+    arrange(tmp_path, ONE)
+    assert list_finished(tmp_path) == ["fold_0"]
+    assert (tmp_path / "model" / "fold_0_copy" / "weights").exists()
+
+
 @pytest.mark.parametrize("damage", ["weights", RECORD])
 def test_a_damaged_model_is_named_and_never_comes_back(tmp_path, damage):
     finish(tmp_path, "fold_0", ONE)

@@ -137,7 +137,7 @@ def test_the_leaderboard_has_every_completed_run_the_best_of_its_data_first(tmp_
     (tmp_path / "04_qwen").mkdir()
     table = runs.write_leaderboard(tmp_path)
     assert table["run"].tolist() == ["search/ridge/0/02_baseline", "02_baseline", "03_modernbert"]
-    assert tuple(table.columns) == runs.LEADERBOARD_COLUMNS and table["seed"].tolist() == [7] * 3
+    assert list(table) == runs.LEADERBOARD_COLUMNS and table["seed"].tolist() == [7] * 3
     written = pd.read_csv(tmp_path / "leaderboard.csv")
     assert written["log_loss"].tolist() == [1.02, 1.05, 0.9]
     assert written["log_loss_low"].isna().tolist() == [True, False, True]

@@ -1,11 +1,8 @@
 import shutil
 import zipfile
-from pathlib import Path
 
 import nbformat
-import pytest
 
-from src.utils.config import SuiteError
 from src.utils.suite.pipeline import STAGES, Pipeline, Stage, measure_states
 
 NAMES = [stage.name for stage in STAGES]
@@ -14,29 +11,6 @@ NAMES = [stage.name for stage in STAGES]
 def write_notebook(path, parameters):
     cell = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
     nbformat.write(nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_code_cell("1")]), path)
-
-
-@pytest.mark.parametrize(
-    ("only", "chosen"),
-    [
-        ("", NAMES),
-        ("02", ["02_baseline"]),
-        ("5,2", ["02_baseline", "05_ensemble"]),
-        ("03-05", ["03_modernbert", "04_qwen", "05_ensemble"]),
-        ("01 04_qwen", ["01_eda", "04_qwen"]),
-        ("02_baseline-03", ["02_baseline", "03_modernbert"]),
-    ],
-)
-def test_notebooks_are_chosen_by_number_range_or_name(only, chosen):
-    assert Pipeline(Path(), {}).choose_notebooks(only) == chosen
-
-
-@pytest.mark.parametrize(
-    ("only", "named"), [("02_baselin", "02_baseline"), ("9", "01_eda"), ("05-02", "05-02")]
-)
-def test_an_unknown_notebook_or_a_falling_range_is_an_error(only, named):
-    with pytest.raises(SuiteError, match=named):
-        Pipeline(Path(), {}).choose_notebooks(only)
 
 
 def test_a_notebook_needs_only_the_models_that_were_chosen(tmp_path):

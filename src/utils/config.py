@@ -18,7 +18,9 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-PROFILES = Path(__file__).resolve().parents[2] / "notebooks" / "profiles"
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+PROFILES = NOTEBOOKS / "profiles"
+TINY = "tiny:"  # a checkpoint that the suite makes itself, to stand in for a real one
 
 
 class SuiteError(Exception):
@@ -145,12 +147,8 @@ class FinetuneConfig(Config):
     lora_dropout: float = field(0.05, "dropout before LoRA", "share of inputs", ge=0, lt=1)
     max_tokens: int = field(2048, "budget of one battle in training", "tokens", ge=32)
     predict_tokens: int = field(3072, "budget of one battle in prediction", "tokens", ge=32)
-    tokens_per_step: int = field(
-        32768, "tokens that one optimizer step learns from", "tokens", ge=1
-    )
-    tokens_per_batch: int = field(
-        0, "most tokens of one pass; 0: what memory holds", "tokens", ge=0
-    )
+    tokens_per_step: int = field(32768, "what one optimizer step learns from", "tokens", ge=1)
+    tokens_per_batch: int = field(0, "most of one pass; 0: what memory holds", "tokens", ge=0)
     packing: bool = field(True, "no padding, for architectures that can do without")
     gradient_checkpointing: bool = field(False, "recompute activations to save memory")
     n_epochs: float = field(2.0, "passes over the training battles", "epochs", gt=0)
@@ -185,6 +183,11 @@ class FinetuneConfig(Config):
         if 0 < self.tokens_per_batch < longest:
             expected = f"expected 0 or at least {longest}, the longest battle"
             raise SuiteError(f"tokens_per_batch: {expected}, got {self.tokens_per_batch}")
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether the checkpoint is a stand-in, which trains within minutes on a CPU."""
+        return self.checkpoint.startswith(TINY)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -229,6 +232,19 @@ def find_name(text: str, names: Sequence[str]) -> str:
         if name == text or (text.isdigit() and int(name.split("_")[0]) == int(text)):
             return name
     raise _unknown("notebook", text, names)
+
+
+def choose_names(text: str, names: Sequence[str]) -> list[str]:
+    """Turn "02,04-05" into notebook names, in order ("": all); SuiteError for unknown ones."""
+    chosen: set[str] = set()
+    for part in text.replace(",", " ").split():
+        first, _, last = part.partition("-")
+        start = names.index(find_name(first, names))
+        end = names.index(find_name(last or first, names))
+        if end < start:
+            raise SuiteError(f"notebooks {part!r}: expected a rising range, such as 02-05")
+        chosen.update(names[start : end + 1])
+    return [name for name in names if name in chosen or not text.strip()]
 
 
 def read_parameters(notebook: Path) -> dict[str, Any]:
@@ -281,11 +297,6 @@ def check_parameter(notebook: str, name: str, value: Any, defaults: Mapping[str,
     return list(read) if isinstance(read, tuple) else read
 
 
-def split_settings(text: str) -> list[str]:
-    """Split at the spaces before a name: "FOLDS=[0, 1] SEED=2" -> ["FOLDS=[0, 1]", "SEED=2"]."""
-    return re.split(r"\s+(?=[\w.]+=)", text.strip())
-
-
 def _parse_setting(text: str, known: Mapping[str, Mapping[str, Any]]) -> list[tuple]:
     place, separator, value = text.partition("=")
     notebook, _, name = place.strip().rpartition(".")
@@ -311,7 +322,8 @@ def make_parameters(
 
     Args:
         defaults: notebook -> parameter -> default, of every notebook.
-        settings: `NOTEBOOK.NAME=value`, or `NAME=value` for every notebook that has it.
+        settings: texts of `NOTEBOOK.NAME=value`, or `NAME=value` for every notebook that has it;
+            several in one text are split at the spaces before a name.
 
     Returns:
         Notebook -> parameter -> value, with `OPTIONS` for settings that it does not show.
@@ -324,8 +336,9 @@ def make_parameters(
     for section, values in profile.items():
         notebook = find_name(section, list(defaults))
         asked += [(notebook, name, value) for name, value in values.items()]
-    for setting in settings:
-        asked += _parse_setting(setting, known)
+    for text in settings:
+        for setting in re.split(r"\s+(?=[\w.]+=)", text.strip()):
+            asked += _parse_setting(setting, known)
     chosen: dict[str, dict[str, Any]] = {notebook: {} for notebook in defaults}
     for notebook, name, value in asked:
         place = chosen[notebook]
@@ -333,3 +346,15 @@ def make_parameters(
             place = place.setdefault("OPTIONS", {**defaults[notebook].get("OPTIONS", {})})
         place[name] = check_parameter(notebook, name, value, defaults[notebook])
     return chosen
+
+
+def read_finetuning(profile: str, settings: Sequence[str]) -> dict[str, FinetuneConfig]:
+    """Read the settings of 03 and 04 as `make run` passes them: notebook -> settings."""
+    defaults = {path.stem: read_parameters(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    sections = {} if profile == "none" else read_profile(profile)
+    chosen = make_parameters(defaults, profile=sections, settings=settings)
+    found = {}
+    for name, kind in CONFIGS.items():
+        if issubclass(kind, FinetuneConfig):
+            found[name] = kind.from_parameters(defaults[name] | chosen[name], name)
+    return found

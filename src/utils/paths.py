@@ -141,7 +141,7 @@ def find_table(folder: Path, stem: str) -> Path | None:
 
 
 def find_raw_data(data: str = "", test: str = "") -> RawData:
-    """Find the training and test files.
+    """Find the training and test files; FileNotFoundError if a given path has none.
 
     Args:
         data: a folder in the competition's layout (`train`, `test`, `sample_submission` with any
@@ -150,10 +150,6 @@ def find_raw_data(data: str = "", test: str = "") -> RawData:
             every other table in it, or what its zip holds.
             Empty: `data/raw`, else Kaggle's input, else as "demo": the arena that 01 makes.
         test: a test file that is not beside the training files.
-
-    Raises:
-        FileNotFoundError: a path is given and does not exist, or a folder holds no table.
-        ValueError: a zip is damaged.
     """
     data = data.strip()
     source = _read_given(data) if data else _search()

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,11 @@ import pandas as pd
 from src.utils.schema import LABELS, TEXTS, VOTES, probs_of
 
 _MANIFEST = "manifest.json"
-_TRACKED_PACKAGES = (
-    "torch transformers peft bitsandbytes scikit-learn lightgbm pandas numpy".split()
-)
-LEADERBOARD_COLUMNS = tuple(
+_PACKAGES = "torch transformers peft bitsandbytes scikit-learn lightgbm pandas numpy".split()
+LEADERBOARD_COLUMNS = (
     "run data_hash config_hash n_pairs seed log_loss log_loss_low log_loss_high accuracy seconds "
-    "peak_mib".split()
-)
+    "peak_mib"
+).split()
 _NOT_RUNS = {"checkpoints", "earlier", "model"}  # folders inside a run
 
 
@@ -98,10 +96,10 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
     return Path(path)
 
 
-def write_figure(path: Path, figure: Any, dpi: int = 120) -> Path:
-    """Write a matplotlib figure atomically; `dpi` is in pixels per inch."""
+def write_figure(path: Path, figure: Any) -> Path:
+    """Write a matplotlib figure atomically."""
     with atomic_path(path) as tmp:
-        figure.savefig(tmp, dpi=dpi, bbox_inches="tight")
+        figure.savefig(tmp, dpi=120, bbox_inches="tight")
     return Path(path)
 
 
@@ -112,15 +110,9 @@ def write_pairs(path: Path, pairs: pd.DataFrame) -> Path:
 
 
 def read_pairs(path: Path) -> pd.DataFrame:
-    """Read battles that `write_pairs` wrote; texts are tuples of turns again.
-
-    Raises:
-        FileNotFoundError: the file is missing; the message names the notebook that writes it.
-    """
+    """Read battles that `write_pairs` wrote; texts are tuples of turns again."""
     if not Path(path).exists():
-        raise FileNotFoundError(
-            f"{path}: not found. Run notebooks/01_eda.ipynb first, or `make run NB=01`."
-        )
+        raise FileNotFoundError(f"{path}: not found. Run 01_eda first, or `make run NB=01`.")
     table = pd.read_parquet(path)
     for name in TEXTS:
         table[name] = table[name].map(lambda text: tuple(json.loads(text))).astype(object)
@@ -128,11 +120,7 @@ def read_pairs(path: Path) -> pd.DataFrame:
 
 
 def read_truth(eda_dir: Path, ids: pd.Series) -> np.ndarray | None:
-    """Read true probabilities from the run folder of 01.
-
-    Returns:
-        (N, C) float64 in the order of `ids`, or None for real battles.
-    """
+    """Read the true probabilities of `ids` from 01's run, (N, C) float64; None: real battles."""
     path = Path(eda_dir) / "truth.parquet"
     if not path.exists():
         return None
@@ -194,13 +182,11 @@ def hash_pairs(pairs: pd.DataFrame) -> str:
 
 def measure_versions() -> dict[str, str]:
     """Look up the versions of Python and of the packages that scores depend on."""
-    versions = {"python": platform.python_version()}
-    for package in _TRACKED_PACKAGES:
-        try:
+    versions = dict.fromkeys(_PACKAGES, "absent")
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    return versions
+    return {"python": platform.python_version(), **versions}
 
 
 def measure_peak_mib() -> float:
@@ -266,12 +252,9 @@ def write_leaderboard(artifacts: Path) -> pd.DataFrame:
     """Collect the scores of all completed runs below `artifacts` in its `leaderboard.csv`.
 
     Returns:
-        One row per run, `LEADERBOARD_COLUMNS`: `run` is its folder relative to `artifacts`,
-        `n_pairs` the number of held-out battles, losses are in nats per battle with a 95 %
-        interval, memory in MiB. Sorted by data, then by loss: losses on different battles
-        cannot be compared.
+        One row per run, `LEADERBOARD_COLUMNS`: `run` is its folder relative to `artifacts`.
+        Sorted by data, then by loss: losses on different battles cannot be compared.
     """
-    artifacts = Path(artifacts)
     rows = []
     for path in sorted(artifacts.rglob("metrics.json")):
         run = path.parent.relative_to(artifacts)
@@ -280,7 +263,7 @@ def write_leaderboard(artifacts: Path) -> pd.DataFrame:
             config = path.with_name("config.json")
             seed = read_json(config).get("seed") if config.exists() else None
             rows.append(metrics | {"run": run.as_posix(), "seed": seed})
-    table = pd.DataFrame(rows, columns=list(LEADERBOARD_COLUMNS))
+    table = pd.DataFrame(rows, columns=LEADERBOARD_COLUMNS)
     table = table.astype({"seed": "Int64", "n_pairs": "Int64"})
     table = table.sort_values(["data_hash", "log_loss", "run"], ignore_index=True)
     write_table(artifacts / "leaderboard.csv", table)

@@ -303,11 +303,7 @@ def measure_style(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load a tokenizer from `tokenizer.json`, else Qwen2's from `vocab.json` and `merges.txt`.
-
-    Raises:
-        FileNotFoundError: the folder holds neither.
-    """
+    """Load a tokenizer from `tokenizer.json`, else Qwen2's from `vocab.json` and `merges.txt`."""
     folder = Path(folder).expanduser()
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -16,7 +16,7 @@ from accelerate.utils import release_memory
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.checkpoints import TINY, load_finetuned, load_unquantized, merge, save_model
+from src.utils.models.checkpoints import load_finetuned, merge, save_model
 from src.utils.models.predict import PRECISION_TOLERANCE, predict_probs
 from src.utils.models.template import TEMPLATE_VERSION
 from src.utils.schema import LABELS
@@ -45,10 +45,8 @@ def publish_model(
 ) -> dict[str, Any]:
     """Merge a fine-tuned model, save it, and compare what is on disk with the unmerged model.
 
-    One copy of the weights is in memory at a time, in the dtype that it has on disk.
-
-    `source` is a saved model, trained with `config`; `pairs` are N held-out battles with label,
-    and `oof` has their id and held-out probabilities. `folder` gets the merged model.
+    One copy of the weights is in memory at a time, in the dtype that it has on disk. `pairs` are
+    held-out battles with label, `oof` has their held-out probabilities.
 
     Returns:
         What `parity.json` holds: max_abs_difference between merged and unmerged (both on
@@ -61,13 +59,13 @@ def publish_model(
         max_tokens=config.predict_tokens,
         tokens_per_batch=config.tokens_per_batch,
     )
-    unmerged = predict(*load_unquantized(source, config, base))
+    unquantized = dataclasses.replace(config, quantization="none")
+    unmerged = predict(*load_finetuned(source, unquantized, base))
     release_memory()  # a packing model refers to itself
     # Half-precision weights round what merging adds to them.
     tolerance = PRECISION_TOLERANCE[_save_merged(source, config, base, folder)]
     release_memory()
-    plain = dataclasses.replace(config, lora_rank=0, quantization="none")
-    merged = predict(*load_finetuned(folder, plain))
+    merged = predict(*load_finetuned(folder, dataclasses.replace(unquantized, lora_rank=0)))
     difference = float(np.abs(merged - unmerged).max())
     labels = pairs["label"].to_numpy()
     trained = oof.set_index("id").loc[pairs["id"], list(LABELS)].to_numpy()
@@ -98,19 +96,11 @@ def make_card(
     repo_id: str,
     is_demo: bool,
 ) -> ModelCard:
-    """Write the model card from what the run measured.
+    """Write the model card, front matter included, from what the run measured.
 
-    Args:
-        config: settings of the run.
-        metrics: its `metrics.json`.
-        parity: from `publish_model`.
-        repo_id: "owner/name" on the hub; empty writes a placeholder.
-        is_demo: whether the battles are from the demo arena.
-
-    Returns:
-        A card, front matter included; `str(card)` is the text of `README.md`.
+    `metrics` are its `metrics.json`, `parity` is from `publish_model`; without a `repo_id`
+    ("owner/name" on the hub) a placeholder stands.
     """
-    is_tiny = config.checkpoint.startswith(TINY)
     results = [
         EvalResult(
             task_type="text-classification",
@@ -123,11 +113,11 @@ def make_card(
     ]
     data = ModelCardData(
         model_name=repo_id.split("/")[-1] or "preference-model",
-        license="mit" if is_tiny else "apache-2.0",
+        license="mit" if config.is_tiny else "apache-2.0",
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["human-preferences", "llm-evaluation", "reward-model"],
-        base_model=None if is_tiny else config.checkpoint,
+        base_model=None if config.is_tiny else config.checkpoint,
         datasets=None if is_demo else [DATASET],
         eval_results=results,
     )
@@ -142,7 +132,6 @@ def make_card(
         measures=measured,
         parity=parity,
         is_demo=is_demo,
-        is_tiny=is_tiny,
         dataset=DATASET,
         labels=LABELS,
         template_version=TEMPLATE_VERSION,

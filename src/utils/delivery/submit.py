@@ -50,18 +50,18 @@ Keep = Callable[[Prediction], None]  # is given what a model has predicted so fa
 Predict = Callable[[pd.DataFrame, "_Member", Keep], Prediction]
 
 
-@dataclass(frozen=True)
+@dataclass
 class MemberTiming:
     """What one member of the blend did for the submission."""
 
     member: str
     status: str  # complete, partial (time ran out), given up, failed, absent or zero weight
     n_asked: int  # battles that it was to predict: all, or the least certain share
-    n_reached: int  # battles that it predicted
-    n_twice: int  # battles that each of its models read in both orders
-    n_cut: int  # battles that were read shorter than trained, because time was short
-    seconds: float
-    note: str
+    n_reached: int = 0  # battles that it predicted
+    n_twice: int = 0  # battles that each of its models read in both orders
+    n_cut: int = 0  # battles that were read shorter than trained, because time was short
+    seconds: float = 0.0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,8 @@ class Submission:
 def make_submission(ids: np.ndarray, probs: np.ndarray, sample_ids: np.ndarray) -> pd.DataFrame:
     """Order predictions as in the sample: M rows of id and one float64 column per label.
 
-    `ids`, (N,), are those of the rows of `probs`, (N, C); of an id that repeats the first row is
-    taken. `sample_ids`, (M,), are what the competition expects, in its order.
-
-    ValueError if an expected id has no prediction, or a prediction was not expected.
+    Arguments are those of `Submission`; of an id that repeats the first row is taken. ValueError
+    if an expected id has no prediction, or a prediction was not expected.
     """
     check_probs(probs, n_pairs=len(ids))
     table = pd.DataFrame(probs, index=ids, columns=list(LABELS), dtype=np.float64)
@@ -111,11 +109,7 @@ def make_submission(ids: np.ndarray, probs: np.ndarray, sample_ids: np.ndarray) 
 
 
 def check_submission(submission: pd.DataFrame, sample_ids: np.ndarray) -> pd.DataFrame:
-    """Return a table read back from `submission.csv` if the competition would accept it.
-
-    Raises:
-        ValueError: other columns, other ids or order, or a row that does not hold probabilities.
-    """
+    """Return a table read back from `submission.csv`; ValueError if it would not be accepted."""
     columns = list(submission.columns)
     if columns != list(SUBMISSION_COLUMNS):
         raise ValueError(f"submission: expected columns {list(SUBMISSION_COLUMNS)}, got {columns}")
@@ -144,9 +138,7 @@ def predict_submission(
     the other networks, or the only one there is, read that share only.
 
     Args:
-        pairs: N test battles, `schema.PAIR_COLUMNS`.
-        runs: member name -> its finished run folder, or None where there is none.
-        blend: weights of the members; missing ones are left out, row by row.
+        runs: member of the blend -> its finished run folder, or None where there is none.
         submission: written after the CPU baseline, after each network, and each minute.
         deadline_s: seconds from now that must not be passed, margin included.
         cascade: share, above 0 to 1; the least certain have the highest entropy so far.
@@ -234,19 +226,18 @@ class _Member:
         self.notes += [note] if note else []
 
     def timing(self, name: str) -> MemberTiming:
-        status = self.status
-        n_reached = n_twice = n_cut = 0
+        timing = MemberTiming(name, self.status, len(self.rows))
+        timing.seconds = round(self.seconds, 2)
+        timing.note = "; ".join(self.notes)
         if self.predictions:
             is_read = np.stack([_is_known(each.probs) for each in self.predictions])
-            is_twice = np.all([each.n_readings == 2 for each in self.predictions], axis=0)
-            is_cut = np.any([each.is_cut for each in self.predictions], axis=0)
-            status = "complete" if is_read.all() and not self.notes else "partial"
-            n_reached = int(is_read.any(axis=0).sum())
-            n_twice = int(is_twice.sum())
-            n_cut = int(is_cut.sum())
-        seconds = round(self.seconds, 2)
-        note = "; ".join(self.notes)
-        return MemberTiming(name, status, len(self.rows), n_reached, n_twice, n_cut, seconds, note)
+            is_twice = [each.n_readings == 2 for each in self.predictions]
+            is_cut = [each.is_cut for each in self.predictions]
+            timing.status = "complete" if is_read.all() and not self.notes else "partial"
+            timing.n_reached = int(is_read.any(axis=0).sum())
+            timing.n_twice = int(np.all(is_twice, axis=0).sum())
+            timing.n_cut = int(np.any(is_cut, axis=0).sum())
+        return timing
 
 
 def _is_known(probs: np.ndarray) -> np.ndarray:
@@ -373,13 +364,8 @@ def open_reader(
 ) -> "LocalReader | ProcessReader":
     """Open a reader of one model: in processes of its own, or here where none can be started.
 
-    Args:
-        load: loads the model, e.g. a partial of `load_reader`.
-        deadline: `time.monotonic()` value by which the model must be loaded.
-        n_workers: processes; None takes one per GPU, or one on the CPU; 0 reads in this process.
-
-    Raises:
-        RuntimeError: the model cannot be loaded in time.
+    `n_workers` None takes a process per GPU, or one on the CPU; 0 reads in this process.
+    RuntimeError if the model is not loaded by the deadline, a `time.monotonic()` value.
     """
     devices = choose_devices(n_workers)
     if devices:

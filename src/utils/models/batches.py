@@ -24,12 +24,9 @@ def make_batches(
 ) -> list[np.ndarray]:
     """Group rows of similar length so that rows x longest is within a token budget.
 
-    Args:
-        lengths: (N,) tokens of each row.
-        tokens_per_batch: padded tokens of one batch at most; a longer row gets a batch of its own.
-        seed: None sorts all rows, longest first, which pads least and meets the largest batch at
-            once. A number shuffles for training, with `epoch`: rows are dealt into pools, each
-            pool is sorted, and the batches are shuffled.
+    Without a `seed` all rows are sorted, longest first, which pads least and meets the largest
+    batch at once. A number shuffles for training, with `epoch`: rows are dealt into pools, each
+    pool is sorted, and the batches are shuffled. A longer row gets a batch of its own.
 
     Returns:
         Row indices of each batch; every row once.

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
@@ -35,7 +36,6 @@ from src.utils.paths import find_checkpoints
 from src.utils.runs import atomic_folder, read_json, write_json
 from src.utils.schema import LABELS
 
-TINY = "tiny:"
 MAX_LOGIT = 2.0  # standard deviation of a random head's first logits, above which it starts at 0
 Classifier = tuple[nn.Module, PreTrainedTokenizerBase]
 
@@ -81,8 +81,8 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
     options: dict[str, Any] = {}
     safely: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     tokenizer = load_base_tokenizer(config, base)
+    skeleton = make_skeleton(read_architecture(config, base), config.head)
     with _naming(source):
-        skeleton = _make_skeleton(source, revision, config.head)
         if config.quantization != "none":
             options["device_map"] = {"": device}
             options["quantization_config"] = BitsAndBytesConfig(
@@ -156,23 +156,30 @@ def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
     folder = Path(base or config.checkpoint).expanduser()
     if (folder / "config.json").exists():
         return str(folder), "main"
-    if base is not None or config.checkpoint.startswith(TINY):
+    if base is not None or config.is_tiny:
         raise FileNotFoundError(
             f"{base}: expected the folder of {config.checkpoint}; call prepare_base() first"
         )
     return config.checkpoint, config.revision or "main"
 
 
-def _make_skeleton(source: str, revision: str, head: str) -> Any:
-    """Make the classifier without weights, to ask for its class and the names of its modules."""
-    config = AutoConfig.from_pretrained(
-        source, revision=revision, num_labels=len(LABELS), trust_remote_code=False
-    )
+def read_architecture(config: FinetuneConfig, base: Path | None = None) -> PreTrainedConfig:
+    """Read the `config.json` of a base; arguments and errors as for `load_classifier`."""
+    source, revision = _locate(config, base)
+    with _naming(source):
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def make_skeleton(architecture: PreTrainedConfig, head: str) -> Any:
+    """Make a classifier without weights, to ask for its class, its modules and their shapes."""
+    architecture.num_labels = len(LABELS)
     with torch.device("meta"):
-        joint = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        joint = AutoModelForSequenceClassification.from_config(
+            architecture, trust_remote_code=False
+        )
         if head == "joint":
             return joint
-        return add_contrast(type(joint))(config)  # type: ignore[arg-type]  # classes are hashable
+        return add_contrast(type(joint))(architecture)  # type: ignore[arg-type]  # is hashable
 
 
 def _check_loaded(source: str, heads: list[str], loading: dict[str, Iterable]) -> None:
@@ -336,15 +343,11 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 
 
 def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Classifier:
-    """Load what `save_model` saved, in evaluation mode on `choose_device()`.
+    """Load what `save_model` saved, e.g. `run_dir / "model" / "fold_0"`, to predict with.
 
-    A model without LoRA gets the dtype that it was saved in.
-
-    Args:
-        folder: e.g. `run_dir / "model" / "fold_0"`.
-        config: settings of its training.
-        base: folder of the adapters' base; None takes `run_dir / "base"` for a tiny checkpoint,
-            else what `config.checkpoint` names, at the commit of training.
+    A model without LoRA gets the dtype that it was saved in. Adapters go onto `base`; without it
+    onto `run_dir / "base"` if the checkpoint is tiny, else on what `config.checkpoint` names, at
+    the commit of training.
 
     Raises:
         FileNotFoundError: the folder has no model.
@@ -357,7 +360,7 @@ def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = Non
         return model.eval(), tokenizer
     if base is not None:
         check_base(folder, base)
-    elif config.checkpoint.startswith(TINY):
+    elif config.is_tiny:
         base = Path(folder).parents[1] / "base"
     if origin["commit"]:
         config = dataclasses.replace(config, revision=origin["commit"])
@@ -375,17 +378,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_unquantized(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Classifier:
-    """Load a fine-tuned model on a base that is not quantised: what `merge` must reproduce."""
-    return load_finetuned(folder, dataclasses.replace(config, quantization="none"), base)
-
-
 def merge(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Classifier:
     """Merge LoRA, if there is any, into a base in 16 bit (32 bit on a CPU): a plain model.
 
     Merging into a quantised base would change probabilities by up to one half.
     """
-    model, tokenizer = load_unquantized(folder, config, base)
+    config = dataclasses.replace(config, quantization="none")
+    model, tokenizer = load_finetuned(folder, config, base)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
     return model.eval(), tokenizer
@@ -424,7 +423,7 @@ def find_base(folder: Path, config: FinetuneConfig) -> Path | None:
     Raises:
         ValueError: checkpoints of its name are attached, and all have other weights.
     """
-    if not config.lora_rank or config.checkpoint.startswith(TINY):
+    if not config.lora_rank or config.is_tiny:
         return None
     attached = find_checkpoints(config.checkpoint)
     for base in attached:

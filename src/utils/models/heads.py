@@ -54,9 +54,7 @@ class Contrasting(PreTrainedModel):
     ) -> torch.Tensor:
         """Compute what is added to the logits: (rows, C) float; B's column is minus A's.
 
-        Args:
-            rows: (T,) token ids of each battle without padding, on the CPU.
-            states: (T, width) last hidden states of each battle.
+        Of each battle, `rows` are (T,) token ids on the CPU, `states` (T, width) last states.
         """
         device, dtype = states[0].device, states[0].dtype
         # In 16 bits the difference of two similar means would lose its digits.

@@ -86,12 +86,9 @@ def attend_by_document(
 ) -> tuple[torch.Tensor, None]:
     """Attend within documents; without `documents` like the "sdpa" of transformers.
 
-    Args:
-        module: an attention layer; `is_causal` is read.
-        query: (1, heads, T, width).
-        key: and `value`: (1, key heads, T, width); heads are a multiple of key heads.
-        attention_mask: of a padded batch; a packed row needs none.
-        **options: scaling, dropout and sliding_window (keys at least this far away are not seen).
+    The query is (1, heads, T, width), key and value (1, key heads, T, width). Of a packed row no
+    mask is read. `options` are scaling, dropout and sliding_window (keys at least this far away
+    are not seen).
 
     Returns:
         (1, T, heads, width), and None in place of attention weights.
@@ -262,10 +259,8 @@ def can_pack(model: nn.Module) -> bool:
 def enable_packing(model: nn.Module) -> nn.Module:
     """Let a classifier, changed in place, read packed rows as well as padded batches.
 
-    `model(**collate_packed(rows))` then gives logits of (documents, C).
-
-    Raises:
-        TypeError: an architecture that `can_pack` does not know.
+    `model(**collate_packed(rows))` then gives logits of (documents, C). TypeError if `can_pack`
+    does not know the architecture.
     """
     classifier = _unwrap(model)
     if not can_pack(model):

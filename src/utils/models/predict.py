@@ -27,8 +27,8 @@ from src.utils.models.checkpoints import hidden_size, in_float32
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
 from src.utils.models.template import Encoded, count_tokens, encode_battles
-from src.utils.schema import LABELS, swap_probs
-from src.utils.stats.scores import bootstrap_interval, row_losses
+from src.utils.schema import LABELS, swap_pairs, swap_probs
+from src.utils.stats.scores import paired_difference, row_losses
 
 MIN_TOKENS = 256  # a battle is never cut below this for lack of time
 _N_WARMUP = 3  # batches before the pace is trusted; the first one also warms the hardware up
@@ -180,11 +180,7 @@ def predict_probs(
 ) -> np.ndarray:
     """Predict how each battle is voted, with a model in this process: `Prediction.probs`.
 
-    `Prediction` says what a row depends on.
-
-    Args:
-        model: a sequence classifier, logits in `LABELS` order; its mode is restored.
-        **options: as for `predict_pairs`; max_tokens and tokens_per_batch are needed.
+    `options` are those of `predict_pairs`, of which max_tokens and tokens_per_batch are needed.
     """
     reader = LocalReader(model, tokenizer.pad_token_id)
     return predict_pairs(reader, tokenizer, pairs, **options).probs
@@ -203,7 +199,6 @@ def predict_pairs(
     keep: Callable[[Prediction], None] | None = None,
     uncertainty: np.ndarray | None = None,
     twice_share: float = 1.0,
-    encoded: Encoded | None = None,
 ) -> Prediction:
     """Predict how each battle is voted, as well as time allows.
 
@@ -220,26 +215,17 @@ def predict_pairs(
     What was given up is taken up again where time is left after all.
 
     Args:
-        reader: runs the model that `tokenizer` belongs to, over the texts of N `pairs`.
         max_tokens: token budget of one battle.
         tokens_per_batch: padded tokens of one forward pass, at most; 0: see `reading_budget`.
-        swap: average over both orders; False reads each battle once, as given.
+        swap: False reads each battle once, as given.
         deadline: `time.monotonic()` value, s, that must not be passed.
         progress: title of a progress bar; "" shows none.
         keep: called with the prediction so far, about once a minute.
         uncertainty: (N,) float, e.g. `measure_entropy` of other members; only its order counts.
         twice_share: share of the battles, 0 to 1, that get a second reading: the least certain.
-        encoded: `encode_battles(pairs, tokenizer, max_tokens)`, where it is known already.
     """
-    if encoded is None:
-        encoded = encode_battles(pairs, tokenizer, max_tokens)
-    elif len(encoded) != len(pairs) or encoded.lengths.max(initial=0) > max_tokens:
-        raise ValueError(
-            f"encoded: expected {len(pairs)} battles of at most {max_tokens} tokens, got "
-            f"{len(encoded)} of at most {encoded.lengths.max(initial=0)}; encode these battles anew"
-        )
     tokens_per_batch = reading_budget(tokens_per_batch, choose_device())
-    readings = _Readings(pairs, tokenizer, max_tokens, encoded, swap, uncertainty, twice_share)
+    readings = _Readings(pairs, tokenizer, max_tokens, swap, uncertainty, twice_share)
     n_tok = int(readings.lengths.sum()) * len(readings.orders)
     style: dict[str, Any] = {"unit": "tok", "unit_scale": True, "file": sys.stdout}
     with tqdm(total=n_tok, desc=progress, disable=not progress, **style) as bar:
@@ -275,7 +261,6 @@ class _Readings:
     pairs: pd.DataFrame
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
-    encoded: Encoded
     swap: bool
     given_uncertainty: np.ndarray | None
     twice_share: float
@@ -286,17 +271,17 @@ class _Readings:
         self._is_as_given = is_canonical(self.pairs) if self.swap else np.ones(n_pairs, dtype=bool)
         self.probs = np.full((2, n_pairs, len(LABELS)), np.nan)
         self.is_cut = np.zeros(n_pairs, dtype=bool)
-        self.lengths = self.encoded.lengths.copy()  # (N,) int, tokens of each battle
+        self._encoded = encode_battles(self.pairs, self.tokenizer, self.max_tokens)
+        self.lengths = self._encoded.lengths  # (N,) int, tokens of each battle
         self._cut_rows: dict[int, tuple[Encoded, int]] = {}  # battle -> where its cut row is
-        # Two answers that read the same need no second reading to be made symmetric.
+        # Two equal answers need no second reading to be made symmetric.
         self._is_same = np.zeros(n_pairs, dtype=bool)
         if self.swap:
-            for battle in range(n_pairs):
-                self._is_same[battle] = np.array_equal(self.row(0, battle), self.row(1, battle))
+            self._is_same = self._is_as_given & is_canonical(swap_pairs(self.pairs))
 
     def row(self, order: int, battle: int) -> np.ndarray:
         """(tokens,) int32, what the model reads of a battle in this order."""
-        encoded, place = self._cut_rows.get(battle, (self.encoded, battle))
+        encoded, place = self._cut_rows.get(battle, (self._encoded, battle))
         return encoded.row(place, bool(order) == self._is_as_given[battle])
 
     def wanted(self, order: int) -> np.ndarray:
@@ -471,7 +456,6 @@ class _Loop:
 
 
 BUDGETS = (128, 256, 512, 1024, 2048, 3072, 4096)
-BUDGET_COLUMNS = ("budget", "cut_share", "log_loss", "cost", "low", "high")
 
 
 def measure_budgets(
@@ -505,13 +489,13 @@ def measure_budgets(
     for budget in sorted({*budgets, max_tokens}):
         losses, is_cut = uncut.copy(), n_tok > budget
         row = {"budget": budget, "cut_share": float(is_cut.mean())}
+        # Only the battles that this budget cuts further are read again.
+        if budget < max_tokens and is_cut.any():
+            probs = predict(pairs[is_cut], max_tokens=budget)
+            losses[is_cut] = row_losses(probs, labels[is_cut])
         if budget <= max_tokens:
-            # Only the battles that this budget cuts further are read again.
-            if budget < max_tokens and is_cut.any():
-                probs = predict(pairs[is_cut], max_tokens=budget)
-                losses[is_cut] = row_losses(probs, labels[is_cut])
-            low, high = bootstrap_interval(losses - uncut, pairs["group"].to_numpy(), seed=seed)
-            row |= {"log_loss": losses.mean(), "cost": (losses - uncut).mean()}
-            row |= {"low": low, "high": high}
+            gap = paired_difference(losses, uncut, pairs["group"].to_numpy(), seed=seed)
+            row |= {"log_loss": losses.mean(), "cost": gap["mean"]}
+            row |= {"low": gap["low"], "high": gap["high"]}
         table.append(row)
-    return pd.DataFrame(table, columns=list(BUDGET_COLUMNS))
+    return pd.DataFrame(table, columns=["budget", "cut_share", "log_loss", "cost", "low", "high"])

@@ -116,12 +116,7 @@ class Template:
 
 
 def make_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Make a tokenizer's template: a decoder's if it has a chat template, else an encoder's.
-
-    Raises:
-        ValueError: it has neither a chat template nor [CLS] and [SEP] (or BOS and EOS), or a
-            battle would end with its padding token.
-    """
+    """Make a tokenizer's template: a decoder's if it has a chat template, else an encoder's."""
     pieces = make_pieces(tokenizer)
     if pieces[-1][-1:] == (tokenizer.pad_token_id,):
         raise ValueError(
@@ -228,10 +223,8 @@ def encode_battles(
 ) -> Encoded:
     """Write battles as the token ids that a model reads, at most `max_tokens` of each.
 
-    All cores tokenise, unless TOKENIZERS_PARALLELISM=false; 4 bytes per token are kept.
-
-    Raises:
-        ValueError: `max_tokens` has no room for the template and a part of each text.
+    All cores tokenise, unless TOKENIZERS_PARALLELISM=false; 4 bytes per token are kept. ValueError
+    if `max_tokens` has no room for the template and a part of each text.
     """
     template = make_template(tokenizer)
     least = template.n_fixed + len(TEXTS) * (len(template.cut) + 2)

@@ -32,9 +32,8 @@ from transformers import (
 )
 
 from src.utils.battles.style import measure_style, style_differences
-from src.utils.config import FinetuneConfig
+from src.utils.config import TINY, FinetuneConfig
 from src.utils.models.batches import collate, make_batches
-from src.utils.models.checkpoints import TINY
 from src.utils.models.hardware import choose_device
 from src.utils.models.heads import Pieces, contrast_weights
 from src.utils.models.template import (
@@ -66,19 +65,16 @@ _VOCABULARY = 3072
 def prepare_base(
     config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_steps: int | None = None
 ) -> Path | None:
-    """Make the tiny checkpoint that a config names, unless it is up to date.
+    """Make the tiny checkpoint that a config names in a folder, unless it is up to date.
 
-    Args:
-        config: `checkpoint` is "tiny:modernbert" (local and global attention), "tiny:qwen3"
-            (grouped-query attention, chat template) or a real one, for which nothing is made.
-        pairs: battles whose texts, not votes, train the tokenizer and the model.
-        folder: gets config, weights and tokenizer, e.g. `run_dir / "base"`.
-        n_steps: optimiser steps in place of `N_STEPS`; 0 keeps the weights random.
+    "tiny:modernbert" has local and global attention, "tiny:qwen3" grouped-query attention and a
+    chat template. The texts of the battles, not the votes, train tokenizer and model, in `n_steps`
+    (`N_STEPS`) optimiser steps; 0 keeps the weights random.
 
     Returns:
         The folder, or None if `checkpoint` is a real one.
     """
-    if not config.checkpoint.startswith(TINY):
+    if not config.is_tiny:
         return None
     kind = config.checkpoint.removeprefix(TINY)
     if kind not in _SPECIAL_TOKENS:

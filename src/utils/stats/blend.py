@@ -66,9 +66,6 @@ def read_members(
 
     Returns:
         `members`, the battles that they predict, and a line per run: read, or why skipped.
-
-    Raises:
-        ValueError: no run can be used, or no battle was held out by all.
     """
     tables, notes = {}, []
     for name, folder in runs.items():
@@ -94,9 +91,6 @@ def fit_blend(members: Members, labels: np.ndarray) -> Blend:
     Gaussian priors pull towards temperature 1, no bias, and weights that are the probability of
     each member to be the best (`_prior_weights`).
 
-    Raises:
-        ValueError: no members, or one whose rows are not probabilities.
-
     Source: log scale: Genest and Zidek 1986, logarithmic opinion pool; temperature: Guo et al.
         2017, arXiv:1706.04599; stacking: Yao et al. 2018, arXiv:1704.02030.
     """
@@ -121,9 +115,7 @@ def apply_blend(blend: Blend, members: Members) -> np.ndarray:
     """Blend the members that are there, row by row: (N, C) float64, rows sum to 1.
 
     A member may be missing, and any row of one may be NaN; the other weights are scaled up.
-
-    Raises:
-        ValueError: a name that the blend does not know, or a row that no member predicted.
+    ValueError for a name that the blend does not know, or a row that no member predicted.
     """
     unknown = sorted(set(members) - set(blend.members))
     if unknown or not members:

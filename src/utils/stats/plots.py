@@ -397,8 +397,8 @@ def plot_learning_curve(
         ax.axhline(oracle, linestyle="-.", label=f"oracle {oracle:.3f}", **_BLACK)
     ax.set_xlim(0, None)
     ax.legend(frameon=False)
-    best = float(models["log_loss"].min().mean())
-    title = f"Held-out battles: {_gain(prior, best)} the class prior"
+    last = float(models["log_loss"].last().mean())
+    title = f"Held-out battles: {_gain(prior, last)} the class prior"
     return _label(ax, title, "epochs", "log loss (nats per battle)")
 
 

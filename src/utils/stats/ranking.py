@@ -34,9 +34,8 @@ def group_codes(groups: np.ndarray | None, n_pairs: int) -> np.ndarray:
 def davidson_logits(eta: np.ndarray, log_nu: np.ndarray | float) -> np.ndarray:
     """Compute the logits of Davidson's model, (N, C) in the order of `schema.LABELS`.
 
-    Args:
-        eta: (N,) float, log-odds of A over B.
-        log_nu: (N,) float, or one for all: log weight of a tie; −inf means no ties.
+    `eta`, (N,), are log-odds of A over B; `log_nu`, (N,) or one for all, is the log weight of a
+    tie: −inf means no ties.
     """
     ties = np.broadcast_to(log_nu, np.shape(eta))
     return np.column_stack([eta / 2, -eta / 2, ties])

@@ -13,10 +13,9 @@ from typing import Any
 import nbformat
 
 from src.utils import paths
-from src.utils.config import SuiteError, find_name, read_parameters
+from src.utils.config import NOTEBOOKS, SuiteError, read_parameters
 from src.utils.runs import hash_file, hash_json, read_json
 
-NOTEBOOKS = paths.ROOT / "notebooks"
 RECORD, CHECKPOINTS, CODE = "run.json", "checkpoints", "the notebook's code"
 EARLIER = "earlier"  # finished models of other settings, set aside by 03 and 04
 MODELS = ("02_baseline", "03_modernbert", "04_qwen")
@@ -110,18 +109,6 @@ class Pipeline:
         self.sources = {name: self.notebooks / f"{name}.ipynb" for name in self.by_name}
         self.defaults = {name: read_parameters(path) for name, path in self.sources.items()}
 
-    def choose_notebooks(self, only: str) -> list[str]:
-        """Turn "02,04-05" into notebook names, in order ("": all); SuiteError for unknown ones."""
-        names, chosen = list(self.by_name), set()
-        for part in only.replace(",", " ").split():
-            first, _, last = part.partition("-")
-            start = names.index(find_name(first, names))
-            end = names.index(find_name(last or first, names))
-            if end < start:
-                raise SuiteError(f"notebooks {part!r}: expected a rising range, such as 02-05")
-            chosen.update(names[start : end + 1])
-        return [name for name in names if name in chosen or not only.strip()]
-
     def all_parameters(self, name: str) -> dict[str, Any]:
         """Return a notebook's parameters, defaults included, without the places of its data."""
         known = {**self.defaults[name], **self.parameters.get(name, {})}
@@ -177,7 +164,7 @@ class Pipeline:
             return {**named, "PROFILE": before}  # which the models still have
         if is_other and not self.force:
             raise SuiteError(
-                f"PROFILE={named['PROFILE']}, but {found} holds models of PROFILE={before}. Give "
+                f"PROFILE={named['PROFILE']}, but models of PROFILE={before} are in {found}. Give "
                 f"ARTIFACTS=<another folder>, PROFILE={before}, or FORCE=1, which deletes them."
             )
         return dict(named)

@@ -104,7 +104,7 @@ def _execute(pipeline: Pipeline, stage: Stage, progress: Progress, copy: Path) -
             stderr_file=progress,
             start_timeout=300,
             kernel_manager_class=OwnPythonKernelManager,
-            extra_arguments=["--log-level=ERROR"],  # else it warns about TCP at every start
+            extra_arguments=["--log-level=CRITICAL"],  # else it tells of TCP and of its end
             on_cell_start=progress.cell_starts,
             coalesce_streams=True,
         )
@@ -291,10 +291,9 @@ def make_pipeline(options: argparse.Namespace) -> Pipeline:
         profile = "demo" if raw.kind == "demo" else "small"
         print(f"PROFILE={profile}, since none was named: tiny models", flush=True)
     sections = config.read_profile(profile)
-    settings = [setting for text in options.set for setting in config.split_settings(text)]
     pipeline = Pipeline(paths.artifacts_dir(), {}, force=options.force)
     pipeline.parameters = config.make_parameters(
-        pipeline.defaults, profile=sections, data=data, test=test, settings=settings
+        pipeline.defaults, profile=sections, data=data, test=test, settings=options.set
     )
     return pipeline
 
@@ -317,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # failures are reported once
     pipeline = make_pipeline(options)
-    names = pipeline.choose_notebooks(options.only)
+    names = config.choose_names(options.only, list(pipeline.by_name))
     named = pipeline.check_profile(options.named, names)
     if not options.list:
         write_json(pipeline.artifacts / paths.SETTINGS, named)

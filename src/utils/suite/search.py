@@ -41,7 +41,7 @@ from optuna.trial import BaseTrial, FixedTrial, Trial, TrialState
 from optuna.visualization import matplotlib
 
 from src.utils import runs
-from src.utils.config import SuiteError, find_name, make_parameters
+from src.utils.config import SuiteError, find_name, make_parameters, with_options
 from src.utils.suite.pipeline import CHECKPOINTS, CODE, Pipeline, measure_states
 from src.utils.suite.run import make_pipeline, parse_arguments, report_errors, run_suite
 
@@ -62,7 +62,10 @@ class Space:
 
     def settings(self, values: dict[str, Any]) -> list[str]:
         """Format the fixed and the given values as settings of the suite."""
-        return [f"{self.notebook}.{name}={value}" for name, value in (self.fixed | values).items()]
+        has_refit = "REFIT" in with_options(self.notebook, {"OPTIONS": {}})
+        # A refit is scored on nothing.
+        chosen = ({"REFIT": "False"} if has_refit else {}) | self.fixed | values
+        return [f"{self.notebook}.{name}={value}" for name, value in chosen.items()]
 
     @property
     def n_combinations(self) -> int:

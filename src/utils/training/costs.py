@@ -14,19 +14,12 @@ import numpy as np
 import psutil
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    ModernBertConfig,
-    PreTrainedConfig,
-    Qwen3Config,
-)
+from transformers import ModernBertConfig, Qwen3Config
 
 from src.utils.config import FinetuneConfig, SuiteError
-from src.utils.models.checkpoints import head_names
+from src.utils.models.checkpoints import head_names, make_skeleton, read_architecture
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack
-from src.utils.schema import LABELS
 
 GIB = 2**30
 CONTEXT_GIB = 0.7  # CUDA context and workspaces of cuBLAS
@@ -48,36 +41,29 @@ class Machine:
         return flops / (max(self.n_gpus, 1) * self.tflops * 1e12 * self.utilisation) / 3600
 
 
-# Peaks: NVIDIA's data sheets (T4, L4, A10G, A100, H100 SXM) and white papers of GA102 and AD102.
-# Utilisation is assumed, not yet measured here: 0.45 is usual for models of this size; T4, L4 and
-# A10G are held back by power (70, 72, 150 W), an H100 by everything that is not a product.
+# Peaks: NVIDIA's data sheets (T4, L4, A100, H100 SXM) and white paper of GA102. Utilisation is
+# assumed, not yet measured here: 0.45 is usual for models of this size; T4 and L4 are held back by
+# power (70, 72 W), an H100 by everything that is not a product.
 CARDS = {
-    "T4": Machine("T4", 14.6, 65, 0.30, has_kernel=False),
-    "3090": Machine("3090", 23.6, 71, 0.45),
-    "4090": Machine("4090", 23.6, 165, 0.45),
-    "A10G": Machine("A10G", 22.0, 70, 0.40),
-    "L4": Machine("L4", 22.0, 121, 0.25),
-    "A100": Machine("A100", 79.2, 312, 0.45),
-    "H100": Machine("H100", 79.2, 989, 0.40),
+    "3090": Machine("24 GB (3090)", 22.0, 71, 0.45),  # the memory of the smallest such card
+    "T4": Machine("16 GB (T4)", 14.6, 65, 0.30, has_kernel=False),
+    "A100": Machine("80 GB (A100)", 79.2, 312, 0.45),
+    "L4": Machine("24 GB (L4)", 22.0, 121, 0.25),
+    "H100": Machine("80 GB (H100)", 79.2, 989, 0.40),
 }
-# What `GPU=24` means: the memory is that of the smallest such card.
-MACHINES = {
-    "24": dataclasses.replace(CARDS["3090"], name="24 GB (3090)", gib=22.0),
-    "16": dataclasses.replace(CARDS["T4"], name="16 GB (T4)"),
-    "2x16": dataclasses.replace(CARDS["T4"], name="2 x 16 GB (T4)", n_gpus=2),
-    "80": dataclasses.replace(CARDS["A100"], name="80 GB (A100)"),
-}
+_SIZES = {"24": "3090", "16": "T4", "80": "A100"}  # what `GPU=24` means
 
 
 def read_machine(text: str) -> Machine:
     """Read "24", "2x16", "T4" or "2xA100"; SuiteError for anything else."""
-    if text in MACHINES:
-        return MACHINES[text]
     count, _, name = text.upper().rpartition("X")
+    name = _SIZES.get(name, name)
     if name not in CARDS or not re.fullmatch(r"[1-9]\d*|", count):
-        names = ", ".join([*MACHINES, *CARDS])
+        names = ", ".join([*_SIZES, *CARDS])
         raise SuiteError(f"GPU: expected one of {names}, or several as in 2xA100, got {text!r}")
-    return dataclasses.replace(CARDS[name], name=text, n_gpus=int(count or 1))
+    card, n_gpus = CARDS[name], int(count or 1)
+    label = card.name if n_gpus == 1 else f"{n_gpus} x {card.name}"
+    return dataclasses.replace(card, name=label, n_gpus=n_gpus)
 
 
 def find_machine() -> Machine:
@@ -115,7 +101,6 @@ class Shape:
     n_linear: int  # in the linear layers below the head: these are quantised and get LoRA
     linear_in: int  # widths of their inputs, summed over the model
     linear_out: int
-    n_linears: int
     n_layers: int
     n_local: int  # layers whose tokens attend to `window` others
     window: int
@@ -146,39 +131,19 @@ _KNOWN: dict[str, Any] = {
 
 
 def read_shape(config: FinetuneConfig, base: Path | None = None) -> Shape:
-    """Read the shape of a checkpoint, or of the folder `base` in its place.
-
-    Raises:
-        SuiteError: it is neither a folder, in the cache, a default checkpoint nor reachable.
-    """
-    folder = Path(base or config.checkpoint).expanduser()
-    source = str(folder) if folder.is_dir() else config.checkpoint
-    revision = "main" if folder.is_dir() else config.revision or "main"
-    for is_local in (True, False):
-        options = {"revision": revision, "local_files_only": is_local, "trust_remote_code": False}
-        try:
-            return count_shape(AutoConfig.from_pretrained(source, **options), config)
-        except (OSError, ValueError) as error:
-            if source in _KNOWN:
-                return count_shape(_KNOWN[source](), config)
-            reason = str(error).splitlines()[0]
-    raise SuiteError(
-        f"checkpoint {source}: expected a folder, a checkpoint in the cache or one that can be "
-        f"reached, but its config.json could not be read ({reason}). Check CHECKPOINT."
-    )
+    """Read the shape of a checkpoint, or of the folder `base`; OSError if it cannot be found."""
+    if base is None and config.checkpoint in _KNOWN:
+        return count_shape(_KNOWN[config.checkpoint](), config)
+    return count_shape(read_architecture(config, base), config)
 
 
-def count_shape(architecture: PreTrainedConfig, config: FinetuneConfig) -> Shape:
+def count_shape(architecture: Any, config: FinetuneConfig) -> Shape:
     """Count the weights of a classifier of an architecture, without memory for them."""
-    architecture.num_labels = len(LABELS)
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(architecture)
+    model = make_skeleton(architecture, config.head)
     text = architecture.get_text_config()
     heads = tuple(f"{name}." for name in head_names(model))
     below = {name: m for name, m in model.named_modules() if not f"{name}.".startswith(heads)}
     linears = [module for module in below.values() if isinstance(module, nn.Linear)]
-    n_head = sum(w.numel() for name, w in model.named_parameters() if name.startswith(heads))
-    n_contrast = text.hidden_size if config.head == "contrast" else 0
     hidden, n_heads = text.hidden_size, text.num_attention_heads
     width = getattr(text, "head_dim", None) or hidden // n_heads
     keys = (getattr(text, "num_key_value_heads", None) or n_heads) * width
@@ -186,12 +151,11 @@ def count_shape(architecture: PreTrainedConfig, config: FinetuneConfig) -> Shape
     is_gated = "gate_proj" in names or text.model_type == "modernbert"
     is_local = [kind == "sliding_attention" for kind in getattr(text, "layer_types", None) or ()]
     return Shape(
-        n_weights=sum(weight.numel() for weight in model.parameters()) + n_contrast,
-        n_head=n_head + n_contrast,
+        n_weights=sum(weight.numel() for weight in model.parameters()),
+        n_head=sum(w.numel() for name, w in model.named_parameters() if name.startswith(heads)),
         n_linear=sum(module.weight.numel() for module in linears),
         linear_in=sum(module.in_features for module in linears),
         linear_out=sum(module.out_features for module in linears),
-        n_linears=len(linears),
         n_layers=text.num_hidden_layers,
         n_local=sum(is_local),
         window=2 * text.sliding_window + 1 if any(is_local) else 0,
@@ -209,92 +173,85 @@ def count_shape(architecture: PreTrainedConfig, config: FinetuneConfig) -> Shape
 
 def count_memory(
     shape: Shape, config: FinetuneConfig, machine: Machine
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Count the memory of training on one GPU, by part.
+) -> tuple[dict[str, float], float]:
+    """Count the memory of training on one GPU: bytes always there by part, and bytes per token.
 
-    Returns:
-        Bytes that are always there, and bytes per token of a micro-batch. Trained weights are
-        32-bit, activations 16-bit under autocast, norms and what they read 32-bit.
+    Trained weights are 32-bit, activations 16-bit under autocast, norms and their inputs 32-bit.
     """
     trained, is_lora = shape.n_trained(config), config.lora_rank > 0
     frozen = count_frozen(shape, config.quantization) if is_lora else 0.0
-    state = 8.0 if config.optimizer == "adamw" else 2 * (1 + 4 / 256)  # 8-bit blocks have a scale
+    # Autocast keeps a 16-bit copy of every trained matrix until the pass is over.
+    copies = 2.0 * (trained if is_lora else shape.n_linear)
     fixed = {
-        "frozen weights": frozen,
-        "trained weights": 4.0 * trained,
-        "their gradients": 4.0 * trained,
-        "AdamW's two moments": state * trained,
-        # One vector of all gradients is summed over the processes.
-        "gradients of all GPUs": 4.0 * trained * (machine.n_gpus > 1),
-        # Autocast keeps a 16-bit copy of every trained matrix until the pass is over.
-        "16-bit copies of autocast": 2.0 * (trained if is_lora else shape.n_linear),
-        "CUDA context": CONTEXT_GIB * GIB * (machine.n_gpus > 0),
+        "weights": frozen + 4.0 * trained + copies,
+        # With several GPUs one vector of all gradients is summed over the processes.
+        "gradients": 4.0 * trained * (2 if machine.n_gpus > 1 else 1),
+        "optimizer": (8.0 if config.optimizer == "adamw" else 2.0) * trained,
+        "CUDA": CONTEXT_GIB * GIB * (machine.n_gpus > 0),
     }
-    layers = count_saved(shape, config, machine.has_kernel)
-    # The state that each layer starts from; in 16 bit where the frozen base is.
-    starts = shape.n_layers * shape.hidden * (2 if is_lora else 4)
-    is_recomputed = config.gradient_checkpointing
-    per_token = {
-        "kept for the backward pass": layers / shape.n_layers if is_recomputed else layers,
-        "states that layers restart from": float(starts) if is_recomputed else 0.0,
-        # What the first and the last norm read.
-        "outside the layers": 4.0 * shape.hidden * (1 if shape.is_causal else 2),
-        # Gradients of one MLP (its input, product and output) and of the residual stream.
-        "gradients on their way": 2.0 * shape.mlp + 8.0 * shape.hidden,
-    }
+    per_token = count_kept(shape, config, machine.has_kernel)
+    # Backward, gradients of one MLP (its input, product and output) and of the residual stream.
+    per_token += 2.0 * shape.mlp + 8.0 * shape.hidden
+    if config.gradient_checkpointing:  # one layer at a time is computed again
+        per_token += count_layer(shape, config, machine.has_kernel)
     return fixed, per_token
 
 
 def count_frozen(shape: Shape, quantization: str) -> float:
     """Bytes of the weights below the adapters, in their storage."""
-    rest = 2.0 * (shape.n_weights - shape.n_linear)  # embeddings, norms, the untrained head
-    if quantization == "4bit":  # half a byte, 1 byte per 64 weights, 4 bytes per 256 of those
-        return rest + shape.n_linear * (1 / 2 + 1 / 64 + 4 / (64 * 256))
-    if quantization == "8bit":  # and a 32-bit scale per row
-        return rest + shape.n_linear + 4.0 * shape.linear_out
-    return rest + 2.0 * shape.n_linear
+    bytes_per_weight = {"none": 2.0, "8bit": 1.0, "4bit": 0.516}[quantization]  # with scales
+    # Embeddings, norms and the untrained head are never quantised.
+    return 2.0 * (shape.n_weights - shape.n_linear) + bytes_per_weight * shape.n_linear
 
 
-def count_saved(shape: Shape, config: FinetuneConfig, has_kernel: bool) -> float:
-    """Bytes per token that all layers keep for the backward pass."""
-    norms = 4.0 * shape.norms * shape.n_layers  # read in 32 bit
-    inputs = 2.0 * shape.linear_in  # of the linear layers, each a 16-bit copy of its own
+def count_kept(shape: Shape, config: FinetuneConfig, has_kernel: bool) -> float:
+    """Bytes per token that a forward pass keeps for the backward pass."""
+    # What the first and the last norm read.
+    outside = 4.0 * shape.hidden * (1 if shape.is_causal else 2)
+    if not config.gradient_checkpointing:
+        return outside + shape.n_layers * count_layer(shape, config, has_kernel)
+    # The state that each layer starts from; in 16 bit where the frozen base is.
+    return outside + shape.n_layers * shape.hidden * (2 if config.lora_rank else 4)
+
+
+def count_layer(shape: Shape, config: FinetuneConfig, has_kernel: bool) -> float:
+    """Bytes per token that one layer keeps for the backward pass, the mean of all layers."""
+    norms = 4.0 * shape.norms  # read in 32 bit
+    # Of each linear layer a 16-bit copy of its input. LoRA reads a copy after dropout, and a byte
+    # per number says what was dropped. LLM.int8 keeps an input for two layers of three, about.
+    bytes_per_input = 2.0
     if config.lora_rank:
-        # LoRA reads a copy after dropout; dropout keeps a byte per number, LoRA its inner state.
-        inputs += shape.linear_in * (config.lora_dropout > 0)
-        inputs += 2.0 * config.lora_rank * shape.n_linears
-        # LLM.int8 keeps its own input, too; several layers share one: two thirds, about.
-        inputs += 4 / 3 * shape.linear_in * (config.quantization == "8bit")
-    mlps = 2.0 * shape.mlp * shape.n_layers  # of a gated MLP both factors and the input of one
-    queries, keys = 2.0 * shape.queries, 2.0 * shape.keys  # bytes
-    whole = local = 2 * queries + 2 * keys  # queries, keys, values, output
+        bytes_per_input += config.lora_dropout > 0
+        bytes_per_input += 4 / 3 * (config.quantization == "8bit")
+    inputs = bytes_per_input * shape.linear_in / shape.n_layers
+    attention = 4.0 * (shape.queries + shape.keys)  # queries, keys, values, output
     if shape.is_packed and not has_kernel:
-        # A decoder repeats keys and values for every head. An encoder splits a row into documents
-        # (keys and queries before and after RoPE) or windows (keys and values three times).
-        whole, local = (4 * queries,) * 2 if shape.is_causal else (6 * queries, 7 * queries)
+        # A decoder repeats keys and values for every head. An encoder keeps queries and keys before
+        # and after RoPE, and of windows keys and values three times.
+        attention = (8.0 if shape.is_causal else 14.0) * shape.queries
     if not shape.is_fused:  # scores, probabilities and their dropout, in 32 bit
-        whole += 12.0 * shape.n_heads * config.max_tokens
-    return norms + inputs + mlps + whole * (shape.n_layers - shape.n_local) + local * shape.n_local
+        attention += 12.0 * shape.n_heads * config.max_tokens
+    return norms + inputs + 2.0 * shape.mlp + attention
 
 
-def count_flops(shape: Shape, lengths: np.ndarray, has_kernel: bool) -> tuple[float, float]:
-    """Count the FLOPs of a forward pass, per token: of linear layers, and of attention.
-
-    A product of a weight and a number is 2 FLOPs; the lookup of embeddings and the head, which
-    reads one state of a battle, are left out.
-    """
+def count_attention(shape: Shape, lengths: np.ndarray, has_kernel: bool) -> float:
+    """Count the FLOPs of attention in a forward pass, per token of battles of these lengths."""
     keys = float((lengths.astype(float) ** 2).sum() / lengths.sum())  # that a token meets, in all
     near = shape.window if has_kernel else 1.5 * shape.window  # chunks see more than their window
     n_keys = (shape.n_layers - shape.n_local) * keys / (2 if shape.is_causal else 1)
     n_keys += shape.n_local * min(keys, near)
-    return 2.0 * shape.n_linear, 4.0 * shape.queries * n_keys  # scores, then sums of values
+    return 4.0 * shape.queries * n_keys  # scores, then sums of values
 
 
-def count_training_flops(
+def count_flops(
     shape: Shape, config: FinetuneConfig, lengths: np.ndarray, has_kernel: bool
 ) -> tuple[float, float]:
-    """Count the FLOPs per token of training and of prediction, for battles of these lengths."""
-    linear, attention = count_flops(shape, lengths, has_kernel)
+    """Count the FLOPs per token of training and of prediction, for battles of these lengths.
+
+    A product of a weight and a number is 2 FLOPs; the lookup of embeddings and the head, which
+    reads one state of a battle, are left out.
+    """
+    linear, attention = 2.0 * shape.n_linear, count_attention(shape, lengths, has_kernel)
     lora = 2.0 * config.lora_rank * (shape.linear_in + shape.linear_out)
     forward = linear + lora + attention
     # Backward, each layer needs one product for its input and one for its weights, if they are

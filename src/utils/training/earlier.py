@@ -7,6 +7,7 @@ folders of a model move to `earlier/KEY/`, and from there back. Nothing is ever 
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,9 @@ _NOT_IDENTITY = frozenset(
     "folds n_seeds refit n_processes predict_tokens tokens_per_batch gradient_checkpointing "
     "n_evals eval_pairs save_minutes train_hours allow_cpu".split()
 )
+
+
+_NAME = re.compile(r"fold_\d+(_seed_\d+)?|refit")
 
 
 def identify(config: FinetuneConfig, pairs: Any, files: list[Path]) -> Identity:
@@ -109,7 +113,7 @@ def _find_damage(folder: Path) -> str | None:
 
 def _list_models(folder: Path) -> list[str]:
     found = {path.name for kind in KINDS for path in (folder / kind).glob("*") if path.is_dir()}
-    return sorted(name for name in found if name.startswith(("fold_", "refit")))
+    return sorted(filter(_NAME.fullmatch, found))
 
 
 def _set_aside(run_dir: Path, name: str, key: str) -> Path:

@@ -80,6 +80,7 @@ def fit(
             n_left = len(to_train) - to_train.index(member.name)
             left_s = (deadline - time.monotonic()) / n_left
             _train_member(pairs, member, run_dir, base, rows, time.monotonic() + left_s)
+        on_first(_remove_checkpoints)(run_dir / "checkpoints" / member.name)
         records[member.name] = _read_predicted(pairs, member, run_dir, base)
         rows += records[member.name]["history"]
     folds = [member for member in members if member.fold is not None]
@@ -152,7 +153,6 @@ def _train_member(
     trainer = FoldTrainer(model, tokenizer, train_pairs, heldout, member, run_dir, earlier)
     with quiet_transformers():
         trainer.train(find_checkpoint(folder), deadline)
-    on_first(_remove_checkpoints)(folder)
     del trainer, model
     release_memory()
 

@@ -23,13 +23,7 @@ import torch
 from accelerate.utils import release_memory
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from src.utils.config import (
-    DecoderConfig,
-    FinetuneConfig,
-    make_parameters,
-    read_parameters,
-    read_profile,
-)
+from src.utils.config import FinetuneConfig, read_finetuning
 from src.utils.models.hardware import choose_device
 from src.utils.models.tiny import prepare_base
 from src.utils.paths import ROOT, choose_profile
@@ -38,7 +32,6 @@ from src.utils.training.fit import FitResult, fit
 from src.utils.training.plan import check_device
 from src.utils.training.processes import join_world, leave_world, on_first, world_size
 
-CONFIGS = {"03_modernbert": FinetuneConfig, "04_qwen": DecoderConfig}
 PROGRAM = ("-m", "src.utils.training.launch")  # what torchrun starts in each process
 _LAUNCHER = "ARENA_LAUNCHER_PID"
 
@@ -48,12 +41,8 @@ def fit_launched(
 ) -> FitResult:
     """Train as `fit.fit` does, in `config.n_processes` processes, and show their output.
 
-    The result is that of one process, up to rounding.
-
-    Raises:
-        SuiteError: a real checkpoint without a GPU, see `plan.check_device`.
-        ValueError: more processes than GPUs.
-        RuntimeError: a process failed; the message quotes its error.
+    The result is that of one process, up to rounding. RuntimeError if a process failed, with its
+    error; other errors as for `check_device` and `count_processes`.
     """
     check_device(config, pairs, base)
     n_processes = count_processes(config)
@@ -131,18 +120,15 @@ def read_config(
     run_dir: Path, settings: Path | None, profile: str, changes: Sequence[str]
 ) -> FinetuneConfig:
     """Read the settings from a file, or as the notebook named like the run folder would."""
-    notebook = run_dir.resolve().name
+    folder = run_dir.resolve()
     if settings:
-        return CONFIGS.get(notebook, FinetuneConfig).from_json(read_json(settings))
-    if notebook not in CONFIGS:
+        return FinetuneConfig.from_json(read_json(settings))
+    known = read_finetuning(choose_profile(profile, folder.parent), changes)
+    if folder.name not in known:
         raise ValueError(
-            f"RUN: expected a folder named {' or '.join(CONFIGS)}, or --settings, got {run_dir}"
+            f"RUN: expected a folder named {' or '.join(known)}, or --settings, got {run_dir}"
         )
-    profile = choose_profile(profile, run_dir.resolve().parent)
-    defaults = read_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
-    section = {} if profile == "none" else read_profile(profile).get(notebook, {})
-    chosen = make_parameters({notebook: defaults}, profile={notebook: section}, settings=changes)
-    return CONFIGS[notebook].from_parameters(defaults | chosen[notebook], notebook)
+    return known[folder.name]
 
 
 def _exit_with_parents() -> None:

@@ -1,4 +1,4 @@
-"""Plan a run before it starts: tokens, hours, memory, disk, and what will be cut.
+"""Plan a run before it starts: hours, memory, disk, what will be cut, and what to change.
 
     python -m src.utils.training.plan --profile full --gpu 24
 
@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,26 @@ import numpy as np
 import pandas as pd
 import torch
 
-from src.utils import config as settings
 from src.utils import paths
 from src.utils.battles.readers import load_pairs
-from src.utils.config import FinetuneConfig, SuiteError
-from src.utils.models.checkpoints import TINY
+from src.utils.battles.style import count_tokens
+from src.utils.config import (
+    NOTEBOOKS,
+    EdaConfig,
+    FinetuneConfig,
+    SuiteError,
+    choose_names,
+    read_finetuning,
+)
 from src.utils.models.hardware import choose_device
 from src.utils.runs import read_pairs
-from src.utils.schema import TEXTS
 from src.utils.training import costs
-from src.utils.training.costs import CARDS, CONTEXT_GIB, GIB, MACHINES, Machine, Shape
+from src.utils.training.costs import CARDS, CONTEXT_GIB, GIB, Machine, Shape
 
+MACHINES = ("24", "16", "2x16", "80")  # that are listed where none is named
 N_BATTLES, N_TEST = 57_477, 25_000  # of the competition, and its hidden rows
-# Kaggle: hours of a session and of GPUs a week, GB that a session may leave, hours to submit.
-SESSION_H, WEEK_H, OUTPUT_GB, SUBMISSION_H = 12.0, 30.0, 20.0, 9.0
+# Kaggle: hours of a session, GB that it may leave, hours to submit.
+SESSION_H, OUTPUT_GB, SUBMISSION_H = 12.0, 20.0, 9.0
 MARGIN = 0.9  # share of a limit in hours that an estimate may fill
 USABLE = 0.95  # of a GPU's memory: the rest is lost between the allocator's blocks
 N_CHECKPOINTS = 3  # two are kept while the next one is written
@@ -40,26 +46,24 @@ MAX_CPU_H = 0.5  # training on a CPU up to which nobody is asked
 # Tokens of the texts of 1,384 battles of the competition, by percent of the battles: the mean of
 # Qwen's and ModernBERT's tokenizers, which are within 3 % of it.
 PERCENT = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 100)
-TEXT_TOK = "7 31 81 127 220 328 440 552 684 812 979 1342 1721 2412 3406 4191 6525"
-CHARS_PER_TOK = 4  # as in notebook 01; those tokenizers have 4.1 and 4.2
+TEXT_TOK = (7, 31, 81, 127, 220, 328, 440, 552, 684, 812, 979, 1342, 1721, 2412, 3406, 4191, 6525)
 TEMPLATE_TOK = {False: 12, True: 68}  # of an encoder, of a decoder
-# Seconds and GiB on two cores for `N_BATTLES`: benchmarks/results/eda.json and baseline.json.
+PADDING = 1.04  # tokens read for each of a battle, where rows sorted by length are padded
 TINY_TEXT = "a stand-in of 0.25 million weights, which trains within minutes on a CPU"
-ON_CPU = {"01_eda": (45, 1.1), "02_baseline": (256, 3.6)}
+# For `N_BATTLES`: benchmarks/results/eda.json and baseline.json.
+ON_CPU = {
+    "01_eda": "45 s and 1.1 GiB on two cores, no GPU",
+    "02_baseline": "256 s and 3.6 GiB on two cores, no GPU",
+    "05_ensemble": "seconds, no GPU",
+}
 
 
 def measure_texts(pairs: pd.DataFrame | None) -> np.ndarray:
-    """Estimate the tokens of each battle's texts, uncut: (N,) float.
-
-    None stands for the battles of the competition.
-    """
+    """Estimate the tokens of each battle's texts, uncut: (N,) float; None: the competition's."""
     if pairs is None:
         percent = (np.arange(N_BATTLES) + 0.5) / N_BATTLES * 100
-        return np.interp(percent, PERCENT, [float(number) for number in TEXT_TOK.split()])
-    n_chars = np.zeros(len(pairs))
-    for name in TEXTS:
-        n_chars += [sum(len(turn or "") for turn in turns) for turns in pairs[name]]
-    return n_chars / CHARS_PER_TOK
+        return np.interp(percent, PERCENT, TEXT_TOK)
+    return count_tokens(pairs).astype(float)  # four characters a token; these two have 4.1 and 4.2
 
 
 @dataclass(frozen=True)
@@ -72,18 +76,18 @@ class Need:
     text_tok: np.ndarray  # (N,) of the battles
     n_train: int  # battles that one model learns from
     n_models: int
-    train_tok: float
-    valid_tok: float
     flops: float
     hours: float
+    steps_share: float  # of all steps, for which TRAIN_HOURS leaves time
     valid_share: float  # of the hours
     train_cut: float  # share of the battles over MAX_TOKENS
     predict_cut: float  # share over PREDICT_TOKENS
     memory: dict[str, float]  # GiB of each part, with micro-batches of `micro_batch`
     most_tokens: int  # of a micro-batch for which there is memory
     micro_batch: int  # tokens of one forward pass
-    disk: dict[str, float]  # GB
-    predict_h: float  # hours for 1,000 battles in both orders, by all models
+    download_gb: float
+    output_gb: float
+    submission_h: float  # hours to predict the hidden rows, in both orders, by all models
 
 
 def plan_training(
@@ -91,30 +95,39 @@ def plan_training(
 ) -> Need:
     """Plan the training of all models of a notebook; `text_tok` is from `measure_texts`."""
     given = text_tok + TEMPLATE_TOK[shape.is_causal]
-    trained, predicted = (np.minimum(given, n) for n in (config.max_tokens, config.predict_tokens))
-    n_heldout = round(len(given) / settings.EdaConfig().n_folds)
+    trained = np.minimum(given, config.max_tokens)
+    predicted = np.minimum(given, config.predict_tokens)
+    padding = 1.0 if shape.is_packed else PADDING
+    n_heldout = round(len(given) / EdaConfig().n_folds)
     most = config.max_pairs or len(given)
     n_train = min(len(given) - n_heldout, most)
     n_folds = len(config.folds) * config.n_seeds
+    n_models = n_folds + config.refit
     n_read = n_folds * n_train + config.refit * min(len(given), most)  # battles, in one epoch
-    padding = 1.0 if shape.is_packed else 1.04  # sorted by length
     orders = 2 if config.both_orders else 1
     train_tok = n_read * config.n_epochs * orders * float(trained.mean()) * padding
     # In between some battles in one order, at the end the fold in both.
     n_between = max(1, round(config.n_evals * config.n_epochs))
-    n_valid = n_between * min(config.eval_pairs, n_heldout) + 2 * n_heldout
-    valid_tok = n_folds * n_valid * float(predicted.mean()) * padding
-    train_flops, _ = costs.count_training_flops(shape, config, trained, machine.has_kernel)
-    _, predict_flops = costs.count_training_flops(shape, config, predicted, machine.has_kernel)
-    flops = train_tok * train_flops + valid_tok * predict_flops
+    n_valid = n_folds * (n_between * min(config.eval_pairs, n_heldout) + 2 * n_heldout)
+    train_flops, _ = costs.count_flops(shape, config, trained, machine.has_kernel)
+    _, predict_flops = costs.count_flops(shape, config, predicted, machine.has_kernel)
+    reading_flops = float(predicted.mean()) * padding * predict_flops  # of one battle
+    flops = train_tok * train_flops + n_valid * reading_flops
+
+    all_hours = machine.hours(flops)
+    hours = min(all_hours, config.train_hours or math.inf)
 
     fixed, per_token = costs.count_memory(shape, config, machine)
     room = machine.gib * USABLE * GIB - sum(fixed.values())
-    most_tokens = max(0, int(room / sum(per_token.values())))
+    most_tokens = max(0, int(room / per_token))
     share = config.tokens_per_step // max(machine.n_gpus, 1)
-    micro_batch = max(min(most_tokens, share, config.tokens_per_batch or share), config.max_tokens)
-    parts = fixed | {name: micro_batch * n_bytes for name, n_bytes in per_token.items()}
-    n_trained, n_models = shape.n_trained(config), n_folds + config.refit
+    micro_batch = min(share, config.tokens_per_batch or share)
+    while micro_batch > most_tokens > config.max_tokens:  # as the trainer does
+        micro_batch //= 2
+    micro_batch = max(micro_batch, config.max_tokens)
+    parts = fixed | {"activations": micro_batch * per_token}
+    weights_gb = 4 * shape.n_trained(config) / 1e9
+    checkpoint_gb = weights_gb + fixed["optimizer"] / 1e9
     return Need(
         config,
         machine,
@@ -122,24 +135,18 @@ def plan_training(
         text_tok,
         n_train,
         n_models,
-        train_tok,
-        valid_tok,
         flops,
-        hours=min(machine.hours(flops), config.train_hours or math.inf),
-        valid_share=valid_tok * predict_flops / flops,
+        hours,
+        steps_share=hours / all_hours,
+        valid_share=n_valid * reading_flops / flops,
         train_cut=float((given > config.max_tokens).mean()),
         predict_cut=float((given > config.predict_tokens).mean()),
-        memory={name: n_bytes / GIB for name, n_bytes in parts.items() if n_bytes},
+        memory={name: n_bytes / GIB for name, n_bytes in parts.items()},
         most_tokens=most_tokens,
         micro_batch=micro_batch,
-        disk={
-            "download": shape.n_weights * (2 if config.lora_rank else 4) / 1e9,
-            "checkpoints": N_CHECKPOINTS * (4 * n_trained + fixed["AdamW's two moments"]) / 1e9,
-            "models": n_models * 4 * n_trained / 1e9,
-        },
-        predict_h=machine.hours(
-            2000 * float(predicted.mean()) * padding * predict_flops * n_models
-        ),
+        download_gb=shape.n_weights * (2 if config.lora_rank else 4) / 1e9,
+        output_gb=N_CHECKPOINTS * checkpoint_gb + n_models * weights_gb,
+        submission_h=machine.hours(2 * N_TEST * n_models * reading_flops),
     )
 
 
@@ -152,18 +159,9 @@ def find_problem(need: Need) -> str:
         return "Too long without a GPU"
     if on_kaggle and need.hours > SESSION_H * MARGIN:
         return f"Too long for Kaggle's {SESSION_H:.0f} h a session"
-    if on_kaggle and need.disk["checkpoints"] + need.disk["models"] > OUTPUT_GB:
+    if on_kaggle and need.output_gb > OUTPUT_GB:
         return f"Too much for Kaggle's {OUTPUT_GB:.0f} GB of output"
     return ""
-
-
-def _solve(need: Need, change: dict[str, Any]) -> str:
-    """The settings to type if they make a training fit, else nothing."""
-    changed = dataclasses.replace(need.config, **change)
-    if find_problem(plan_training(changed, need.text_tok, need.machine, need.shape)):
-        return ""
-    old, new = need.config.to_json(), changed.to_json()
-    return " ".join(f"{name.upper()}={new[name]}" for name in change if new[name] != old[name])
 
 
 def advise(need: Need) -> str:
@@ -174,10 +172,6 @@ def advise(need: Need) -> str:
     config = need.config
     lora = {"lora_rank": config.lora_rank or 32}
     one_model: dict[str, Any] = {"folds": config.folds[:1], "n_seeds": 1, "refit": False}
-    changed = dataclasses.replace(config, **one_model)
-    alone = plan_training(changed, need.text_tok, need.machine, need.shape)
-    hours, valid_h = SESSION_H * MARGIN, alone.hours * alone.valid_share
-    share = max(hours - valid_h, 0) / (alone.hours - valid_h)
     changes: list[dict[str, Any]] = [
         {"gradient_checkpointing": True},
         lora,
@@ -185,79 +179,70 @@ def advise(need: Need) -> str:
         lora | {"quantization": "4bit", "gradient_checkpointing": True},
         one_model,
         one_model | {"max_tokens": max(config.max_tokens // 2, 256)},
-        one_model | {"max_pairs": max(int(need.n_train * share) // 1000, 1) * 1000},
     ]
-    ways = [text for change in changes if (text := _solve(need, change))]
-    if problem.startswith("Too long"):
-        cut = _solve(need, one_model | {"train_hours": float(int(hours))})
-        ways += [f"{cut} (some {share:.0%} of the steps)"] if cut and share < 1 else []
+    if problem.startswith("Too long"):  # a schedule that ends in time: fewer steps
+        changes.append(one_model | {"train_hours": float(int(SESSION_H * MARGIN))})
+    ways = []
+    for change in changes:
+        changed = dataclasses.replace(config, **change)
+        then = plan_training(changed, need.text_tok, need.machine, need.shape)
+        if not find_problem(then):
+            old, new = config.to_json(), changed.to_json()
+            words = [f"{name.upper()}={new[name]}" for name in change if new[name] != old[name]]
+            words += [f"(some {then.steps_share:.0%} of the steps)"] if then.steps_share < 1 else []
+            ways.append(" ".join(words))
     return f"{problem}: set {' or '.join(ways) or 'a smaller CHECKPOINT'}."
 
 
 def describe(need: Need, notebook: str) -> str:
     """Write a plan as a table for people, with the advice if it does not fit."""
-    config, machine, disk = need.config, need.machine, need.disk
-    others = [dataclasses.replace(card, n_gpus=max(machine.n_gpus, 1)) for card in CARDS.values()]
-    hours = ", ".join(f"{card.name} {card.hours(need.flops):.1f}" for card in others)
-    stays = disk["checkpoints"] + disk["models"]
+    config, machine = need.config, need.machine
+    memory = ", ".join(f"{name} {gib:.1f}" for name, gib in need.memory.items())
     rows = {
-        "battles": f"{need.n_train:,} to learn from, {need.n_models} model(s) of "
-        f"{need.shape.n_weights:,} weights, {need.shape.n_trained(config):,} trained",
-        "cut": f"{need.train_cut:.1%} of the battles to {config.max_tokens:,} tokens in training, "
+        "models": f"{need.n_models}, each learns from {need.n_train:,} battles or more; "
+        f"{need.shape.n_trained(config) / 1e6:,.1f} of {need.shape.n_weights / 1e6:,.1f} million "
+        "weights are trained",
+        "hours": f"{need.hours:,.1f} for {need.steps_share:.0%} of the steps; "
+        f"{need.valid_share:.0%} of them validation",
+        "battles": f"{need.train_cut:.1%} are cut to {config.max_tokens:,} tokens in training, "
         f"{need.predict_cut:.1%} to {config.predict_tokens:,} in prediction",
-        "tokens": f"{need.train_tok / 1e6:,.1f} M in training, {need.valid_tok / 1e6:,.1f} M in "
-        f"validation; {need.flops:.2e} FLOPs",
-        "hours": f"{need.hours:,.1f}, {need.valid_share:.0%} of it validation ({hours})",
+        "memory": f"{sum(need.memory.values()):.1f} of {machine.gib:.1f} GiB: {memory}",
         "micro-batch": f"{need.micro_batch:,} tokens; memory holds {need.most_tokens:,}",
-        "memory": f"{sum(need.memory.values()):.1f} of {machine.gib:.1f} GiB",
+        "disk": f"{need.download_gb:.1f} GB download, {need.output_gb:.1f} GB output",
     }
-    rows |= {f"  {part}": f"{gib:.2f} GiB" for part, gib in need.memory.items()}
-    rows["disk"] = f"{disk['download']:.1f} GB download; {stays:.1f} GB output, of it "
-    rows["disk"] += f"{disk['checkpoints']:.1f} only while training (Kaggle: {OUTPUT_GB:.0f} GB)"
     lines = [f"{notebook}: {config.checkpoint} on {machine.name}"]
-    lines += [f"  {name:33} {text}" for name, text in rows.items()]
+    lines += [f"  {name:12} {text}" for name, text in rows.items()]
     return "\n".join([*lines, f"  {advise(need)}"])
 
 
 def summarise(need: Need, notebook: str) -> str:
     """Write a plan in one line, with the advice if it does not fit."""
-    return (
-        f"{need.machine.name:15} {notebook:14} {need.hours:6.1f} h  "
-        f"{sum(need.memory.values()):5.1f} of {need.machine.gib:4.1f} GiB  "
-        f"{need.micro_batch:6,} tokens  {advise(need)}"
-    )
+    memory = f"{sum(need.memory.values()):5.1f} of {need.machine.gib:4.1f} GiB"
+    return f"{notebook:20} {need.machine.name:16} {need.hours:5.1f} h  {memory}  {advise(need)}"
 
 
-def describe_others(needs: Mapping[str, Need], on_kaggle: Sequence[Need], n_battles: int) -> dict:
+def describe_others(needs: Sequence[Need], on_kaggle: Sequence[Need]) -> dict[str, str]:
     """Say in one line each what the notebooks need that do not train on a GPU: name -> line."""
-    share = n_battles / N_BATTLES
-    lines = {
-        name: f"{seconds * share:,.0f} s and {gib * share:.1f} GiB on two cores, without a GPU"
-        for name, (seconds, gib) in ON_CPU.items()
+    hours = sum(need.submission_h for need in on_kaggle)
+    verdict = "It fits." if hours < SUBMISSION_H * MARGIN else "Too long: lower PREDICT_TOKENS."
+    rows = f"{N_TEST:,} hidden rows take {hours:.1f} of {SUBMISSION_H:.0f} h on Kaggle's two T4s"
+    largest = max((need.download_gb * 1e9 / GIB for need in needs), default=0.0) + CONTEXT_GIB
+    return ON_CPU | {
+        "06_kaggle_inference": f"{rows}. {verdict}",
+        "07_publish": f"{largest:.1f} GiB, for one copy of the weights at a time",
     }
-    lines["05_ensemble"] = "seconds, without a GPU"
-    hours = sum(need.predict_h for need in on_kaggle) * N_TEST / 1000
-    verdict = "fits" if hours < SUBMISSION_H * MARGIN else "does not fit: lower PREDICT_TOKENS"
-    lines["06_kaggle_inference"] = (
-        f"{N_TEST:,} rows in both orders take {hours:.1f} of {SUBMISSION_H:.0f} h on Kaggle's T4s: "
-        f"{verdict}"
-    )
-    published = []
-    for name, need in needs.items():
-        n_bytes = 2 if need.config.lora_rank else 4
-        gib = need.shape.n_weights * n_bytes / GIB + CONTEXT_GIB
-        verdict = "fits" if gib < need.machine.gib * MARGIN else "does not fit"
-        published.append(f"{name} {gib:.1f} GiB in {8 * n_bytes} bit: {verdict}")
-    lines["07_publish"] = f"one copy of the weights at a time; {', '.join(published)}"
-    return lines
 
 
-def plan_here(config: FinetuneConfig, pairs: pd.DataFrame, base: Path | None = None) -> str:
+def plan_here(config: FinetuneConfig, pairs: pd.DataFrame) -> str:
     """Describe what a notebook's training needs on the device that it finds, before it starts."""
-    if config.checkpoint.startswith(TINY):
+    if config.is_tiny:
         return f"{config.checkpoint}: {TINY_TEXT}"
+    return describe(_plan_here(config, pairs, None), "this notebook")
+
+
+def _plan_here(config: FinetuneConfig, pairs: pd.DataFrame, base: Path | None) -> Need:
     shape, machine = costs.read_shape(config, base), costs.find_machine()
-    return describe(plan_training(config, measure_texts(pairs), machine, shape), "this notebook")
+    return plan_training(config, measure_texts(pairs), machine, shape)
 
 
 def check_device(config: FinetuneConfig, pairs: pd.DataFrame, base: Path | None = None) -> None:
@@ -266,20 +251,17 @@ def check_device(config: FinetuneConfig, pairs: pd.DataFrame, base: Path | None 
     Raises:
         SuiteError: there is no usable GPU; the text has the projected hours.
     """
-    is_tiny = config.checkpoint.startswith(TINY)
-    if is_tiny or config.allow_cpu or choose_device().type != "cpu":
+    if config.is_tiny or config.allow_cpu or choose_device().type != "cpu":
         return
-    shape, machine = costs.read_shape(config, base), costs.find_machine()
-    hours = plan_training(config, measure_texts(pairs), machine, shape).hours
+    hours = _plan_here(config, pairs, base).hours
     if hours > MAX_CPU_H:
         built = torch.version.cuda
-        reason = (
-            f"this torch needs a driver for CUDA {built}" if built else "this torch has no CUDA"
-        )
+        reason = f"needs a driver for CUDA {built}" if built else "has no CUDA"
         raise SuiteError(
-            f"{config.checkpoint}: expected a GPU, found none that torch can use ({reason}). On "
-            f"this CPU the training would take about {hours:,.0f} hours. Use a machine with a GPU "
-            "(make plan lists what each needs), PROFILE=small for tiny models, or ALLOW_CPU=True."
+            f"{config.checkpoint}: expected a GPU, found none that torch can use (this torch "
+            f"{reason}). On this CPU the training would take about {hours:,.0f} hours. Use a "
+            "machine with a GPU (make plan lists what each needs), PROFILE=small for tiny models, "
+            "or ALLOW_CPU=True."
         )
 
 
@@ -288,36 +270,10 @@ def read_texts(data: Sequence[str], artifacts: Path) -> tuple[np.ndarray, str]:
     raw = paths.find_raw_data(" | ".join(data))
     frozen = artifacts / "01_eda" / "pairs.parquet"
     if not data and frozen.exists() and not (frozen.parent / "truth.parquet").exists():
-        return measure_texts(read_pairs(frozen)), f"{frozen}, {CHARS_PER_TOK} characters a token"
+        return measure_texts(read_pairs(frozen)), str(frozen)
     if raw.train and raw.kind != "demo":
-        pairs, _ = load_pairs(raw.train)
-        return measure_texts(pairs), f"{raw.train[0]}, {CHARS_PER_TOK} characters a token"
-    return measure_texts(None), "the competition, by the measured lengths of 1,384 of its battles"
-
-
-def read_configs(profile: str, changes: Sequence[str]) -> dict[str, FinetuneConfig]:
-    """Read the settings of 03 and 04 as `make run` would pass them."""
-    notebooks = sorted((paths.ROOT / "notebooks").glob("*.ipynb"))
-    defaults = {path.stem: settings.read_parameters(path) for path in notebooks}
-    asked = [setting for text in changes for setting in settings.split_settings(text)]
-    section = settings.read_profile(profile)
-    chosen = settings.make_parameters(defaults, profile=section, settings=asked)
-    found = {}
-    for name, kind in settings.CONFIGS.items():
-        if issubclass(kind, FinetuneConfig):
-            found[name] = kind.from_parameters(defaults[name] | chosen[name], name)
-    return found
-
-
-def choose_notebooks(only: str) -> list[str]:
-    """Turn "03" or "02,04-06" into names; nothing into all of them."""
-    names = sorted(path.stem for path in (paths.ROOT / "notebooks").glob("*.ipynb"))
-    chosen = []
-    for part in only.replace(",", " ").split():
-        first, _, last = part.partition("-")
-        start = names.index(settings.find_name(first, names))
-        chosen += names[start : names.index(settings.find_name(last or first, names)) + 1]
-    return chosen or names
+        return measure_texts(load_pairs(raw.train)[0]), str(raw.train[0])
+    return measure_texts(None), "those of the competition"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -333,36 +289,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(make_plan(options))
-    except (SuiteError, FileNotFoundError, ValueError) as error:
+    except (SuiteError, OSError, ValueError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     return 0
 
 
 def make_plan(options: argparse.Namespace) -> str:
-    """Write one line for each machine and notebook, then the details for the first machine."""
-    if options.gpu:
-        machines = [costs.read_machine(options.gpu)]
-    else:
-        has_gpu = choose_device().type == "cuda"
-        machines = [costs.find_machine()] if has_gpu else list(MACHINES.values())
-    chosen = choose_notebooks(options.only)
-    configs = read_configs(options.profile, options.set)
-    tiny = [name for name, config in configs.items() if config.checkpoint.startswith(TINY)]
-    shapes = {name: costs.read_shape(configs[name]) for name in configs if name not in tiny}
+    """Write the details for one machine, or one line for each of several, and what to do next."""
+    names = [options.gpu] if options.gpu else MACHINES
+    machines = [costs.read_machine(name) for name in names]
+    if not options.gpu and choose_device().type == "cuda":
+        machines = [costs.find_machine()]
+    chosen = choose_names(options.only, sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
+    configs = read_finetuning(options.profile, options.set)
     texts, source = read_texts(options.data, Path(options.artifacts or paths.artifacts_dir()))
+    shapes = {name: costs.read_shape(c) for name, c in configs.items() if not c.is_tiny}
 
     def plan_on(machine: Machine) -> dict[str, Need]:
         return {name: plan_training(configs[name], texts, machine, shapes[name]) for name in shapes}
 
     needs = [plan_on(machine) for machine in machines]
+    on_kaggle = plan_on(costs.read_machine("2xT4"))
+    others = describe_others([*needs[0].values()], [*on_kaggle.values()])
     lines = [f"PROFILE={options.profile}, {len(texts):,} battles: {source}", ""]
-    for name in filter(chosen.__contains__, shapes):
-        lines += [summarise(each[name], name) for each in needs]
-    lines += [f"\n{describe(needs[0][name], name)}" for name in shapes if name in chosen]
-    lines += [f"{name}: {configs[name].checkpoint}, {TINY_TEXT}" for name in tiny if name in chosen]
-    others = describe_others(needs[0], list(plan_on(MACHINES["2x16"]).values()), len(texts))
-    lines += ["", *(f"{name:20} {others[name]}" for name in others if name in chosen)]
+    for name in chosen:
+        if name not in configs:
+            lines.append(f"{name:20} {others[name]}")
+        elif name not in shapes:
+            lines.append(f"{name:20} {configs[name].checkpoint}, {TINY_TEXT}")
+        elif len(machines) == 1:
+            lines.append(f"\n{describe(needs[0][name], name)}\n")
+        else:
+            lines += [summarise(each[name], name) for each in needs]
+    lines.append('\nTry a change with `make plan SET="04.REFIT=False"`; make run takes it, too.')
+    if len(machines) > 1:
+        lines.append("For the details of one machine: `make plan GPU=2xT4 NB=04`")
     return "\n".join(lines)
 
 

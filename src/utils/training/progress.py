@@ -85,7 +85,7 @@ class Progress:
         prior = log_loss(np.tile(class_prior(self.labels), (len(self.labels), 1)), self.labels)
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         ax = plot_learning_curve(figure.subplots(), history, prior)
-        ax.set_title(f"{self.title}, epoch {history['epoch'].iloc[-1]:.2f}", loc="right")
+        ax.set_xlabel(f"epochs; {self.title} is at {history['epoch'].iloc[-1]:.2f}")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
         display(Image(buffer.getvalue()), display_id=str(id(self)), update=self._is_drawn)
