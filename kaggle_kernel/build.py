@@ -31,7 +31,7 @@ BASELINE = "02_baseline"
 # What inference reads of a run; `base` is there for adapters on a tiny checkpoint.
 RUN_PARTS = ("config.json", "metrics.json", "model", "base")
 BLEND_PARTS = ("blend.json", "metrics.json")
-SOURCE_SUFFIXES = (".py", ".md", ".yaml")
+SOURCE_SUFFIXES = (".py", ".md", ".yaml", ".json")
 # Kaggle's image has Python 3.12 and no bitsandbytes.
 WHEELS = ("bitsandbytes",)
 WHEEL_PYTHON, WHEEL_PLATFORM = "3.12", "manylinux_2_24_x86_64"

@@ -342,7 +342,7 @@ def make_sessions(users, prompts=None):
 
 def test_battles_that_share_a_prompt_or_a_session_are_in_one_group():
     prompts = [0, 1, 2, 3, 1, *range(5, 12)]
-    pairs = make_sessions(["a", "a", "b", "b", "c", "c", *[""] * 6], prompts)
+    pairs = make_sessions(["a", "a", "b", "b", "c", "c", *["", None] * 3], prompts)
     groups = add_groups_and_folds(pairs, n_folds=2)["group"].tolist()
     assert groups[0] == groups[1] == groups[4] == groups[5]  # session a, question 1, session c
     assert groups[2] == groups[3] != groups[0]

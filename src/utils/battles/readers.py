@@ -286,7 +286,8 @@ def add_groups_and_folds(pairs: pd.DataFrame, n_folds: int = 5, seed: int = SEED
         raise ValueError(f"n_folds: expected 2 or more, got {n_folds}")
     groups = np.array([hash_prompt(turns) for turns in pairs["prompt"]], dtype=np.int64)
     if "user" in pairs.columns:
-        groups = _join_users(groups, pairs["user"].astype(str).to_numpy(dtype=object), n_folds)
+        users = pairs["user"].fillna("").astype(str).to_numpy(dtype=object)
+        groups = _join_users(groups, users, n_folds)
     order = np.lexsort((pairs["id"].astype(str).to_numpy(dtype="U"), groups))
     folds = np.empty(len(pairs), dtype=np.int8)
     folds[order] = _split(pairs["label"].to_numpy()[order], groups[order], n_folds, seed)

@@ -126,7 +126,8 @@ def _read_metrics(folder: Path) -> dict[str, Any]:
 
 def _hash_library() -> str:
     library = Path(__file__).resolve().parents[1]
-    files = sorted(path for path in library.rglob("*") if path.suffix in (".py", ".yaml", ".md"))
+    suffixes = (".py", ".yaml", ".md", ".json")
+    files = sorted(path for path in library.rglob("*") if path.suffix in suffixes)
     return hash_json([hash_file(file) for file in files])
 
 
