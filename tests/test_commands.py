@@ -89,6 +89,10 @@ EFFECTS: dict[str, Run | str] = {
     ),
     'make run DATA="a.csv b.csv" TEST=test.csv': Run(ALL, "small", "full"),
     'make run SET="04.LORA_RANK=64"': Run(ALL, "small", "full", {"04.LORA_RANK": 64}),
+    'make run SET="01.SPLIT=time"': Run(ALL, "small", "full", {"01.SPLIT": "time"}),
+    "make run DATA=data/arena-140k ARTIFACTS=artifacts/140k": Run(
+        ALL, "small", "small", place="artifacts/140k"
+    ),
     "make run NB=02": Run("02", "missing", "full"),
     "NB=02,05": Run("02,05", "missing", "full"),
     "NB=03-05": Run("03-05", "missing", "full"),
@@ -190,6 +194,7 @@ EFFECTS: dict[str, Run | str] = {
     "make lint": "ruff check .",
     "make bench": "python -m benchmarks.training",
     "make docs": "python -m docs.parameters",
+    "make data NAME=arena-140k": "src.utils.battles.download",
     "make data": "python -m src.utils.battles.download",
     "make notebook": "jupyter lab --notebook-dir notebooks",
     "make clean": "",
@@ -305,6 +310,7 @@ def clone(tmp_path, stubs, monkeypatch):
         (root / folder).mkdir(parents=True)
     for name in ("train", "test", "sample_submission"):
         (root / "data/raw" / f"{name}.csv").write_text(name)
+    shutil.copytree(root / "data/raw", root / "data/arena-140k")
     for name in ("a.csv", "b.csv", "test.csv", "extra/battles.csv", "extra/labels.csv"):
         (root / name).write_text(name)
     programs = root / ".venv/bin"

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import sklearn.metrics
 
-from src.utils.schema import probs_of, probs_table, swap_probs
+from src.utils.schema import list_votes, probs_of, probs_table, swap_probs
 from src.utils.stats.scores import (
     bootstrap_interval,
     class_prior,
@@ -211,8 +211,14 @@ def test_a_summary_scores_held_out_battles_in_any_order():
         summarise(unknown, pairs)
 
 
-def test_the_log_loss_over_several_votes_is_that_of_each_vote():
-    probs = np.array([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]])
-    counts = np.array([[2, 0, 1], [0, 0, 1]])
-    each = log_loss(probs[[0, 0, 0, 1]], np.array([0, 0, 2, 2]))
-    assert log_loss(probs, np.array([0, 2]), counts) == pytest.approx(each)
+def test_each_of_several_votes_on_a_battle_counts_once():
+    pairs = pd.DataFrame({"id": [1, 2, 3], "label": [0, 2, 1], "fold": 0, "group": ["a", "b", "c"]})
+    pairs = pairs.assign(votes_a=[2, 0, None], votes_b=[0, 0, None], votes_tie=[1, 1, None])
+    rows, labels = list_votes(pairs)
+    assert rows.tolist() == [0, 0, 0, 1, 2] and labels.tolist() == [0, 0, 2, 2, 1]
+    probs = np.array([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
+    summary = summarise(probs_table(pairs["id"], probs)[::-1], pairs)
+    each = [0.5, 0.5, 0.25, 0.6, 0.8]
+    assert summary["log_loss"] == pytest.approx(-np.log(each).mean())
+    plain = pairs.drop(columns=["votes_a", "votes_b", "votes_tie"])
+    assert [part.tolist() for part in list_votes(plain)] == [[0, 1, 2], [0, 2, 1]]

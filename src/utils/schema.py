@@ -138,6 +138,19 @@ def vote_shares(pairs: pd.DataFrame) -> np.ndarray:
     return np.where(sums > 0, counts / np.maximum(sums, 1), shares)
 
 
+def list_votes(pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """List every vote on N battles: the row of its battle and its class, both (V,) int.
+
+    Without counts of votes (`VOTES`) that is one vote per battle, its label.
+    """
+    counts = np.rint(vote_shares(pairs)).astype(int)
+    if {*VOTES} <= {*pairs.columns}:
+        votes = pairs[list(VOTES)].to_numpy(dtype=np.float64, na_value=0.0).astype(int)
+        counts = np.where(votes.sum(axis=1, keepdims=True) > 0, votes, counts)
+    rows, classes = np.indices(counts.shape)
+    return np.repeat(rows, counts.ravel()), np.repeat(classes, counts.ravel())
+
+
 def swap_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     """Exchange A and B in every battle: answers and, if present, model names and votes."""
     to_b = {"response_a": "response_b", "model_a": "model_b", "votes_a": "votes_b"}

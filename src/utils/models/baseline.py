@@ -46,6 +46,7 @@ from src.utils.schema import (
     average_over_swap,
     check_pairs,
     join_turns,
+    list_votes,
     swap_labels,
     vote_shares,
 )
@@ -385,9 +386,8 @@ def fit_baseline(
     """Fit the members to all battles, and their blend to `members` of `cross_fit`."""
     features = measure_features(pairs, config) if features is None else features
     members = cross_fit(pairs, config, features) if members is None else members
-    labels = pairs["label"].to_numpy(dtype=int)
-    scored = (pairs["fold"] >= 0).to_numpy()
-    blend = fit_blend(members, labels[scored])
+    rows, labels = list_votes(pairs[pairs["fold"] >= 0])
+    blend = fit_blend({name: probs[rows] for name, probs in members.items()}, labels)
     return Baseline(config, fit_ensemble(features, vote_shares(pairs), config), blend)
 
 

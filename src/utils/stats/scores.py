@@ -20,6 +20,7 @@ from src.utils.schema import (
     TEXTS,
     check_probs,
     join_turns,
+    list_votes,
     probs_of,
     swap_probs,
 )
@@ -45,15 +46,9 @@ def row_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.log(clipped.sum(axis=1)) - np.log(clipped[np.arange(len(labels)), labels])
 
 
-def log_loss(probs: np.ndarray, labels: np.ndarray, counts: np.ndarray | None = None) -> float:
-    """Average `row_losses`, the competition's score: (N, C), (N,) int -> nats per battle.
-
-    With `counts`, (N, C) votes for each class, it is the mean over the votes instead.
-    """
-    if counts is None:
-        return float(row_losses(probs, labels).mean())
-    losses = [row_losses(probs, np.full(len(probs), label)) for label in range(len(LABELS))]
-    return float((np.stack(losses, axis=1) * counts).sum() / np.sum(counts))
+def log_loss(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Average `row_losses`, the competition's score: (N, C), (N,) int -> nats per battle."""
+    return float(row_losses(probs, labels).mean())
 
 
 def score(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -99,6 +94,13 @@ def held_out_prior(labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
     for fold in np.unique(folds):
         probs[folds == fold] = class_prior(labels[folds != fold])
     return probs
+
+
+def prior_of(pairs: pd.DataFrame) -> np.ndarray:
+    """Compute `held_out_prior` of N battles, over all votes on each: (N, C) float64."""
+    rows, labels = list_votes(pairs)
+    prior = held_out_prior(labels, pairs["fold"].to_numpy()[rows])
+    return prior[np.unique(rows, return_index=True)[1]]
 
 
 def draw_groups(groups: np.ndarray, max_pairs: int, seed: int) -> np.ndarray:
@@ -303,15 +305,18 @@ def summarise(
 
     `oof` has id and one probability per class, for some of `pairs` in any order (KeyError where
     `pairs` lacks one); `truth` are the true probabilities in the order of `oof`, (N, C) float.
+    Each vote counts once, where several people voted on a battle.
 
     Returns:
         What `score` returns; log_loss_low and log_loss_high, a 95 % interval; prior_log_loss, of
         the class prior of the other folds; with `truth` oracle_log_loss and excess_log_loss.
     """
     places = pd.Series(np.arange(len(pairs)), index=pairs["id"]).loc[list(oof["id"])].to_numpy()
-    prior = held_out_prior(pairs["label"].to_numpy(), pairs["fold"].to_numpy())[places]
-    labels, groups = pairs["label"].to_numpy()[places], pairs["group"].to_numpy()[places]
-    probs = probs_of(oof)
+    rows, labels = list_votes(pairs.iloc[places])
+    places = places[rows]
+    prior, groups = prior_of(pairs)[places], pairs["group"].to_numpy()[places]
+    probs = probs_of(oof)[rows]
+    truth = None if truth is None else truth[rows]
     low, high = bootstrap_interval(row_losses(probs, labels), groups, n_boot, seed)
     summary = score(probs, labels) | {"log_loss_low": low, "log_loss_high": high}
     summary["prior_log_loss"] = log_loss(prior, labels)
