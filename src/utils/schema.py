@@ -123,32 +123,35 @@ def choose_columns(pairs: pd.DataFrame) -> list[str]:
     return [*FROZEN_COLUMNS, *(name for name in EXTRA_COLUMNS if name in pairs.columns)]
 
 
-def vote_shares(pairs: pd.DataFrame) -> np.ndarray:
-    """Compute which share of the people voted for each class: (N, C) float64, rows sum to 1.
+def count_votes(pairs: pd.DataFrame) -> np.ndarray:
+    """Count the votes for each class: (N, C) int.
 
     Without counts of votes (`VOTES`) the label is the only vote; a label outside the classes is
     no vote, its row is zero.
     """
     labels = pairs["label"].to_numpy(dtype=np.int64)
-    shares = (labels[:, None] == np.arange(len(LABELS))).astype(np.float64)
+    single = (labels[:, None] == np.arange(len(LABELS))).astype(np.int64)
     if not {*VOTES} <= {*pairs.columns}:
-        return shares
-    counts = pairs[list(VOTES)].to_numpy(dtype=np.float64, na_value=0.0)
-    sums = counts.sum(axis=1, keepdims=True)
-    return np.where(sums > 0, counts / np.maximum(sums, 1), shares)
+        return single
+    counts = pairs[list(VOTES)].to_numpy(dtype=np.float64, na_value=0.0).astype(np.int64)
+    return np.where(counts.any(axis=1, keepdims=True), counts, single)
+
+
+def vote_shares(pairs: pd.DataFrame) -> np.ndarray:
+    """Compute each class's share of `count_votes`: (N, C) float64, rows sum to 1 (no vote: 0)."""
+    counts = count_votes(pairs)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def spread_votes(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """List every vote of (N, C) counts: the row of its battle and its class, both (V,) int."""
+    rows, classes = np.indices(counts.shape)
+    return np.repeat(rows, counts.ravel()), np.repeat(classes, counts.ravel())
 
 
 def list_votes(pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """List every vote on N battles: the row of its battle and its class, both (V,) int.
-
-    Without counts of votes (`VOTES`) that is one vote per battle, its label.
-    """
-    counts = np.rint(vote_shares(pairs)).astype(int)
-    if {*VOTES} <= {*pairs.columns}:
-        votes = pairs[list(VOTES)].to_numpy(dtype=np.float64, na_value=0.0).astype(int)
-        counts = np.where(votes.sum(axis=1, keepdims=True) > 0, votes, counts)
-    rows, classes = np.indices(counts.shape)
-    return np.repeat(rows, counts.ravel()), np.repeat(classes, counts.ravel())
+    """List every vote on N battles, see `count_votes` and `spread_votes`."""
+    return spread_votes(count_votes(pairs))
 
 
 def swap_pairs(pairs: pd.DataFrame) -> pd.DataFrame:

@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from src.utils import schema
 from src.utils.runs import read_json
 from src.utils.schema import LABELS
 from src.utils.stats import scores
 
-VOTE_COLUMNS = ("votes_a", "votes_b", "votes_tie")  # in the order of LABELS
 SMOOTHING = 0.5  # votes added to each class, Jeffreys' prior: no share is 0
 _REFERENCE = Path(__file__).with_name("human_reference.json")
 
 
 def count_votes(pairs: pd.DataFrame) -> np.ndarray | None:
     """Take the votes on each battle, (N, C) int; None where no battle has two."""
-    if not set(VOTE_COLUMNS) <= set(pairs.columns):
+    if not {*schema.VOTES} <= {*pairs.columns}:
         return None
-    votes = pairs[list(VOTE_COLUMNS)].fillna(0).to_numpy(dtype=int)
+    votes = pairs[list(schema.VOTES)].fillna(0).to_numpy(dtype=int)
     return votes if (votes.sum(axis=1) > 1).any() else None
 
 
@@ -42,9 +42,7 @@ def measure_agreement(
     """
     kept = votes.sum(axis=1) > 1
     votes, groups = votes[kept], np.asarray(groups)[kept]
-    # One row per vote: its battle, and its class.
-    battles = np.repeat(np.arange(len(votes)), votes.sum(axis=1))
-    labels = np.repeat(np.tile(np.arange(len(LABELS)), len(votes)), votes.ravel())
+    battles, labels = schema.spread_votes(votes)
     others = votes[battles] - np.eye(len(LABELS), dtype=int)[labels]
     n_others = others.sum(axis=1)
     agreed = others[np.arange(len(labels)), labels] / n_others
