@@ -162,6 +162,7 @@ def test_a_damaged_model_is_left_to_its_notebook_but_a_damaged_base_goes(folder)
     (run_folder / "base/weights").write_text("damaged")
     runner.clear_outputs(make_pipeline(folder), STAGES[1])
     assert not (run_folder / "base").exists()
+    assert (run_folder / "earlier/base-changed/weights").read_text() == "damaged"
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "model/fold_1", "count.txt.d"])

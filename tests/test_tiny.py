@@ -72,3 +72,15 @@ def test_a_tiny_model_learns_to_compare(tiny_base, demo_pairs, kind):
     losses = pretrain(model, tokenizer, demo_pairs, seed=0, n_steps=300)
     assert losses[:30, 1].mean() > 0.8 and losses[-30:, 1].mean() < 0.5
     assert not torch.equal(before, model.get_input_embeddings().weight)
+
+
+def test_a_base_without_a_record_is_kept_and_no_kept_one_is_replaced(tmp_path, demo_pairs):
+    folder = tmp_path / "base"
+    for number in range(2):
+        prepare_base(ENCODER, demo_pairs, folder, 0)
+        (folder / "made_from.json").unlink()
+        (folder / "mark").write_text(str(number))
+    prepare_base(ENCODER, demo_pairs, folder, 0)
+    kept = {path.parent.name: path.read_text() for path in tmp_path.rglob("mark")}
+    assert kept == {"base-damaged": "0", "base-damaged-2": "1"}
+    assert (folder / "made_from.json").exists()

@@ -66,6 +66,17 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def move_aside(path: Path, target: Path) -> Path:
+    """Move a file or folder to `target`, or to `target-2` and so on: it replaces nothing."""
+    free, number = target, 1
+    while free.exists():
+        number += 1
+        free = target.with_name(f"{target.name}-{number}")
+    free.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(path, free)
+    return free
+
+
 def write_json(path: Path, content: Any) -> Path:
     """Write indented ASCII JSON atomically; NaN is refused."""
     return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -8,7 +8,6 @@ answers differ in length, layout, use of the prompt's words, and in the words th
 import itertools
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +44,7 @@ from src.utils.models.template import (
     encode_battles,
     make_pieces,
 )
-from src.utils.runs import atomic_folder, hash_json, hash_pairs, read_json, write_json
+from src.utils.runs import atomic_folder, hash_json, hash_pairs, move_aside, read_json, write_json
 from src.utils.schema import TEXTS, clean_text
 
 N_STEPS = {"modernbert": 700, "qwen3": 1500}  # optimiser steps of pretraining
@@ -110,10 +109,8 @@ def swap_base(folder: Path, key: str) -> bool:
 
     made_from = folder / "made_from.json"
     found = read_json(made_from) if made_from.exists() else ""
-    if found and found != key:
-        shutil.rmtree(place_of(found), ignore_errors=True)  # the same checkpoint
-        place_of(found).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder, place_of(found))
+    if folder.exists() and found != key:
+        move_aside(folder, place_of(found or "damaged"))
     if found != key and place_of(key).exists():
         os.replace(place_of(key), folder)
         found = key

@@ -31,7 +31,15 @@ from papermill.exceptions import PapermillExecutionError
 from src.utils import config, paths
 from src.utils.battles.layouts import describe_file
 from src.utils.config import SuiteError
-from src.utils.runs import Stopwatch, hash_file, hash_json, read_json, write_json, write_text
+from src.utils.runs import (
+    Stopwatch,
+    hash_file,
+    hash_json,
+    move_aside,
+    read_json,
+    write_json,
+    write_text,
+)
 from src.utils.suite.pipeline import EARLIER, RECORD, Pipeline, Stage, files_under, measure_states
 
 SAMPLE_S = 0.5  # between two measurements of memory
@@ -135,13 +143,15 @@ def clear_outputs(pipeline: Pipeline, stage: Stage) -> None:
     """Remove the marks of a complete run: the output that is written last, then `run.json`.
 
     The notebook replaces the rest, and training checks its own folders. Only force removes
-    models, and nothing those in `earlier/`; a damaged tiny base goes, for it passes for finished.
+    models, and nothing those in `earlier/`. There goes a tiny base that has changed, for it passes
+    for finished.
     """
     folder, doomed = pipeline.artifacts / stage.name, []
     if pipeline.force:
         doomed = [path for path in folder.glob("*") if path.name not in (RECORD, EARLIER)]
-    elif any(name.startswith("base/") for name in pipeline.damage(stage)):
-        doomed = [folder / "base"]
+    is_changed = any(name.startswith("base/") for name in pipeline.damage(stage))
+    if is_changed and not doomed and (folder / "base").exists():
+        move_aside(folder / "base", folder / EARLIER / "base-changed")
     (folder / stage.outputs[-1]).unlink(missing_ok=True)
     for path in filter(Path.exists, doomed):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
