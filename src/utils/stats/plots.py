@@ -328,7 +328,7 @@ def plot_ladder(
 
     Args:
         means, lows, highs: (K,) float, log loss and bounds of its interval.
-        oracle: log loss of the true probabilities, where they are known.
+        oracle: log loss of the true probabilities of simulated battles.
     """
     table = pd.DataFrame({"loss": list(means), "low": list(lows), "high": list(highs)})
     white = {"facecolor": "white", "linewidth": 0, "pad": 1}
@@ -338,7 +338,8 @@ def plot_ladder(
         _draw_intervals(ax, table[row : row + 1], "loss", [-row], color=color, markersize=8)
         ax.annotate(f"{loss:.4f}", (loss, -row), xytext=(0, 9), **look)
     if oracle is not None:
-        ax.axvline(oracle, color="black", linestyle="--", label=f"oracle {oracle:.4f}")
+        label = f"oracle {oracle:.4f} (simulated battles)"  # else nobody knows the truth
+        ax.axvline(oracle, color="black", linestyle="--", label=label)
         ax.legend(loc="lower right")
     ax.set_yticks(-np.arange(len(names)), names)
     ax.set_ylim(0.4 - len(names), 0.7)
