@@ -26,6 +26,7 @@ FROZEN_COLUMNS = (*LABELLED_COLUMNS, "group", "fold")
 # Where a file has them: how many people voted for each class; "both_bad", else ""; the language;
 # when (UTC); who, or in which session. Unknown is "", or NaT for the time.
 VOTES = ("votes_a", "votes_b", "votes_tie")
+BOTH_BAD = "both_bad"  # in vote_detail: a tie of two bad answers
 EXTRA_COLUMNS = (*VOTES, "vote_detail", "language", "timestamp", "user")
 
 Turns = tuple[str | None, ...]

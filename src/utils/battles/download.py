@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from src.utils import paths
+from src.utils.battles.files import read_table
 from src.utils.schema import LABELS, MODELS, PAIR_COLUMNS
 
 COMPETITION = "llm-classification-finetuning"
@@ -167,7 +168,7 @@ def _move_tables(staging: Path, folder: Path, columns: tuple[str, ...]) -> None:
     for archive in list(staging.rglob("*.zip")):
         zipfile.ZipFile(archive).extractall(staging)
     train = _find_train(staging, columns)
-    names = _read_header(train)
+    names = list(read_table(train, header_only=True).columns)
     missing = [name for name in columns if name not in names]
     if missing:
         raise ValueError(
@@ -189,7 +190,7 @@ def _find_train(staging: Path, columns: tuple[str, ...]) -> Path:
     if not found:
         raise FileNotFoundError("expected train.csv or parquet files in the download, found none")
     # A repository may hold other tables too, such as embeddings.
-    parts = [part for part in found if set(columns) <= set(_read_header(part))]
+    parts = [part for part in found if set(columns) <= {*read_table(part, header_only=True)}]
     if len(parts) < 2:
         return (parts or found)[0]
     joined = staging / "train.parquet"
@@ -198,13 +199,6 @@ def _find_train(staging: Path, columns: tuple[str, ...]) -> Path:
             for batch in pq.ParquetFile(part).iter_batches(1024):
                 writer.write_batch(batch)
     return joined
-
-
-def _read_header(table: Path) -> list[str]:
-    if table.suffix == ".parquet":
-        return pq.read_schema(table).names
-    with open(table, encoding="utf-8") as file:
-        return file.readline().strip().replace('"', "").split(",")
 
 
 def main(arguments: Sequence[str] = ()) -> int:

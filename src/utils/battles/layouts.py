@@ -17,11 +17,20 @@ import pandas as pd
 
 from src.utils.battles.files import read_table
 from src.utils.battles.texts import Note, decode_columns, read_messages, split_messages
-from src.utils.schema import A_WINS, B_WINS, LABELS, MODELS, TEXTS, TIE, UNKNOWN_MODEL, Turns
+from src.utils.schema import (
+    A_WINS,
+    B_WINS,
+    BOTH_BAD,
+    LABELS,
+    MODELS,
+    TEXTS,
+    TIE,
+    UNKNOWN_MODEL,
+    Turns,
+)
 
 _N_SHOWN = 5  # rows that an error message lists
 CONVERSATIONS = ("conversation_a", "conversation_b")
-BOTH_BAD = "both_bad"
 
 # By what each is called in files. A voter is a person who judges battles that others judge, too.
 _VOTERS = (

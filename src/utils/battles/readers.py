@@ -21,6 +21,7 @@ from src.utils.battles.texts import decode_turns as decode_turns
 from src.utils.schema import (
     A_WINS,
     B_WINS,
+    BOTH_BAD,
     MODELS,
     TEXTS,
     TIE,
@@ -241,9 +242,9 @@ def _merge_votes(pairs: pd.DataFrame, quiet: bool) -> pd.DataFrame:
         merged.loc[counts.sum(axis=1) > 1, "user"] = ""  # several people
         merged = merged if merged["user"].any() else merged.drop(columns="user")
     if "vote_detail" in merged.columns:
-        is_bad = pairs["vote_detail"].eq(layouts.BOTH_BAD).groupby(first).sum()
+        is_bad = pairs["vote_detail"].eq(BOTH_BAD).groupby(first).sum()
         is_mostly_bad = (is_bad * 2 >= counts[TIE]) & (merged["label"] == TIE)
-        merged["vote_detail"] = np.where(is_mostly_bad, layouts.BOTH_BAD, "").astype(object)
+        merged["vote_detail"] = np.where(is_mostly_bad, BOTH_BAD, "").astype(object)
     if not quiet:
         print(f"{len(pairs):,} votes on {len(merged):,} battles: several votes count as shares")
     return merged.reset_index(drop=True)

@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from src.utils.schema import A_WINS, B_WINS, LABEL_NAMES
+from src.utils.schema import A_WINS, B_WINS, BOTH_BAD, LABEL_NAMES
 from src.utils.stats import effects, scores
 
-BOTH_BAD = "both_bad"  # in the column vote_detail
 _MIN_SLICE = 20  # battles of a language that has a level of its own
 _BATTLES_PER_PERIOD = 150
 
