@@ -7,6 +7,11 @@ from pathlib import Path
 # Tiny models gain nothing from a second thread, and lose much where another process wants the core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -156,3 +161,19 @@ def make_trainer(demo_pairs: pd.DataFrame, tiny_base, tiny_configs, tmp_path: Pa
         return FoldTrainer(model, tokenizer, train_pairs, heldout, member, tmp_path)
 
     return make
+
+
+@pytest.fixture
+def ax():
+    fig, axes = plt.subplots()
+    yield axes
+    fig.canvas.draw()  # what cannot be drawn fails here
+    plt.close(fig)
+
+
+@pytest.fixture
+def axes():
+    fig, both = plt.subplots(1, 2)
+    yield both
+    fig.canvas.draw()
+    plt.close(fig)

@@ -1,32 +1,13 @@
 """Figures: what is drawn, in which colour and order, and that each title is true."""
 
 import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.stats import effects, extras, plots, ranking
+from src.utils.stats import effects, extras, model_plots, plots, ranking
 from tests.markup import NAMES
-
-
-@pytest.fixture
-def ax():
-    fig, axes = plt.subplots()
-    yield axes
-    fig.canvas.draw()  # what cannot be drawn fails here
-    plt.close(fig)
-
-
-@pytest.fixture
-def axes():
-    fig, both = plt.subplots(1, 2)
-    yield both
-    fig.canvas.draw()
-    plt.close(fig)
 
 
 @pytest.fixture
@@ -164,88 +145,6 @@ def test_a_share_is_written_in_percent():
     assert plots.percent(0.6131) == "61.3\u00a0%" and plots.percent(float("nan")) == "–"
 
 
-@pytest.mark.parametrize(("last", "side"), [(1.05, "below"), (1.15, "above")])
-def test_the_ladder_compares_the_last_model_with_the_first(ax, last, side):
-    bounds = [1.09, last - 0.02], [1.11, last + 0.02]
-    plots.plot_ladder(ax, ["prior", "blend"], [1.1, last], *bounds, oracle=1.0)
-    assert {"blend", "0.050", side, "prior"} <= set(ax.get_title(loc="left").split())
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["prior", "blend"]
-    assert ax.get_yticks()[0] > ax.get_yticks()[1]  # the first model is at the top
-    assert "1.0000" in ax.get_legend().get_texts()[0].get_text()
-
-
-def test_reliability_is_drawn_in_the_fixed_colours(ax):
-    curve = pd.DataFrame(
-        {"label": [0, 1, 2], "predicted": 0.3, "observed": 0.4, "low": 0.3, "high": 0.5}
-    )
-    plots.plot_reliability(ax, curve, ece=0.1)
-    assert [
-        matplotlib.colors.to_hex(bars[0].get_color()).upper() for bars in ax.containers
-    ] == list(plots.LABEL_COLORS)
-    assert "10.0\u00a0%" in ax.get_title(loc="left")
-
-
-def test_the_strongest_coefficient_is_named_and_at_the_top(ax):
-    effects = pd.DataFrame({"caption": ["refusal", "words", "lists"], "effect": [-0.5, 0.2, 0.1]})
-    plots.plot_coefficients(ax, effects, n_shown=2)
-    assert [bar.get_width() for bar in ax.patches] == [0.2, -0.5]
-    assert "refusal (-0.50)" in ax.get_title(loc="left")
-
-
-def test_preferences_count_where_the_model_is_like_people(ax):
-    shares = pd.DataFrame(
-        [
-            ("longer", "people", 0.6, 0.5, 0.7, 9),
-            ("longer", "model", 0.65, 0.6, 0.7, 9),
-            ("refusal", "people", 0.1, 0.05, 0.2, 4),
-            ("refusal", "model", 0.5, 0.4, 0.6, 4),
-            ("nothing", "people", np.nan, np.nan, np.nan, 0),
-            ("nothing", "model", np.nan, np.nan, np.nan, 0),
-        ],
-        columns=["leaning", "voter", "share", "low", "high", "n"],
-    )
-    plots.plot_preferences(ax, shares)
-    assert ax.get_title(loc="left").startswith("On 1 of 2 leanings")
-    assert [label.get_text() for label in ax.get_yticklabels()] == [
-        "refusal (n = 4)",
-        "longer (n = 9)",
-    ]
-
-
-def test_an_ablation_has_the_most_valuable_family_at_the_top(ax):
-    worth = pd.DataFrame(
-        [("text", "A against B", 0.02, 0.01, 0.03), ("gaps", "tie", 0.01, -0.01, 0.03)],
-        columns=["family", "of", "difference", "low", "high"],
-    )
-    plots.plot_ablation(ax, worth)
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["gaps", "text"]
-    assert "1 of 2" in ax.get_title(loc="left")
-
-
-def test_a_budget_names_what_it_cuts_and_the_title_what_the_smallest_costs(ax):
-    cost, low, high = (
-        [0.012, 0.003, 0.0, np.nan],
-        [0.008, -0.001, 0.0, np.nan],
-        [0.016, 0.007, 0.0, np.nan],
-    )
-    budgets = pd.DataFrame({"budget": [256, 512, 1024, 4096], "cut_share": [0.6, 0.4, 0.1, 0.0]})
-    plots.plot_budgets(ax, budgets.assign(cost=cost, low=low, high=high))
-    assert {"256", "1,024", "+0.0120"} <= set(ax.get_title(loc="left").split())
-    assert ax.get_xticklabels()[0].get_text() == "256\n60.0\u00a0%"
-
-
-def test_the_learning_curve_names_the_gain_over_the_class_prior(ax):
-    history = pd.DataFrame({"fold": [0, 0, 1], "seed": 0, "epoch": [0.5, 1, 1]})
-    history = history.assign(train_loss=1.0, log_loss=[1.05, 1.0, 1.02])
-    plots.plot_learning_curve(ax, history, prior=1.1, oracle=0.9)
-    assert "0.090" in ax.get_title(loc="left") and len(ax.get_legend().get_texts()) == 4
-
-
-def test_probabilities_above_ninety_percent_are_counted(ax):
-    plots.plot_probabilities(ax, np.array([[0.95, 0.03, 0.02], [0.4, 0.3, 0.3]]))
-    assert "50.0\u00a0%" in ax.get_title(loc="left")
-
-
 def test_battles_beyond_a_single_budget_are_counted_and_drawn(ax):
     plots.plot_token_distribution(ax, {"x": np.array([10, 20, 2000, 40])}, [100])
     assert "25.0\u00a0%" in ax.get_title(loc="left")
@@ -296,12 +195,12 @@ def draw_names(axes):
     plots.plot_strengths(axes[2], {"as voted": fitted, "at equal style": fitted})
     plots.plot_effects(axes[3], {"alone": table, "held": table})
     plots.plot_win_share_by_level(axes[4], shares.assign(p_value=0.5), "position A")
-    plots.plot_preferences(axes[5], pd.concat(people))
+    model_plots.plot_preferences(axes[5], pd.concat(people))
     plots.plot_punctuation_winner(axes[6], marks)
     plots.plot_planted(axes[7], pd.Series(0.5, index=NAMES), rates)
-    plots.plot_ladder(axes[8], list(NAMES), [1.0] * n, [0.9] * n, [1.1] * n)
-    plots.plot_ablation(axes[9], worth)
-    plots.plot_coefficients(axes[10], coefficients)
+    model_plots.plot_ladder(axes[8], list(NAMES), [1.0] * n, [0.9] * n, [1.1] * n)
+    model_plots.plot_ablation(axes[9], worth)
+    model_plots.plot_coefficients(axes[10], coefficients)
     plots.plot_token_distribution(axes[11], dict.fromkeys(NAMES[:4], np.array([9, 99])))
 
 

@@ -21,7 +21,7 @@ from src.utils.schema import A_WINS, LABEL_NAMES, TIE
 # Okabe-Ito colours, which colour-blind readers can distinguish, in LABELS order.
 LABEL_COLORS = ("#0072B2", "#D55E00", "#7F7F7F")
 ACCENT, MUTED = "#009E73", "#BBBBBB"
-_BLACK: dict[str, Any] = {"color": "black", "linewidth": 1}
+BLACK: dict[str, Any] = {"color": "black", "linewidth": 1}
 
 # Names are shown as they are: dollars in one ("alpha$x_1$") are no formula, and stop no figure.
 matplotlib.rcParams["text.parse_math"] = False
@@ -40,7 +40,7 @@ def percent(share: float) -> str:
     return "–" if np.isnan(share) else f"{100 * share:.1f}\u00a0%"
 
 
-def _label(ax: Axes, title: str, x: str, y: str, percent_on: str = "") -> Axes:
+def label_axes(ax: Axes, title: str, x: str, y: str, percent_on: str = "") -> Axes:
     """Write the title and both axes; those in `percent_on` ("x", "y" or "xy") show shares."""
     ax.set_title(title, loc="left")
     ax.set(xlabel=x, ylabel=y)
@@ -49,14 +49,14 @@ def _label(ax: Axes, title: str, x: str, y: str, percent_on: str = "") -> Axes:
     return ax
 
 
-def _explain(ax: Axes, reason: str) -> Axes:
+def explain(ax: Axes, reason: str) -> Axes:
     """Fill axes that have nothing to show with the reason."""
     ax.set_axis_off()
     ax.text(0.5, 0.5, reason, ha="center", va="center", wrap=True, transform=ax.transAxes)
     return ax
 
 
-def _draw_intervals(
+def draw_intervals(
     ax: Axes, table: pd.DataFrame, value: str, at: Any, vertical: bool = False, **look: Any
 ) -> None:
     """Draw dots with their intervals at places `at`; rows without a value are left out."""
@@ -71,7 +71,7 @@ def _draw_intervals(
         ax.errorbar(values, places, xerr=reach, **look)
 
 
-def _draw_rows(
+def draw_rows(
     ax: Axes, series: Series, value: str, key: str, order: list[str], null: float = 0
 ) -> None:
     """Draw a row per name in `order`, from the bottom, an interval per series, a line at `null`."""
@@ -79,9 +79,9 @@ def _draw_rows(
     for (name, (color, table)), shift in zip(series.items(), shifts, strict=True):
         shown = table[table[key].isin(order)]
         places = shown[key].map(order.index).to_numpy(dtype=float) + shift
-        _draw_intervals(ax, shown, value, places, color=color, label=name)
+        draw_intervals(ax, shown, value, places, color=color, label=name)
     ax.set_yticks(range(len(order)), order)
-    ax.axvline(null, **_BLACK)
+    ax.axvline(null, **BLACK)
     if len(series) > 1:
         ax.legend(loc="best")
 
@@ -89,13 +89,13 @@ def _draw_rows(
 def plot_winner_shares(ax: Axes, shares: pd.DataFrame) -> Axes:
     """Show who wins, from `effects.winner_shares`."""
     bars = ax.bar(shares["outcome"], shares["share"], color=LABEL_COLORS)
-    _draw_intervals(ax, shares, "share", range(3), vertical=True, fmt="none", color="black")
+    draw_intervals(ax, shares, "share", range(3), vertical=True, fmt="none", color="black")
     counts = zip(shares["share"].map(percent), shares["n"], strict=True)
     texts = [f"{share}\nn = {n:,}" for share, n in counts]
     ax.bar_label(bars, texts, label_type="center", color="white")
     a, b, tie = shares["share"].map(percent)
     title = f"A wins {a}, B wins {b}, and {tie} are ties"
-    return _label(ax, title, "vote", "share of battles (95 % interval)", percent_on="y")
+    return label_axes(ax, title, "vote", "share of battles (95 % interval)", percent_on="y")
 
 
 def plot_drift(ax: Axes, drift: pd.DataFrame) -> Axes:
@@ -108,7 +108,7 @@ def plot_drift(ax: Axes, drift: pd.DataFrame) -> Axes:
         # Side by side, so that every interval can be read.
         times = rows["time"].dt.tz_convert(None) + (place - 1) * span / 150
         look = {"fmt": "o-", "color": colors[outcome], "label": outcome}
-        _draw_intervals(ax, rows, "share", times, vertical=True, **look)
+        draw_intervals(ax, rows, "share", times, vertical=True, **look)
         if rows["p_value"].iloc[0] < 0.05 / len(outcomes):
             first, last = rows["share"].iloc[[0, -1]].map(percent)
             moved.append(f"{outcome} {first} → {last}")
@@ -120,19 +120,19 @@ def plot_drift(ax: Axes, drift: pd.DataFrame) -> Axes:
     if not moved:
         title = f"No measurable drift of the votes over {n_periods} periods"
     y = "share of battles (95 % interval)"
-    return _label(ax, title, "time (UTC), mean of each period", y, percent_on="y")
+    return label_axes(ax, title, "time (UTC), mean of each period", y, percent_on="y")
 
 
 def plot_models_usage(ax: Axes, records: pd.DataFrame, n_shown: int = 25) -> Axes:
     """Show how many battles each chatbot fought, from `ranking.model_records`."""
     if records.empty:
-        return _explain(ax, "No chatbot is named in these battles.")
+        return explain(ax, "No chatbot is named in these battles.")
     shown = records.head(n_shown)[::-1]
     ax.barh(shown["model"], shown["n"], color=ACCENT)
     first = records.iloc[0]
     among = f", the {len(shown)} busiest shown" if len(records) > len(shown) else ""
     title = f"{len(records)} chatbots{among}: {first['model']} fought {first['n']:,} battles"
-    return _label(ax, title, "battles fought, in either position", "chatbot")
+    return label_axes(ax, title, "battles fought, in either position", "chatbot")
 
 
 def plot_win_rates(
@@ -141,14 +141,14 @@ def plot_win_rates(
     """Rank chatbots with enough battles by their wins, from `ranking.model_records`."""
     shown = records[(records["n"] >= min_battles) & (records["n_decided"] > 0)].head(n_shown)
     if shown.empty:
-        return _explain(ax, f"No named chatbot fought {min_battles} battles or more.")
+        return explain(ax, f"No named chatbot fought {min_battles} battles or more.")
     shown = shown.sort_values("win_share")
     names = [f"{row.model} ({row.n_decided:,})" for row in shown.itertuples()]
-    _draw_rows(ax, {"": (ACCENT, shown.assign(name=names))}, "win_share", "name", names, null=0.5)
+    draw_rows(ax, {"": (ACCENT, shown.assign(name=names))}, "win_share", "name", names, null=0.5)
     ends = shown.iloc[[0, -1]]
     worst, best = ends["win_share"].map(percent) + " (" + ends["model"] + ")"
     x = "share of decided battles won (95 % interval)"
-    return _label(ax, f"From {worst} to {best}", x, "chatbot (decided battles)", percent_on="x")
+    return label_axes(ax, f"From {worst} to {best}", x, "chatbot (decided battles)", percent_on="x")
 
 
 def plot_length_difference(
@@ -157,67 +157,69 @@ def plot_length_difference(
     """Show by how much the winner is longer; `n_chars_a` and `n_chars_b` are (N,) characters."""
     gain = np.where(labels == A_WINS, n_chars_a - n_chars_b, n_chars_b - n_chars_a)[labels != TIE]
     if not len(gain):
-        return _explain(ax, "No decided battle.")
+        return explain(ax, "No decided battle.")
     reach = max(float(np.quantile(np.abs(gain), 0.98)), 1.0)
     bins = np.linspace(-reach, reach, 41).tolist()
     for name, color, part in (("shorter", MUTED, gain < 0), ("longer", ACCENT, gain > 0)):
         ax.hist(gain[part], bins=bins, color=color, label=f"winner is {name}: {part.sum():,}")
     median = float(np.median(gain))
-    ax.axvline(0, **_BLACK)
+    ax.axvline(0, **BLACK)
     ax.axvline(median, color="black", linestyle="--", label=f"median {median:+,.0f} characters")
     ax.legend()
     share = percent((gain > 0).sum() / max((gain != 0).sum(), 1))
     x = "characters of the winner − characters of the loser (middle 98 %)"
-    return _label(ax, f"The longer answer wins {share} of decided battles", x, "decided battles")
+    return label_axes(
+        ax, f"The longer answer wins {share} of decided battles", x, "decided battles"
+    )
 
 
 def plot_punctuation_winner(ax: Axes, shares: pd.DataFrame) -> Axes:
     """Compare how often more punctuation wins, by `measure`: "by count" and "per character"."""
     shares = shares.dropna(subset=["share"])
     if shares.empty:
-        return _explain(ax, "No decided battle with answers that differ in punctuation.")
+        return explain(ax, "No decided battle with answers that differ in punctuation.")
     order = list(dict.fromkeys(shares["caption"]))[::-1]
     colors = {"by count": MUTED, "per character": ACCENT}
     series = {name: (colors[name], shares[shares["measure"] == name]) for name in colors}
-    _draw_rows(ax, series, "share", "caption", order, null=0.5)
+    draw_rows(ax, series, "share", "caption", order, null=0.5)
     first = shares[shares["caption"] == order[-1]]
     found = ", ".join(first["share"].map(percent) + " " + first["measure"])
     x = "decided battles won by the answer with more (95 % interval)"
-    return _label(ax, f"More {order[-1]} win: {found}", x, "punctuation", percent_on="x")
+    return label_axes(ax, f"More {order[-1]} win: {found}", x, "punctuation", percent_on="x")
 
 
 def plot_win_share_by_level(ax: Axes, shares: pd.DataFrame, winner: str) -> Axes:
     """Show whether the share of `winner` depends on the battle, `effects.win_share_by_level`."""
     shares = shares[shares["n"] > 0][::-1]
     if shares.empty:
-        return _explain(ax, "No decided battle.")
+        return explain(ax, "No decided battle.")
     names = [f"{row.property}: {row.level} (n = {row.n:,})" for row in shares.itertuples()]
     shares = shares.assign(name=names)
     for place, (_, rows) in enumerate(shares.groupby("property", sort=False)):
-        _draw_rows(ax, {"": ((ACCENT, "black")[place % 2], rows)}, "share", "name", names, null=0.5)
+        draw_rows(ax, {"": ((ACCENT, "black")[place % 2], rows)}, "share", "name", names, null=0.5)
     p_values = shares.groupby("property")["p_value"].first().dropna()
     n_moved = int((p_values < 0.05 / len(p_values)).sum())
     name = winner[:1].upper() + winner[1:]
     title = f"{name}'s share depends on {n_moved} of {len(p_values)} properties"
     x = f"decided battles won by {winner} (95 % interval)"
-    return _label(ax, title, x, "battles with …", percent_on="x")
+    return label_axes(ax, title, x, "battles with …", percent_on="x")
 
 
 def plot_length_curves(axes: np.ndarray, curves: dict[str, pd.DataFrame]) -> np.ndarray:
     """Draw `effects.length_curves` on two axes: who wins, and ties, by the length ratio."""
     bins, ties = curves["longer_bins"], curves["ties" if len(curves["ties"]) else "ties_bins"]
     if ties.empty:
-        return np.array([_explain(ax, "No battle to show.") for ax in axes])
+        return np.array([explain(ax, "No battle to show.") for ax in axes])
     x = "words of the longer over the shorter answer"
     _draw_curve(axes[0], curves["longer"], bins, ACCENT)
-    axes[0].axhline(0.5, **_BLACK)
+    axes[0].axhline(0.5, **BLACK)
     overall = percent((bins["n"] * bins["share"]).sum() / bins["n"].sum() if len(bins) else np.nan)
     title = f"More words win {overall} of decided battles"
-    _label(axes[0], title, x, "P(longer wins | decided)", percent_on="y")
+    label_axes(axes[0], title, x, "P(longer wins | decided)", percent_on="y")
     _draw_curve(axes[1], curves["ties"], curves["ties_bins"], LABEL_COLORS[TIE])
     first, last = ties["share"].iloc[[0, -1]].map(percent)
     title = f"Ties: {first} at equal, {last} at unequal length"
-    _label(axes[1], title, x, "P(tie)", percent_on="y")
+    label_axes(axes[1], title, x, "P(tie)", percent_on="y")
     return axes
 
 
@@ -229,7 +231,7 @@ def _draw_curve(ax: Axes, curve: pd.DataFrame, bins: pd.DataFrame, color: str) -
     if len(curve):
         bins = bins[bins["value"] <= curve["value"].max()]
     look = {"color": MUTED, "markersize": 4, "label": "equal bins"}
-    _draw_intervals(ax, bins, "share", bins["value"], vertical=True, **look)
+    draw_intervals(ax, bins, "share", bins["value"], vertical=True, **look)
     end = max([0.0, *curve["value"], *bins["value"]])
     ticks = [ratio for ratio in (1, 1.5, 2, 3, 5, 8, 16, 32) if np.log(ratio) <= end]
     ax.set_xticks(np.log(ticks), [f"{ratio:g}×" for ratio in ticks])
@@ -250,7 +252,7 @@ def plot_token_distribution(
     top = ax.get_ylim()[1] * 1.3
     for budget in budgets:
         cut = "\n".join(percent(float((counts > budget).mean())) for counts in lengths.values())
-        ax.axvline(budget, linestyle=":", **_BLACK)
+        ax.axvline(budget, linestyle=":", **BLACK)
         ax.text(budget, top * 0.98, f" {cut}", va="top", fontsize=9)
     ticks = sorted({64, 128, 256, *budgets, 8192})
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45)
@@ -263,7 +265,7 @@ def plot_token_distribution(
     of = f" ({first})" if several else ""  # else the legend names it, and the title fits
     title = f"A budget of {budgets[0]:,} tokens truncates {cut} of battles{of}"
     x = "tokens of prompt and both answers (log scale; at each budget: share truncated)"
-    return _label(ax, title, x, "battles")
+    return label_axes(ax, title, x, "battles")
 
 
 def plot_effects(ax: Axes, effects: dict[str, pd.DataFrame]) -> Axes:
@@ -271,27 +273,27 @@ def plot_effects(ax: Axes, effects: dict[str, pd.DataFrame]) -> Axes:
     (first, others), (name, table) = effects.items()
     known = table.dropna(subset=["log_odds"]).sort_values("log_odds")
     if known.empty:
-        return _explain(ax, "No effect can be estimated from these battles.")
+        return explain(ax, "No effect can be estimated from these battles.")
     series = {first: (MUTED, others), name: (ACCENT, known)}
-    _draw_rows(ax, series, "log_odds", "effect", known["effect"].tolist())
+    draw_rows(ax, series, "log_odds", "effect", known["effect"].tolist())
     n_clear = int(((known["low"] > 0) | (known["high"] < 0)).sum())
     title = f"{n_clear} of {len(known)} style differences move the vote, {name}"
     x = "log-odds of winning per standard deviation (95 % interval)"
-    return _label(ax, title, x, "more of …")
+    return label_axes(ax, title, x, "more of …")
 
 
 def plot_strengths(ax: Axes, strengths: dict[str, pd.DataFrame], n_shown: int = 25) -> Axes:
     """Compare two series of `ranking.VoteModel.strengths`; the first gives the order."""
     first = next(iter(strengths.values())).dropna(subset=["strength"])
     if first.empty:
-        return _explain(ax, "No strength can be estimated: too few battles between named chatbots.")
+        return explain(ax, "No strength can be estimated: too few battles between named chatbots.")
     order = first.nlargest(n_shown, "n").sort_values("strength")["model"].tolist()
     pairs = zip((MUTED, ACCENT), strengths.items(), strict=True)
     series = {name: (color, rows[rows["model"].isin(order)]) for color, (name, rows) in pairs}
-    _draw_rows(ax, series, "strength", "model", order)
+    draw_rows(ax, series, "strength", "model", order)
     spreads = [f"{rows['strength'].std():.2f} {name}" for name, (_, rows) in series.items()]
     title = f"Standard deviation of strengths: {', '.join(spreads)}"
-    return _label(ax, title, "strength, log-odds against the mean (95 % interval)", "chatbot")
+    return label_axes(ax, title, "strength, log-odds against the mean (95 % interval)", "chatbot")
 
 
 def plot_planted(ax: Axes, planted: pd.Series, estimated: pd.DataFrame) -> Axes:
@@ -302,146 +304,8 @@ def plot_planted(ax: Axes, planted: pd.Series, estimated: pd.DataFrame) -> Axes:
     rows["low"], rows["high"] = rows[["low", "high"]].min(axis=1), rows[["low", "high"]].max(axis=1)
     names = [f"{name} ({size:+.2f})" for name, size in planted.items()]
     series = {"": (ACCENT, rows.assign(name=names))}
-    _draw_rows(ax, series, "log_odds_per_unit", "name", names[::-1], null=1)
+    draw_rows(ax, series, "log_odds_per_unit", "name", names[::-1], null=1)
     covered = int(((rows["low"] <= 1) & (rows["high"] >= 1)).sum())
     title = f"{covered} of {len(rows)} intervals cover the planted effect"
     x = "estimated / planted effect (95 % interval)"
-    return _label(ax, title, x, "effect (planted size, log-odds)")
-
-
-def plot_probabilities(ax: Axes, probs: np.ndarray) -> Axes:
-    """Show how the predicted probabilities of A, B and tie, (N, C) float, are distributed."""
-    look: dict[str, Any] = {"bins": np.linspace(0, 1, 26), "histtype": "step", "linewidth": 2}
-    for name, color, column in zip(LABEL_NAMES, LABEL_COLORS, probs.T, strict=True):
-        ax.hist(column, color=color, label=f"P({name})", **look)
-    ax.set_xlim(0, 1)
-    ax.legend(frameon=False)
-    confident = percent((probs.max(axis=1) > 0.9).mean() if len(probs) else np.nan)
-    title = f"{confident} of the battles get a probability above 0.9"
-    return _label(ax, title, "predicted probability", "battles")
-
-
-def plot_ladder(
-    ax: Axes, names: list[str], means: Any, lows: Any, highs: Any, oracle: float | None = None
-) -> Axes:
-    """Compare the log losses of K models, the first at the top, the last accented.
-
-    Args:
-        means, lows, highs: (K,) float, log loss and bounds of its interval.
-        oracle: log loss of the true probabilities of simulated battles.
-    """
-    table = pd.DataFrame({"loss": list(means), "low": list(lows), "high": list(highs)})
-    white = {"facecolor": "white", "linewidth": 0, "pad": 1}
-    look: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "bbox": white}
-    for row, loss in enumerate(table["loss"]):
-        color = ACCENT if row == len(names) - 1 else MUTED
-        _draw_intervals(ax, table[row : row + 1], "loss", [-row], color=color, markersize=8)
-        ax.annotate(f"{loss:.4f}", (loss, -row), xytext=(0, 9), **look)
-    if oracle is not None:
-        label = f"oracle {oracle:.4f} (simulated battles)"  # else nobody knows the truth
-        ax.axvline(oracle, color="black", linestyle="--", label=label)
-        ax.legend(loc="lower right")
-    ax.set_yticks(-np.arange(len(names)), names)
-    ax.set_ylim(0.4 - len(names), 0.7)
-    title = f"{names[-1]} is {_gain(table['loss'].iloc[0], table['loss'].iloc[-1])} {names[0]}"
-    return _label(ax, title, "log loss, nats per battle (95 % interval), lower is better", "model")
-
-
-def _gain(before: float, after: float) -> str:
-    return f"{abs(before - after):.3f} nats {'below' if after <= before else 'above'}"
-
-
-def plot_reliability(ax: Axes, curve: pd.DataFrame, ece: float) -> Axes:
-    """Compare observed with predicted shares, from `scores.reliability_curve`; `ece` is 0..1."""
-    end = min(1.0, float(curve[["predicted", "high"]].to_numpy().max()) + 0.05)
-    ax.plot([0, end], [0, end], **_BLACK)
-    for label, (name, color) in enumerate(zip(LABEL_NAMES, LABEL_COLORS, strict=True)):
-        bins = curve[curve["label"] == label]
-        look = {"fmt": "o-", "color": color, "label": name}
-        _draw_intervals(ax, bins, "observed", bins["predicted"], vertical=True, **look)
-    ax.set(xlim=(0, end), ylim=(0, end))
-    ax.legend()
-    title = f"Confidence and accuracy differ by {percent(ece)} on average"
-    y = "observed share (95 % interval)"
-    return _label(ax, title, "predicted probability", y, percent_on="xy")
-
-
-def plot_coefficients(ax: Axes, effects: pd.DataFrame, n_shown: int = 15) -> Axes:
-    """Show what a model learned: caption, effect (log-odds per SD), the strongest first."""
-    shown = effects.head(n_shown)[::-1]
-    ax.barh(shown["caption"], shown["effect"], color=np.where(shown["effect"] > 0, ACCENT, MUTED))
-    ax.axvline(0, **_BLACK)
-    first = effects.iloc[0]
-    title = f"Strongest, all else equal: {first['caption']} ({first['effect']:+.2f})"
-    x = "log-odds of winning per standard deviation more than the other answer"
-    return _label(ax, title, x, "more of …")
-
-
-def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
-    """Compare the leanings of a model with those of people, from `scores.compare_leanings`."""
-    shares = shares.dropna(subset=["share"])
-    names = [f"{row.leaning} (n = {row.n:,})" for row in shares.itertuples()]
-    shares = shares.assign(name=names)
-    people, model = (shares[shares["voter"] == voter] for voter in ("people", "model"))
-    order = model["name"].tolist()[::-1]
-    series = {"people": ("black", people), "model": (ACCENT, model)}
-    _draw_rows(ax, series, "share", "name", order, null=0.5)
-    ax.set_ylim(-0.5, len(order) - 0.5)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    low, high = people["low"].to_numpy(), people["high"].to_numpy()
-    n_inside = int(model["share"].between(low, high).sum())
-    title = f"On {n_inside} of {len(order)} leanings the model is within people's interval"
-    x = "share of decided votes (95 % interval)"
-    return _label(ax, title, x, "votes for … (battles that differ in it)", percent_on="x")
-
-
-def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
-    """Show what token budgets cost against the longest with a cost, and how many battles each cuts.
-
-    Args:
-        budgets: budget, cut_share, cost (NaN where not measured), low, high.
-    """
-    places = np.arange(len(budgets))
-    _draw_intervals(ax, budgets, "cost", places, vertical=True, fmt="o-", color=ACCENT)
-    ax.axhline(0, **_BLACK)
-    cut = zip(budgets["budget"], budgets["cut_share"].map(percent), strict=True)
-    ax.set_xticks(places, [f"{budget:,}\n{share}" for budget, share in cut])
-    ax.set_xlim(-0.5, len(budgets) - 0.5)
-    read = budgets.dropna(subset=["cost"])
-    least, own, cost = read["budget"].iloc[0], read["budget"].iloc[-1], read["cost"].iloc[0]
-    title = f"{least:,} tokens instead of {own:,} cost {cost:+.4f} nats per battle"
-    x = "tokens of a battle at most, and the share of battles that this cuts"
-    return _label(ax, title, x, "log loss added, nats per battle (95 % interval)")
-
-
-def plot_learning_curve(
-    ax: Axes, history: pd.DataFrame, prior: float, oracle: float | None = None
-) -> Axes:
-    """Show how the loss fell; `history`: fold, seed, epoch, train_loss, log_loss by validation."""
-    models = history.groupby(["fold", "seed"])
-    for place, (_, rows) in enumerate(models):
-        hidden = "_" if place else ""  # one entry in the legend is enough
-        ax.plot(rows["epoch"], rows["log_loss"], "o-", color=ACCENT, label=f"{hidden}held out")
-        ax.plot(rows["epoch"], rows["train_loss"], ".:", color=MUTED, label=f"{hidden}training")
-    ax.axhline(prior, linestyle="--", label=f"class prior {prior:.3f}", **_BLACK)
-    if oracle is not None:
-        ax.axhline(oracle, linestyle="-.", label=f"oracle {oracle:.3f}", **_BLACK)
-    ax.set_xlim(0, None)
-    ax.legend(frameon=False)
-    last = float(models["log_loss"].last().mean())
-    title = f"Held-out battles: {_gain(prior, last)} the class prior"
-    return _label(ax, title, "epochs", "log loss (nats per battle)")
-
-
-def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
-    """Show what each family of features is worth, from `ablation.ablate`, the best at the top."""
-    order = worth["family"].tolist()[::-1]
-    series = {
-        "in the odds of A or B": (ACCENT, worth[worth["of"] == "A against B"]),
-        "in the odds of a tie": (LABEL_COLORS[TIE], worth[worth["of"] == "tie"]),
-    }
-    _draw_rows(ax, series, "difference", "family", order)
-    n_sure = int((worth["low"] > 0).sum())
-    title = f"Missed by more than chance: {n_sure} of {len(worth)} families"
-    x = "log loss added by leaving it out, nats per battle (95 % interval)"
-    return _label(ax, title, x, "family of features")
+    return label_axes(ax, title, x, "effect (planted size, log-odds)")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from src.utils.stats.plots import plot_learning_curve
+from src.utils.stats.model_plots import plot_learning_curve
 from src.utils.stats.scores import class_prior, log_loss
 
 LINE_S = 30.0  # from one line of progress to the next, where there is no bar
