@@ -24,6 +24,7 @@ from src.utils.config import (
     choose_names,
     find_name,
     make_parameters,
+    name_model,
     read_parameters,
     read_profile,
 )
@@ -455,3 +456,9 @@ def test_the_recipe_covers_every_setting_of_training() -> None:
         f.name for f in dataclasses.fields(FinetuneConfig) if f"`{f.name.upper()}`" not in recipe
     ]
     assert not missing
+
+
+def test_a_stand_in_is_never_named_as_the_model_that_it_stands_in_for():
+    assert name_model("tiny:modernbert") == "tiny encoder (stand-in)"
+    assert name_model("tiny:qwen3") == "tiny decoder (stand-in)"
+    assert name_model("Qwen/Qwen3-4B-Instruct-2507") == "Qwen3-4B-Instruct-2507"

@@ -95,7 +95,7 @@ def parse(cell):
     return ast.parse("\n".join(lines))
 
 
-def test_the_notebooks_are_those_of_the_river():
+def test_the_notebooks_are_those_of_the_pipeline():
     assert list(NOTEBOOKS) == [stage.name for stage in STAGES]
 
 

@@ -220,3 +220,12 @@ def test_every_figure_shows_names_literally(tmp_path):
     for name in NAMES:
         shown = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         assert page.count(f">{shown}<") >= 6 and "<img" not in page
+
+
+def test_a_figure_says_in_a_corner_what_was_measured():
+    fig, ax = plots.make_figure()
+    plots.note_source(fig, "simulated arena", 12_000)
+    ax.plot([0, 1], [0, 1])
+    fig.canvas.draw()
+    assert [text.get_text() for text in fig.texts] == ["simulated arena · 12,000 battles"]
+    plt.close(fig)

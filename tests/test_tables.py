@@ -1,9 +1,12 @@
 """Tables in notebooks: names are shown literally, numbers as people write them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from src.utils.stats import tables
 from src.utils.stats.tables import show
 from tests.markup import IMAGE, NAMES
 
@@ -34,3 +37,11 @@ def test_counts_get_separators_and_ids_do_not():
 def test_an_empty_table_and_rows_that_share_an_index_are_shown():
     assert "name" in show(pd.DataFrame(columns=["name", "n"])).to_html()
     assert show(pd.DataFrame({"n": [7, 8]}, index=[0, 0])).to_html().count("<td") == 2
+
+
+def test_findings_fill_the_box_that_was_shown_first(monkeypatch):
+    shown = []
+    box = SimpleNamespace(update=lambda content: shown.append(content.data))
+    monkeypatch.setattr(tables, "display", lambda content, display_id: box)
+    tables.Findings().fill(["one 50 %", "two"])
+    assert shown == ["**In short**\n\n- one 50 %\n- two"]

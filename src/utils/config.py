@@ -215,6 +215,14 @@ CONFIGS: dict[str, type[Config]] = {
 }
 
 
+def name_model(checkpoint: str) -> str:
+    """Name what a checkpoint really is: "tiny encoder (stand-in)", "Qwen3-4B-Instruct-2507"."""
+    stand_ins = {f"{TINY}modernbert": "tiny encoder", f"{TINY}qwen3": "tiny decoder"}
+    if checkpoint.startswith(TINY):
+        return f"{stand_ins.get(checkpoint, 'tiny model')} (stand-in)"
+    return checkpoint.rstrip("/").split("/")[-1]
+
+
 def read_profile(profile: str) -> dict[str, dict[str, Any]]:
     """Read a profile by name ("demo") or path: notebook -> parameter -> text, or list of texts."""
     path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.dates import ConciseDateFormatter
+from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from src.utils.schema import A_WINS, LABEL_NAMES, TIE
@@ -22,6 +24,9 @@ from src.utils.schema import A_WINS, LABEL_NAMES, TIE
 LABEL_COLORS = ("#0072B2", "#D55E00", "#7F7F7F")
 ACCENT, MUTED = "#009E73", "#BBBBBB"
 BLACK: dict[str, Any] = {"color": "black", "linewidth": 1}
+
+_WIDTH, _LOW, _TALL = 9.0, 3.6, 5.4  # of every figure, inches
+_SMALL: dict[str, Any] = {"fontsize": 8, "color": "#777777"}
 
 # Names are shown as they are: dollars in one ("alpha$x_1$") are no formula, and stop no figure.
 matplotlib.rcParams["text.parse_math"] = False
@@ -33,6 +38,17 @@ def use_style() -> None:
     """Set the suite's look once, in a notebook's import cell."""
     look = {"axes.titleweight": "bold", "axes.titlesize": 12, "figure.dpi": 100}
     sns.set_theme(style="whitegrid", context="notebook", rc=look)
+
+
+def make_figure(n_columns: int = 1, tall: bool = False) -> tuple[Figure, Any]:
+    """Open a figure of the suite's one width, with one axes or an array of them side by side."""
+    size = (_WIDTH, _TALL if tall else _LOW)
+    return plt.subplots(1, n_columns, figsize=size, layout="constrained")
+
+
+def note_source(fig: Figure, source: str, n_pairs: int) -> None:
+    """Write into a corner what was measured: "simulated arena · 12,000 battles"."""
+    fig.text(1, 0, f"{source} · {n_pairs:,} battles", ha="right", va="top", **_SMALL)
 
 
 def percent(share: float) -> str:

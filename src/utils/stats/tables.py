@@ -4,9 +4,10 @@ A chatbot's name or a text may hold HTML (`<img …>`), or dollars that a page w
 formula. This is the only place where a notebook turns a table into HTML.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
+from IPython.display import Markdown, display
 from pandas.io.formats.style import Styler
 
 _NAMES = {"id": "{}", "row": "{}", "seed": "{}"}  # numbers that name something: 20240501
@@ -35,3 +36,21 @@ def show(
     texts = pd.Index([n for n in table.columns if not pd.api.types.is_numeric_dtype(table[n])])
     styler = styler.set_properties(subset=texts, **{"text-align": "left"})
     return styler.set_table_attributes(_NO_FORMULAS)
+
+
+class Findings:
+    """A box on the first screen of a notebook that its last cell fills.
+
+    >>> in_short = Findings()
+    >>> in_short.fill(["The longer answer wins 61.8 % (57.9 to 65.7) of decided battles.", ...])
+    """
+
+    def __init__(self) -> None:
+        """Show an empty box here."""
+        empty = Markdown("*What this notebook finds will stand here when it has run.*")
+        self._box = display(empty, display_id=True)
+
+    def fill(self, sentences: Sequence[str]) -> None:
+        """Show sentences, generated from the results, as bullets in the box."""
+        bullets = "\n".join(f"- {sentence}" for sentence in sentences)
+        self._box.update(Markdown(f"**In short**\n\n{bullets}"))
