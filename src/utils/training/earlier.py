@@ -30,6 +30,10 @@ _NOT_IDENTITY = frozenset(
     "n_evals eval_pairs save_minutes train_hours allow_cpu".split()
 )
 _OF_LORA = frozenset({"lora_rank", "lora_alpha", "lora_dropout"})
+_OF_STEPS = frozenset(  # of optimizer steps through the base
+    "head max_tokens tokens_per_step n_epochs both_orders learning_rate warmup_share weight_decay "
+    "optimizer".split()
+)
 _NAME = re.compile(r"fold_\d+(_seed_\d+)?|refit")
 
 
@@ -38,7 +42,7 @@ def identify(config: FinetuneConfig, pairs: Any, files: list[Path]) -> Identity:
 
     `pairs` are the battles, or their `hash_pairs`; `files` hold extra battles and soft labels.
     """
-    unread = _NOT_IDENTITY | (frozenset() if config.uses_lora else _OF_LORA)
+    unread = _find_unread(config)
     settings = {k: v for k, v in config.to_json().items() if k not in unread}
     data = {
         "battles": pairs if isinstance(pairs, str) else hash_pairs(pairs),
@@ -46,6 +50,13 @@ def identify(config: FinetuneConfig, pairs: Any, files: list[Path]) -> Identity:
         "files": [hash_file(file) for file in files],
     }
     return {"settings": settings, "data": data}
+
+
+def _find_unread(config: FinetuneConfig) -> frozenset[str]:
+    """Name the settings that do not shape the weights."""
+    if config.train == "head":  # its states were read with the budget of prediction
+        return _NOT_IDENTITY - {"predict_tokens"} | _OF_LORA | _OF_STEPS
+    return _NOT_IDENTITY | {"state_layers"} | (frozenset() if config.uses_lora else _OF_LORA)
 
 
 def describe_difference(found: Identity | None, asked: Identity) -> str:
