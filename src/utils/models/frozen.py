@@ -6,6 +6,7 @@ read, and the means over the tokens of either answer. Layers above the last of t
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,7 @@ def _keep(read: dict, layer: int, module: nn.Module, args: tuple, output: Any) -
 def _split(input_ids: torch.Tensor, batch: dict) -> Iterator[tuple[torch.Tensor, tuple]]:
     """Token ids of each battle, and where its states are in a batch."""
     if "cu_seq_lens" in batch:
-        ends = batch["cu_seq_lens"].tolist()
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
+        for start, end in pairwise(batch["cu_seq_lens"].tolist()):
             yield input_ids[0, start:end], (0, slice(start, end))
     else:
         for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):

@@ -1,9 +1,10 @@
 """Train a small head on the states of a frozen base: on the CPU, in minutes.
 
 The states are standardised and, where they are many, projected onto the directions in which those
-of each layer and place vary most. A logistic regression and a network of two layers are tried, each
-with several penalties, by cross-validation grouped by prompt inside the training battles: nothing
-that scores a fold is chosen on it. Both readings of a battle are learned from, with exchanged votes.
+of each layer and place vary most. A logistic regression and a network of two layers are tried,
+each with several penalties, by cross-validation grouped by prompt inside the training battles, so
+that nothing that scores a fold is chosen on it. Both readings of a battle are learned from, with
+exchanged votes.
 
 For 57,477 battles and two layers of 2,560: 1,536 projected columns, 0.7 GB in 32 bit and 3 GB in
 all at the peak; a head takes minutes on two cores.
@@ -212,7 +213,7 @@ def train_head(
     config, started = member.config, time.perf_counter()
     rows = states.find(make_keys(train_pairs))
     is_read = (rows >= 0).all(axis=1)
-    train_pairs, rows = train_pairs[is_read], rows[is_read]
+    train_pairs, rows = train_pairs.loc[is_read], rows[is_read]
     columns = find_columns(states, rows.ravel(), config.seed)
     targets = make_targets(train_pairs, config)
     both = torch.from_numpy(np.stack([targets, swap_probs(targets)]))

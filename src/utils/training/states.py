@@ -53,22 +53,22 @@ class States:
         self.dtype = np.dtype([("key", "S32"), ("states", np.float16, (self.width,))])
         for leftover in folder.glob(".part-*"):  # of a run that was killed
             leftover.unlink()
-        self.parts = [
-            part for path in sorted(folder.glob("part-*.npy")) for part in self._open(path)
-        ]
+        self.parts: list[np.ndarray] = []
+        for path in sorted(folder.glob("part-*.npy")):
+            self.parts += self._open(path)
         self._index()
 
-    def _open(self, path: Path) -> Iterator[np.ndarray]:
+    def _open(self, path: Path) -> list[np.ndarray]:
         try:
             part = np.load(path, mmap_mode="r", allow_pickle=False)
             damage = "" if _name_part(part) == path.name else "its content has changed"
         except (ValueError, OSError, EOFError) as error:
             damage = str(error)
         if not damage:
-            yield part
-            return
-        warnings.warn(f"{path} is damaged and will be read again: {damage}", stacklevel=4)
+            return [part]
+        warnings.warn(f"{path} is damaged and will be read again: {damage}", stacklevel=3)
         path.unlink()
+        return []
 
     def _index(self) -> None:
         keys = [np.zeros(0, dtype="S32"), *[part["key"] for part in self.parts]]
@@ -130,16 +130,15 @@ class _Missing:
         self, pairs: pd.DataFrame, config: FinetuneConfig, base: Path | None, states: States
     ) -> None:
         keys = make_keys(pairs)
-        is_missing = (states.find(keys) < 0).ravel()
         # Of readings with the same texts one is enough.
-        is_missing &= ~pd.Series(keys.ravel()).duplicated().to_numpy()
-        is_missing = is_missing.reshape(keys.shape)
+        is_repeated = pd.Series(keys.ravel()).duplicated().to_numpy().reshape(keys.shape)
+        is_missing = (states.find(keys) < 0) & ~is_repeated
         some = is_missing.any(axis=1)
         self._keys, self._is_missing, self._states = keys[some], is_missing[some], states
         self.n_tok, self.lengths = 0, np.zeros(0, dtype=int)
         if some.any():
             tokenizer = load_base_tokenizer(config, base)
-            self._encoded = encode_battles(pairs[some], tokenizer, config.predict_tokens)
+            self._encoded = encode_battles(pairs.loc[some], tokenizer, config.predict_tokens)
             self.lengths = self._encoded.lengths
             self.n_tok = int(self.lengths @ self._is_missing.sum(axis=1))
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
@@ -221,17 +220,15 @@ def read_states(
 def _read(missing: _Missing, config: FinetuneConfig, base: Path | None) -> str:
     load = functools.partial(load_state_reader, config, base)
     n_devices = len(choose_devices(config.n_processes or None))
-    with contextlib.closing(
-        open_reader(load, math.inf, n_devices if n_devices > 1 else 0)
-    ) as reader:
-        try:
+    n_workers = n_devices if n_devices > 1 else 0
+    try:
+        with contextlib.closing(open_reader(load, math.inf, n_workers)) as reader:
             return read_battles(
                 reader, missing, config.tokens_per_batch, progress="states of the frozen base"
             )
-        finally:
-            missing.write()
-            del reader
-            release_memory()
+    finally:
+        missing.write()
+        release_memory()
 
 
 def read_pace(states: States) -> float:
