@@ -22,13 +22,14 @@ from pathlib import Path
 import nbformat
 
 from src.utils import paths
+from src.utils.config import PACKAGE, TINY
 from src.utils.runs import atomic_folder, read_json, write_json
 from src.utils.stats.blend import Blend
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOK = paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb"
 BASELINE = "02_baseline"
-# What inference reads of a run; `base` is there for adapters on a tiny checkpoint.
+# What inference reads of a run; `base` is there for adapters on one that is not on the hub.
 RUN_PARTS = ("config.json", "metrics.json", "model", "base")
 BLEND_PARTS = ("blend.json", "metrics.json")
 SOURCE_SUFFIXES = (".py", ".md", ".yaml", ".json")
@@ -172,7 +173,7 @@ def find_hub_bases(artifacts: Path, members: list[str]) -> list[str]:
     found = []
     for name in members:
         config = read_json(artifacts / name / "config.json")
-        if config.get("lora_rank") and not config["checkpoint"].startswith("tiny:"):
+        if config.get("lora_rank") and not config["checkpoint"].startswith((TINY, PACKAGE)):
             found.append(name)
     return found
 

@@ -99,7 +99,7 @@ def real_pairs(_real_pairs: pd.DataFrame) -> pd.DataFrame:
 def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
     """A function: kind ("modernbert", "qwen3") -> folder of a tiny checkpoint, made once."""
     from src.utils.config import FinetuneConfig
-    from src.utils.models.tiny import prepare_base
+    from src.utils.models.bases import prepare_base
 
     def make(kind: str) -> Path:
         folder = tmp_path_factory.getbasetemp() / f"tiny_{kind}"

@@ -117,7 +117,7 @@ def make_card(
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["human-preferences", "llm-evaluation", "reward-model"],
-        base_model=None if config.is_tiny else config.checkpoint,
+        base_model=None if config.has_own_base else config.checkpoint,
         datasets=None if is_demo else [DATASET],
         eval_results=results,
     )
