@@ -187,10 +187,10 @@ def order_networks(runs: Mapping[str, Path | None], blend: Blend) -> list[tuple[
         run = runs.get(name)
         if run is None or not _is_network(run):
             continue
-        config = read_json(run / "config.json")
+        config = FinetuneConfig.from_json(read_json(run / "config.json"))
         bases = []
-        if config.get("lora_rank"):
-            bases = [run / "base", *paths.find_checkpoints(config["checkpoint"])[:1]]
+        if config.is_frozen:
+            bases = [run / "base", *paths.find_checkpoints(config.checkpoint)[:1]]
         models = run / "model"
         folders = [*models.glob("refit"), *sorted(models.glob("fold_*"))]
         # Where none is found, the first is tried all the same: its error says what is missing.

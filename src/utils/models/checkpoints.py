@@ -62,7 +62,7 @@ def load_classifier(config: FinetuneConfig, base: Path | None = None) -> Classif
     """
     torch.manual_seed(config.seed)
     model, tokenizer = _load_base(config, base)
-    if config.lora_rank:
+    if config.uses_lora:
         model = _add_lora(model, config)
     if config.gradient_checkpointing:
         # A reentrant checkpoint would lose the gradient behind frozen embeddings.
@@ -103,7 +103,7 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
             source,
             num_labels=len(LABELS),
             # The default is the checkpoint's dtype, and bf16 weights do not move in training.
-            dtype=dtype or (choose_dtype(device) if config.lora_rank else torch.float32),
+            dtype=dtype or (choose_dtype(device) if config.is_frozen else torch.float32),
             attn_implementation="sdpa" if skeleton._supports_sdpa else "eager",
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # a reward model's head of one score is replaced
@@ -359,7 +359,7 @@ def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = Non
         ValueError: it was trained with another template, or on another base than `base`.
     """
     origin = _read_origin(folder)
-    if not config.lora_rank:
+    if not config.is_frozen:
         # Complete, whatever its base was; a merged decoder would take twice the memory in 32 bit.
         model, tokenizer = _load_base(config, folder, dtype="auto")
         return model.eval(), tokenizer
@@ -428,7 +428,7 @@ def find_base(folder: Path, config: FinetuneConfig) -> Path | None:
     Raises:
         ValueError: checkpoints of its name are attached, and all have other weights.
     """
-    if not config.lora_rank or config.has_own_base:
+    if not config.is_frozen or config.has_own_base:
         return None
     attached = find_checkpoints(config.checkpoint)
     for base in attached:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from src.utils.config import FinetuneConfig
+from src.utils.config import FinetuneConfig, upgrade_settings
 from src.utils.models.template import TEMPLATE_VERSION
 from src.utils.runs import find_damage, hash_file, hash_json, hash_pairs, read_json
 
@@ -29,8 +29,7 @@ _NOT_IDENTITY = frozenset(
     "folds n_seeds refit n_processes predict_tokens tokens_per_batch gradient_checkpointing "
     "n_evals eval_pairs save_minutes train_hours allow_cpu".split()
 )
-
-
+_OF_LORA = frozenset({"lora_rank", "lora_alpha", "lora_dropout"})
 _NAME = re.compile(r"fold_\d+(_seed_\d+)?|refit")
 
 
@@ -39,7 +38,8 @@ def identify(config: FinetuneConfig, pairs: Any, files: list[Path]) -> Identity:
 
     `pairs` are the battles, or their `hash_pairs`; `files` hold extra battles and soft labels.
     """
-    settings = {k: v for k, v in config.to_json().items() if k not in _NOT_IDENTITY}
+    unread = _NOT_IDENTITY | (frozenset() if config.uses_lora else _OF_LORA)
+    settings = {k: v for k, v in config.to_json().items() if k not in unread}
     data = {
         "battles": pairs if isinstance(pairs, str) else hash_pairs(pairs),
         "template": TEMPLATE_VERSION,
@@ -55,7 +55,7 @@ def describe_difference(found: Identity | None, asked: Identity) -> str:
     """
     if found is None:
         return "its settings are unknown"
-    before = FinetuneConfig().to_json() | dict(found["settings"])
+    before = FinetuneConfig().to_json() | upgrade_settings(found["settings"])
     changes = []
     for name, value in asked["settings"].items():
         if before[name] != value:

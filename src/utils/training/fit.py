@@ -172,7 +172,7 @@ def _read_predicted(pairs: pd.DataFrame, member: Member, run_dir: Path, base: Pa
         return record
     print(f"{member.name}: predicts its fold again, at PREDICT_TOKENS {n_tok:,}", flush=True)
     heldout = pairs[pairs["fold"] == member.fold].reset_index(drop=True)
-    base = base if member.config.lora_rank else None
+    base = base if member.config.is_frozen else None
     model, tokenizer = load_finetuned(folder, member.config, base)
     reader = LocalReader(model, tokenizer.pad_token_id, packing=member.config.packing)
     prediction = predict_heldout(reader, tokenizer, heldout, member)
@@ -216,7 +216,7 @@ def _split(
 
 
 def _check_length(model: nn.Module, config: FinetuneConfig) -> None:
-    limit = longest_row(model.get_base_model() if config.lora_rank else model)
+    limit = longest_row(model.get_base_model() if config.uses_lora else model)
     for name in ("max_tokens", "predict_tokens"):
         if limit and getattr(config, name) > limit:
             raise ValueError(
