@@ -68,8 +68,8 @@ def collect_suite(name: str, artifacts: Path) -> dict[str, Any]:
     for notebook, difference in compare_runs(artifacts, runs[BLEND]["parameters"]).items():
         runs[notebook]["difference"] = difference
     for notebook, run in runs.items():
-        config = artifacts / notebook / "config.json"
-        run["what_it_is"] = describe_model(notebook, read_json(config) if config.exists() else {})
+        file = "blend.json" if notebook == BLEND else "config.json"
+        run["what_it_is"] = describe_model(notebook, read_json(artifacts / notebook / file))
     return {
         "name": name,
         "n_pairs": read_json(artifacts / "01_eda" / "bias.json")["n_pairs"],
@@ -103,11 +103,13 @@ def compare_runs(artifacts: Path, settings: dict[str, Any]) -> dict[str, dict[st
 
 
 def describe_model(notebook: str, config: dict[str, Any]) -> str:
-    """Say in a few words what a notebook's model really is, and which of its weights it trained."""
+    """Say in a few words what a notebook's model really is; `config` is what it wrote of itself."""
     if notebook == BASELINE:
         return "kernels and trees on words, characters and style"
     if notebook == BLEND:
-        return "weighted mean of the above"
+        weights = dict(zip(config["members"], config["weights"], strict=True))
+        used = [f"{name[:2]} {weight:.0%}" for name, weight in weights.items() if weight >= 0.005]
+        return "weighted mean: " + ", ".join(used) if len(used) > 1 else f"{used[0][:2]} alone"
     words = {"all": "all weights trained", "lora": "LoRA", "head": "frozen, a head trained"}
     return f"{name_model(config['checkpoint'])}, {words[config['train']]}"
 
