@@ -163,6 +163,9 @@ class FinetuneConfig(Config):
     train: Train = field("all", "all weights, LoRA adapters, or a head on the frozen base's states")
     head: Head = field("joint", "contrast adds mean(A states) − mean(B states) to the pooled state")
     quantization: Quantization = field("none", "storage of the frozen weights; 4bit is NF4")
+    state_layers: tuple[float, ...] = field(
+        (0.5, 0.75), "layers whose states a head reads", "shares of the depth", min_length=1
+    )
     lora_rank: int = field(32, "rank of the LoRA adapters", ge=1)
     lora_alpha: float = field(16.0, "scale of LoRA; tune together with LEARNING_RATE", gt=0)
     lora_dropout: float = field(0.05, "dropout before LoRA", "share of inputs", ge=0, lt=1)
@@ -201,6 +204,8 @@ class FinetuneConfig(Config):
         if self.quantization != "none" and not self.is_frozen:
             expected = "expected lora or head, as quantised weights cannot be trained"
             raise SuiteError(f"train: {expected} (quantization {self.quantization}), got all")
+        if not all(0 < share <= 1 for share in self.state_layers):
+            raise SuiteError(f"state_layers: expected shares above 0 to 1, got {self.state_layers}")
         longest = max(self.max_tokens, self.predict_tokens)
         if 0 < self.tokens_per_batch < longest:
             expected = f"expected 0 or at least {longest}, the longest battle"

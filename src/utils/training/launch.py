@@ -46,7 +46,7 @@ def fit_launched(
     """
     check_device(config, pairs, base)
     n_processes = count_processes(config)
-    if n_processes > 1:
+    if n_processes > 1 and config.train != "head":  # the readers of a frozen base start their own
         release_memory()
         folder = run_dir / "launch"
         write_pairs(folder / "pairs.parquet", pairs)
