@@ -29,7 +29,7 @@ from src.utils.stats.blend import Blend
 HERE = Path(__file__).resolve().parent
 NOTEBOOK = paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb"
 BASELINE = "02_baseline"
-# What inference reads of a run; `base` is there for adapters on a tiny checkpoint.
+# What inference reads of a run; `base` is there for adapters on one that is not on the hub.
 RUN_PARTS = ("config.json", "metrics.json", "model", "base")
 BLEND_PARTS = ("blend.json", "metrics.json")
 SOURCE_SUFFIXES = (".py", ".md", ".yaml", ".json")
@@ -176,7 +176,7 @@ def find_hub_bases(artifacts: Path, members: list[str]) -> list[str]:
         if "checkpoint" not in config:  # no network
             continue
         settings = FinetuneConfig.from_json(config)
-        if settings.is_frozen and not settings.is_tiny:
+        if settings.is_frozen and not settings.has_own_base:
             found.append(name)
     return found
 

@@ -30,7 +30,7 @@ from src.utils.delivery.submit import (
     order_networks,
     predict_submission,
 )
-from src.utils.models import checkpoints, predict, tiny
+from src.utils.models import bases, checkpoints, predict
 from src.utils.models.baseline import fit_baseline, save_baseline
 from src.utils.models.predict import predict_pairs
 from src.utils.models.reading import LocalReader, load_reader, open_reader
@@ -436,7 +436,7 @@ def test_an_attached_base_is_found_in_both_layouts_and_checked(
     shutil.copytree(trained[DECODER] / "base", right)
     assert checkpoints.find_base(folder, config) == right
     wrong = tmp_path / "input" / layout / name / "1"
-    tiny.prepare_base(dataclasses.replace(CONFIGS[DECODER], seed=7), pairs, wrong, n_steps=0)
+    bases.prepare_base(dataclasses.replace(CONFIGS[DECODER], seed=7), pairs, wrong, n_steps=0)
     assert checkpoints.find_base(folder, config) == right
     shutil.rmtree(right)
     with pytest.raises(ValueError, match=f"{wrong}.*hash"):
