@@ -67,7 +67,26 @@ def note_source(fig: Figure, source: str, n_pairs: int) -> None:
 
 def percent(share: float) -> str:
     """Write a share for a title: 0.613 -> "61.3 %" (with a no-break space), NaN -> "–"."""
-    return "–" if np.isnan(share) else f"{100 * share:.1f}\u00a0%"
+    return number(share, "{:.1%}")
+
+
+def number(value: Any, text: str = "{:,.3f}") -> str:
+    """Write a value by a format, with a true minus and a space before "%"; missing is "–"."""
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return "–"
+    written = text.format(value)
+    if not pd.api.types.is_number(value):
+        return written
+    return written.replace("-", "−").replace("%", "\u00a0%")
+
+
+def with_interval(value: float, low: float, high: float, text: str = "{:,.3f}") -> str:
+    """Write an estimate with its interval: "61.8 % (57.9–65.7)", "−0.010 (−0.020 to 0.001)"."""
+    if pd.isna(value) or pd.isna(low):
+        return number(value, text)
+    ends = [number(end, text).removesuffix("\u00a0%") for end in (low, high)]
+    between = " to " if {"−", "+"} & set("".join(ends)) else "–"
+    return f"{number(value, text)} ({between.join(ends)})"
 
 
 def label_axes(ax: Axes, title: str, x: str, y: str, percent_on: str = "") -> Axes:
