@@ -7,6 +7,7 @@ import sklearn.metrics
 
 from src.utils.schema import LABEL_NAMES, list_votes, probs_of, probs_table, swap_labels, swap_probs
 from src.utils.stats.scores import (
+    MIN_SLICE,
     bootstrap_interval,
     by_fold,
     class_prior,
@@ -21,6 +22,7 @@ from src.utils.stats.scores import (
     paired_difference,
     predict_by_length,
     proportion_interval,
+    read_published,
     reliability_curve,
     row_losses,
     score,
@@ -224,16 +226,27 @@ def test_slices_name_where_the_model_is_worse():
     first = groups < 200
     reference = losses + np.where(first, -0.2, 0.2) + rng.normal(0, 0.1, 400)
     table = compare_slices(
-        losses, reference, {"first": first, "last": ~first, "one": groups == 0}, groups, 200
+        losses,
+        {"length only": reference, "prior": reference + 1},
+        {"first": first, "last": ~first, "few": groups < MIN_SLICE - 1},
+        groups,
+        200,
     )
     assert table["slice"].tolist() == ["first", "last"] and table["n_pairs"].tolist() == [200, 200]
     assert table["verdict"].tolist() == ["worse", "better"]
     assert table["difference"].to_numpy() == pytest.approx([0.2, -0.2], abs=0.03)
-    assert (table["log_loss"] - table["reference"]).to_numpy() == pytest.approx(
+    assert (table["log_loss"] - table["length only"]).to_numpy() == pytest.approx(
         table["difference"].to_numpy()
     )
-    same = compare_slices(losses, losses, {"all": first | ~first}, groups, 50)
+    assert (table["prior"] - table["length only"]).to_numpy() == pytest.approx([1, 1])
+    same = compare_slices(losses, {"itself": losses}, {"all": first | ~first}, groups, 50)
     assert same["verdict"].tolist() == ["no different"]
+
+
+def test_published_scores_are_plausible_and_have_a_source():
+    table = read_published()
+    assert table["log_loss"].between(0.8, 1.1).all() and table["name"].is_unique
+    assert (table["source"].str.len() > 10).all() and len(table) >= 8
 
 
 def test_a_summary_scores_held_out_battles_in_any_order():

@@ -7,12 +7,14 @@ with rows that sum to 1 and columns in the order of `schema.LABELS`, `labels` (N
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, norm
 from sklearn.linear_model import LogisticRegression
 
+from src.utils.runs import read_json
 from src.utils.schema import (
     A_WINS,
     B_WINS,
@@ -28,6 +30,8 @@ from src.utils.schema import (
 
 MIN_PROB = 1e-15  # the competition clips here
 Z_95 = float(norm.ppf(0.975))  # half the width of a 95 % interval, in standard errors
+MIN_SLICE = 30  # battles of which the loss is worth a look
+_PUBLISHED = Path(__file__).with_name("published_scores.json")
 _MIN_BIN = 40  # battles in a bin of a reliability curve
 _ECE_BINS = 15
 
@@ -211,29 +215,33 @@ def compare_models(
 
 def compare_slices(
     losses: np.ndarray,
-    reference: np.ndarray,
+    references: Mapping[str, np.ndarray],
     slices: Mapping[str, np.ndarray],
     groups: np.ndarray,
     n_boot: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare a model's `row_losses` with those of a reference, (N,) float each, on slices.
+    """Compare a model's `row_losses` with those of references, (N,) float each, on slices.
 
     `slices` are name -> (N,) bool, the battles of that slice.
 
     Returns:
-        One row per slice that holds at least two groups: slice, n_pairs, log_loss, reference,
-        difference with its 95 % bounds low and high (paired; below 0 the model is better),
-        and verdict: better, worse or no different, by whether the interval excludes 0.
+        One row per slice of at least `MIN_SLICE` battles of two groups: slice, n_pairs, log_loss,
+        the loss of each reference by its name, difference to the first with its 95 % bounds low
+        and high (paired; below 0 the model is better), and verdict: better, worse or no
+        different, by whether the interval excludes 0.
     """
+    first = next(iter(references))
     rows = []
     for name, mask in slices.items():
         inside = np.asarray(groups)[mask]
-        if len(pd.unique(inside)) > 1:
-            gap = paired_difference(losses[mask], reference[mask], inside, n_boot, seed)
-            means = losses[mask].mean(), reference[mask].mean()
-            rows.append((name, len(inside), *means, *gap.values()))
-    columns = ["slice", "n_pairs", "log_loss", "reference", "difference", "low", "high"]
+        if len(inside) < MIN_SLICE or len(pd.unique(inside)) < 2:
+            continue
+        gap = paired_difference(losses[mask], references[first][mask], inside, n_boot, seed)
+        row = {"slice": name, "n_pairs": len(inside), "log_loss": losses[mask].mean()}
+        row |= {other: values[mask].mean() for other, values in references.items()}
+        rows.append(row | {"difference": gap["mean"], "low": gap["low"], "high": gap["high"]})
+    columns = ["slice", "n_pairs", "log_loss", *references, "difference", "low", "high"]
     table = pd.DataFrame(rows, columns=columns)
     excludes = [table["high"] < 0, table["low"] > 0]
     return table.assign(verdict=np.select(excludes, ["better", "worse"], "no different"))
@@ -350,6 +358,11 @@ def predict_by_length(pairs: pd.DataFrame, gaps: np.ndarray) -> np.ndarray:
         orders = [model.predict_proba(each[folds == fold]) for each in (inputs, mirrored)]
         probs[folds == fold] = average_over_swap(*orders)
     return probs
+
+
+def read_published() -> pd.DataFrame:
+    """Read scores that others published for this competition: name, log_loss, kind, source."""
+    return pd.DataFrame(read_json(_PUBLISHED)["scores"])
 
 
 def _votes_on(oof: pd.DataFrame, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
