@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import sklearn.metrics
 
-from src.utils.schema import LABEL_NAMES, list_votes, probs_of, probs_table, swap_labels, swap_probs
+from src.utils.schema import LABEL_NAMES, list_votes, probs_of, probs_table, swap_pairs, swap_probs
 from src.utils.stats.scores import (
     MIN_SLICE,
     bootstrap_interval,
@@ -13,6 +13,7 @@ from src.utils.stats.scores import (
     class_prior,
     compare_leanings,
     compare_models,
+    compare_runs,
     compare_slices,
     count_confusion,
     describe_folds,
@@ -21,6 +22,7 @@ from src.utils.stats.scores import (
     log_loss,
     paired_difference,
     predict_by_length,
+    prior_of,
     proportion_interval,
     read_published,
     reliability_curve,
@@ -204,20 +206,37 @@ def test_folds_are_scored_one_by_one_and_each_vote_counts():
 
 def test_a_length_model_is_symmetric_and_learns_from_the_other_folds():
     rng = np.random.default_rng(0)
-    gaps = rng.normal(size=600)
+    n_chars = rng.integers(1, 200, (600, 2))
+    gaps = np.log(n_chars[:, 0] / n_chars[:, 1])
     labels = np.where(rng.random(600) < 1 / (1 + np.exp(-2 * gaps)), 0, 1)
+    labels[::7] = 2
     pairs = pd.DataFrame({"id": np.arange(600), "label": labels, "fold": np.arange(600) % 3})
-    pairs.loc[::7, "label"] = 2
-    probs = predict_by_length(pairs, gaps)
-    swapped = pairs.assign(label=swap_labels(pairs["label"].to_numpy()))
-    np.testing.assert_allclose(predict_by_length(swapped, -gaps), swap_probs(probs), atol=1e-4)
-    labels = pairs["label"].to_numpy()
+    pairs["response_a"] = [("x" * n, None) for n in n_chars[:, 0]]
+    pairs["response_b"] = [("x" * n,) for n in n_chars[:, 1]]
+    probs = predict_by_length(pairs)
+    np.testing.assert_allclose(predict_by_length(swap_pairs(pairs)), swap_probs(probs), atol=1e-4)
     prior = held_out_prior(labels, pairs["fold"].to_numpy())
     assert log_loss(probs, labels) < log_loss(prior, labels) - 0.1
     flipped = pairs.assign(label=np.where(pairs["fold"] == 0, 2, pairs["label"]))
     first = (pairs["fold"] == 0).to_numpy()
-    np.testing.assert_allclose(predict_by_length(flipped, gaps)[first], probs[first])
-    assert predict_by_length(pairs.assign(fold=0), gaps).shape == (600, 3)
+    np.testing.assert_allclose(predict_by_length(flipped)[first], probs[first])
+    assert predict_by_length(pairs.assign(fold=0)).shape == (600, 3)
+
+
+def test_runs_are_compared_on_shared_battles_with_the_prior_of_all():
+    truth, labels = make_votes(300)
+    pairs = pd.DataFrame({"id": np.arange(300), "label": labels, "fold": np.arange(300) % 2})
+    pairs["group"] = pairs["id"]
+    shared = pairs[pairs["fold"] == 0].reset_index(drop=True)
+    kept = shared["id"].to_numpy()
+    table = compare_runs({"blurred": blur(truth, 0.5)[kept]}, shared, pairs, truth[kept], "blurred")
+    assert table["model"].tolist() == ["the class prior", "blurred", "the best reachable"]
+    assert table["log_loss"].iloc[0] == log_loss(prior_of(pairs)[kept], labels[kept])
+    assert table["difference"].iloc[1] == 0
+    alone = compare_runs(
+        {"blurred": truth[kept]}, shared, pairs, None, "the class prior", n_boot=50
+    )
+    assert alone["model"].tolist() == ["the class prior", "blurred"]
 
 
 def test_slices_name_where_the_model_is_worse():
@@ -239,7 +258,9 @@ def test_slices_name_where_the_model_is_worse():
         table["difference"].to_numpy()
     )
     assert (table["prior"] - table["length only"]).to_numpy() == pytest.approx([1, 1])
-    same = compare_slices(losses, {"itself": losses}, {"all": first | ~first}, groups, 50)
+    same = compare_slices(
+        losses, {"itself": losses}, {"first": first, "all": first | ~first}, groups, 50
+    )
     assert same["verdict"].tolist() == ["no different"]
 
 

@@ -72,7 +72,8 @@ def plot_ladder(ax: Axes, table: pd.DataFrame, reference: str, published: str = 
 def describe_gap(gap: float, low: float, high: float, reference: str) -> str:
     """Say how far a loss is from a reference, or that the interval (low, high) holds 0; nats."""
     if low <= 0 <= high:
-        return f"no measurable difference to {reference} ({gap:+.3f}, {low:+.3f} to {high:+.3f})"
+        found = with_interval(gap, low, high, "{:+.3f}")
+        return f"no measurable difference to {reference} ({found.replace(' (', ', ', 1)}"
     near, far = sorted((abs(low), abs(high)))
     side = "above" if gap > 0 else "below"
     return f"{abs(gap):.3f} nats ({near:.3f} to {far:.3f}) {side} {reference}"

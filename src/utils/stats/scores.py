@@ -20,8 +20,10 @@ from src.utils.schema import (
     B_WINS,
     LABEL_NAMES,
     LABELS,
+    TEXTS,
     average_over_swap,
     check_probs,
+    join_turns,
     list_votes,
     probs_of,
     swap_labels,
@@ -213,6 +215,29 @@ def compare_models(
     return pd.DataFrame(rows, columns=columns)
 
 
+def compare_runs(
+    members: Mapping[str, np.ndarray],
+    shared: pd.DataFrame,
+    pairs: pd.DataFrame,
+    truth: np.ndarray | None,
+    reference: str,
+    **bootstrap: int,
+) -> pd.DataFrame:
+    """Compare members on the battles that all of them held out, as `compare_models` does.
+
+    `members`, name -> (N, C), predict the N battles `shared`; `truth`, (N, C), are their true
+    probabilities. All `pairs` give the class prior. Each vote counts once.
+    """
+    rows, labels = list_votes(shared)
+    prior = prior_of(pairs)[pd.Index(pairs["id"]).get_indexer(shared["id"])]
+    models = {"the class prior": prior, **members}
+    if truth is not None:
+        models["the best reachable"] = truth
+    models = {name: probs[rows] for name, probs in models.items()}
+    groups = shared["group"].to_numpy()[rows]
+    return compare_models(models, labels, groups, reference, **bootstrap)
+
+
 def compare_slices(
     losses: np.ndarray,
     references: Mapping[str, np.ndarray],
@@ -226,7 +251,7 @@ def compare_slices(
     `slices` are name -> (N,) bool, the battles of that slice.
 
     Returns:
-        One row per slice of at least `MIN_SLICE` battles of two groups: slice, n_pairs, log_loss,
+        One row per slice of at least `MIN_SLICE` battles, not all: slice, n_pairs, log_loss,
         the loss of each reference by its name, difference to the first with its 95 % bounds low
         and high (paired; below 0 the model is better), and verdict: better, worse or no
         different, by whether the interval excludes 0.
@@ -235,7 +260,8 @@ def compare_slices(
     rows = []
     for name, mask in slices.items():
         inside = np.asarray(groups)[mask]
-        if len(inside) < MIN_SLICE or len(pd.unique(inside)) < 2:
+        is_small = len(inside) < MIN_SLICE or len(pd.unique(inside)) < 2
+        if is_small or len(inside) == len(losses):
             continue
         gap = paired_difference(losses[mask], references[first][mask], inside, n_boot, seed)
         row = {"slice": name, "n_pairs": len(inside), "log_loss": losses[mask].mean()}
@@ -337,15 +363,17 @@ def describe_folds(folds: pd.DataFrame) -> str:
     )
 
 
-def predict_by_length(pairs: pd.DataFrame, gaps: np.ndarray) -> np.ndarray:
+def predict_by_length(pairs: pd.DataFrame) -> np.ndarray:
     """Predict each battle by its answers' lengths alone, from the votes of the other folds.
 
-    `gaps` are (N,) float, the log ratio of the lengths of A and B. A logistic regression learns
-    from each battle in both orders, and the mean over both is symmetric. Where there is a single
-    fold, it learns from that one. Returns (N, C) float64, rows sum to 1.
+    A logistic regression on the log ratio of their characters learns from each battle in both
+    orders, and the mean over both is symmetric. Where there is a single fold, it learns from that
+    one. Returns (N, C) float64, rows sum to 1.
     """
     rows, labels = list_votes(pairs)
     folds = pairs["fold"].to_numpy()
+    n_chars = [pairs[name].map(join_turns).str.len() for name in TEXTS[1:]]
+    gaps = np.log1p(n_chars[0].to_numpy()) - np.log1p(n_chars[1].to_numpy())
     inputs = np.column_stack([gaps, np.abs(gaps)])
     mirrored = inputs * [-1, 1]
     probs = np.empty((len(pairs), len(LABELS)))
