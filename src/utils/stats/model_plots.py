@@ -25,6 +25,8 @@ from src.utils.stats.plots import (
 )
 
 _OTHER, _ALARM = "#777777", "#CC79A7"
+_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncol": 3}
+_BELOW["frameon"] = False
 _PANELS = ("Log loss", "Accuracy", "Speed and learning rate")
 _HISTORY = ("fold", "seed", "minutes", "epoch")
 
@@ -209,7 +211,7 @@ def plot_training(axes: np.ndarray, history: pd.DataFrame, prior: float = np.nan
         loss, history, {"training": "train_loss", "held out": "log_loss"}, "log loss, nats"
     )
     loss.axhline(prior, linestyle="--", label="class prior", **BLACK)
-    loss.legend()
+    loss.legend(**_BELOW)
     seen = {"training": "train_accuracy", "held out": "accuracy"}
     plot_history(accuracy, history, seen, "accuracy", percent_on="y")
     plot_history(speed, history, {"tokens per second": "tokens_per_second"}, "tokens per second")
@@ -218,7 +220,7 @@ def plot_training(axes: np.ndarray, history: pd.DataFrame, prior: float = np.nan
     plot_history(rate, history, {"learning rate": "learning_rate"}, "learning rate")
     rate.lines[0].set(color=_ALARM, linestyle="--")
     rate.grid(visible=False)
-    speed.legend(handles=[speed.lines[0], rate.lines[0]], loc="lower center")
+    speed.legend(handles=[speed.lines[0], rate.lines[0]], **_BELOW)
     rate.get_legend().remove()
     plot_memory(memory, history)
     for place, title in zip((loss, accuracy, speed), _PANELS, strict=True):
@@ -233,9 +235,9 @@ def plot_memory(ax: Axes, history: pd.DataFrame) -> Axes:
     used = {"most used so far": "memory_mib", "most reserved so far": "reserved_mib"}
     title = "Memory of the GPU"
     if not has_gpu:
-        used, title = {"resident": "memory_mib"}, "Memory of the process on a CPU (no GPU here)"
+        used, title = {"resident": "memory_mib"}, "Memory of the process (no GPU)"
     plot_history(ax, history, used, "MiB", title=title)
-    ax.set_ylim(0, None)
+    ax.set_ylim(0, 1.2 * float(history[list(used.values())].max(axis=None)))
     return ax
 
 
@@ -258,10 +260,10 @@ def plot_history(
         for place, (_, rows) in enumerate(history.groupby(["fold", "seed"])):
             rows = rows[rows[column].notna()]
             hidden = "_" if place else ""  # one entry in the legend is enough
-            look = {"markersize": 4, "linewidth": 1.5, "color": color}
+            look = {"markersize": 4, "linewidth": 1.5 if mark == "o-" else 1, "color": color}
             ax.plot(rows[x], rows[column], mark, label=f"{hidden}{label}", **look)
     ax.set_xlim(0, None)
-    ax.legend()
+    ax.legend(**_BELOW)
     unit = "minutes of training" if x == "minutes" else "epochs"
     return label_axes(ax, title, unit, y, **options)
 
