@@ -68,13 +68,6 @@ def test_reliability_is_drawn_in_the_fixed_colours(ax):
     assert "10.0 points" in ax.get_title(loc="left")
 
 
-def test_the_strongest_coefficient_is_named_and_at_the_top(ax):
-    effects = pd.DataFrame({"caption": ["refusal", "words", "lists"], "effect": [-0.5, 0.2, 0.1]})
-    model_plots.plot_coefficients(ax, effects, n_shown=2)
-    assert [bar.get_width() for bar in ax.patches] == [0.2, -0.5]
-    assert "refusal (-0.50)" in ax.get_title(loc="left")
-
-
 def test_preferences_name_and_colour_where_the_model_is_unlike_people(ax):
     shares = pd.DataFrame(
         [
@@ -104,16 +97,6 @@ def test_slices_are_sorted_by_loss_and_the_title_names_the_worse(ax):
     model_plots.plot_slices(ax, table, ["length", "prior"])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b (n = 40)", "a (n = 40)"]
     assert "better than length on 1 of 2 slices, worse on: a" in words(ax)
-
-
-def test_an_ablation_has_the_most_valuable_family_at_the_top(ax):
-    worth = pd.DataFrame(
-        [("text", "A against B", 0.02, 0.01, 0.03), ("gaps", "tie", 0.01, -0.01, 0.03)],
-        columns=["family", "of", "difference", "low", "high"],
-    )
-    model_plots.plot_ablation(ax, worth)
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["gaps", "text"]
-    assert "1 of 2" in ax.get_title(loc="left")
 
 
 def history(**columns):

@@ -15,7 +15,6 @@ from src.utils.stats.plots import (
     ACCENT,
     BLACK,
     LABEL_COLORS,
-    MUTED,
     draw_intervals,
     draw_rows,
     label_axes,
@@ -146,17 +145,6 @@ def plot_reliability(ax: Axes, curve: pd.DataFrame, ece: float) -> Axes:
     return label_axes(ax, title, "predicted probability", y, percent_on="xy")
 
 
-def plot_coefficients(ax: Axes, effects: pd.DataFrame, n_shown: int = 15) -> Axes:
-    """Show what a model learned: caption, effect (log-odds per SD), the strongest first."""
-    shown = effects.head(n_shown)[::-1]
-    ax.barh(shown["caption"], shown["effect"], color=np.where(shown["effect"] > 0, ACCENT, MUTED))
-    ax.axvline(0, **BLACK)
-    first = effects.iloc[0]
-    title = f"Strongest, all else equal: {first['caption']} ({first['effect']:+.2f})"
-    x = "log-odds of winning per standard deviation more than the other answer"
-    return label_axes(ax, title, x, "more of …")
-
-
 def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
     """Compare the leanings of a model with those of people, from `scores.compare_leanings`."""
     shares = shares.dropna(subset=["share"])
@@ -266,17 +254,3 @@ def plot_history(
     ax.legend(**_BELOW)
     unit = "minutes of training" if x == "minutes" else "epochs"
     return label_axes(ax, title, unit, y, **options)
-
-
-def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
-    """Show what each family of features is worth, from `ablation.ablate`, the best at the top."""
-    order = worth["family"].tolist()[::-1]
-    series = {
-        "in the odds of A or B": (ACCENT, worth[worth["of"] == "A against B"]),
-        "in the odds of a tie": (LABEL_COLORS[TIE], worth[worth["of"] == "tie"]),
-    }
-    draw_rows(ax, series, "difference", "family", order)
-    n_sure = int((worth["low"] > 0).sum())
-    title = f"Missed by more than chance: {n_sure} of {len(worth)} families"
-    x = "log loss added by leaving it out, nats per battle (95 % interval)"
-    return label_axes(ax, title, x, "family of features")

@@ -17,7 +17,7 @@ from src.utils.stats.plots import number, with_interval
 _NAMES = {"id": "{}", "row": "{}", "seed": "{}"}  # numbers that name something: 20240501
 _NO_FORMULAS = 'class="tex2jax_ignore mathjax_ignore"'  # for MathJax 2 and 3 or later
 _HEADERS = {"n": "battles", "n_pairs": "battles", "log_odds": "log-odds", "p_value": "p"}
-_HEADERS |= {"ece": "calibration error"}
+_HEADERS |= {"ece": "calibration error", "p_holm": "p (Holm)"}
 _IDENTIFIER = re.compile("[a-z][a-z0-9_]*")  # of ours, which no chatbot's name is changed for
 
 
@@ -62,6 +62,10 @@ def show(
     styler = styler.format_index(escape="html", axis=1)
     styler = styler.format_index(escape="html", axis=0) if index else styler.hide(axis="index")
     styler = styler.set_properties(subset=pd.Index(texts), **{"text-align": "left"})
+    left = [f"th.col{place}" for place, title in enumerate(cells) if title in texts]
+    if left:
+        props = "text-align: left"
+        styler = styler.set_table_styles([{"selector": ", ".join(left), "props": props}])
     if best:
         styler = styler.apply(lambda _: np.where(is_best, "font-weight: bold", ""))
     return styler.set_table_attributes(_NO_FORMULAS)
