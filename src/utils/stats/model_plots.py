@@ -20,6 +20,7 @@ from src.utils.stats.plots import (
     label_axes,
     number,
     percent,
+    place_legend,
     with_interval,
 )
 
@@ -156,8 +157,6 @@ def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
     series = {"people": ("black", people), "model, as people": (ACCENT, model[is_inside])}
     series["model, unlike people"] = (_ALARM, model[~is_inside])
     draw_rows(ax, series, "share", "name", order, null=0.5)
-    ax.set_ylim(-0.5, len(order) - 0.5)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     outside = ", ".join(model["leaning"][~is_inside])
     title = f"The model is outside people's interval on: {outside}"
     if not outside:
@@ -179,7 +178,7 @@ def plot_slices(ax: Axes, slices: pd.DataFrame, references: Sequence[str]) -> Ax
         ax.plot(rows[name], places, mark, color=color, markersize=9, label=name)
     ax.plot(rows["log_loss"], places, "o", color=ACCENT, markersize=7, label="published")
     ax.set_yticks(places, names)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    place_legend(ax)
     n_better, first = int((rows["verdict"] == "better").sum()), references[0]
     title = f"Measurably better than {first} on {n_better} of {len(rows)} slices"
     worse = rows.loc[rows["verdict"] == "worse", "slice"]
@@ -225,7 +224,8 @@ def plot_memory(ax: Axes, history: pd.DataFrame) -> Axes:
     if not has_gpu:
         used, title = {"resident": "memory_mib"}, "Memory of the process (no GPU)"
     plot_history(ax, history, used, "MiB", title=title)
-    ax.set_ylim(0, 1.2 * float(history[list(used.values())].max(axis=None)))
+    most = np.nanmax(history.reindex(columns=[*used.values()]).to_numpy(float), initial=0)
+    ax.set_ylim(0, 1.2 * most or None)
     return ax
 
 
