@@ -56,11 +56,11 @@ def plot_ladder(ax: Axes, table: pd.DataFrame, reference: str, published: str = 
     published = published or rows["model"].iloc[-1]
     for place in range(len(rows)):
         color = ACCENT if rows["model"][place] == published else _OTHER
-        look = {"color": color, "markersize": 8}
-        draw_intervals(ax, rows[place : place + 1], "difference", [place], **look)
-        style = {"color": color, "weight": "bold" if color == ACCENT else "normal"}
+        row = rows[place : place + 1]
+        draw_intervals(ax, row, "difference", [place], color=color, markersize=8)
         loss, right = f"{rows['log_loss'][place]:.3f}", ax.get_yaxis_transform()
-        ax.text(1.02, place, loss, transform=right, va="center", **style)
+        weight = "bold" if color == ACCENT else "normal"
+        ax.text(1.02, place, loss, transform=right, va="center", color=color, weight=weight)
     ax.text(1.02, len(rows) - 0.4, "log loss", transform=ax.get_yaxis_transform(), fontsize=9)
     ax.axvline(0, **BLACK)
     ax.set_yticks(range(len(rows)), rows["model"])
@@ -97,7 +97,7 @@ def plot_published(ax: Axes, published: pd.DataFrame, ours: Mapping[str, float] 
         interval = f"{ours['log_loss']:.3f} ({ours['low']:.3f} to {ours['high']:.3f})"
         title = f"Ours: {interval}; {n_better} published scores are below it, {n_worse} above"
     rows = rows.sort_values("log_loss", ascending=False).reset_index(drop=True)
-    for place, row in rows.iterrows():
+    for place, row in enumerate(rows.to_dict("records")):
         mark = "s" if "leaderboard" in str(row["kind"]) else "o"
         ax.plot(row["log_loss"], place, mark, color=row["color"], markersize=8)
         ax.plot([row["low"], row["high"]], [place, place], color=row["color"], linewidth=2)
@@ -127,7 +127,7 @@ def plot_confusion(ax: Axes, table: pd.DataFrame) -> Axes:
     )
     ax.grid(visible=False)
     tie = table.iloc[TIE]
-    found = with_interval(*tie[["recall", "low", "high"]], "{:.0%}")
+    found = with_interval(tie["recall"], tie["low"], tie["high"], "{:.0%}")
     return label_axes(ax, f"Of the ties it calls {found}", "most probable", "vote (votes)")
 
 
@@ -208,7 +208,6 @@ def plot_training(axes: np.ndarray, history: pd.DataFrame, prior: float = np.nan
     rate.lines[0].set(color=_ALARM, linestyle="--")
     rate.grid(visible=False)
     speed.legend(handles=[speed.lines[0], rate.lines[0]], **_BELOW)
-    rate.get_legend().remove()
     plot_memory(memory, history)
     for place, title in zip((loss, accuracy, speed), _PANELS, strict=True):
         place.set_title(title, loc="left")
@@ -248,9 +247,10 @@ def plot_history(
         for place, (_, rows) in enumerate(history.groupby(["fold", "seed"])):
             rows = rows[rows[column].notna()]
             hidden = "_" if place else ""  # one entry in the legend is enough
-            look = {"markersize": 4, "linewidth": 1.5 if mark == "o-" else 1, "color": color}
-            ax.plot(rows[x], rows[column], mark, label=f"{hidden}{label}", **look)
+            look: dict[str, Any] = {"markersize": 4, "linewidth": 1.5 if mark == "o-" else 1}
+            ax.plot(rows[x], rows[column], mark, color=color, label=f"{hidden}{label}", **look)
     ax.set_xlim(0, None)
-    ax.legend(**_BELOW)
+    if len(shown) > 1:
+        ax.legend(**_BELOW)
     unit = "minutes of training" if x == "minutes" else "epochs"
     return label_axes(ax, title, unit, y, **options)
