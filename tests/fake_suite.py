@@ -46,7 +46,7 @@ class FakeSuite:
         patch.chdir(root)
         patch.setattr(paths, "ROOT", root)
         patch.setattr(runner, "_execute", self.execute)
-        patch.setattr(runner, "_hash_library", lambda: "the same")
+        patch.setattr(runner, "hash_library", lambda: "the same")
         patch.setattr(runner, "count_idle_cores", lambda: 1)
         patch.setattr(runner, "Pipeline", functools.partial(Pipeline, notebooks=stubs))
         patch.setattr(runner.HTMLExporter, "from_filename", lambda *_: ("<html>", {}))

@@ -132,7 +132,8 @@ def _read_metrics(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _hash_library() -> str:
+def hash_library() -> str:
+    """Hash every file of the package."""
     library = Path(__file__).resolve().parents[1]
     suffixes = (".py", ".yaml", ".md", ".json")
     files = sorted(path for path in library.rglob("*") if path.suffix in suffixes)
@@ -171,7 +172,7 @@ def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     copy.parent.mkdir(exist_ok=True)
     record: dict[str, Any] = {
-        "library": _hash_library(),
+        "library": hash_library(),
         "parameters": pipeline.all_parameters(stage.name),
         "inputs": measure_states(pipeline.inputs(stage)),
     }
@@ -219,7 +220,7 @@ def run_suite(
             run_notebook(pipeline, stage, stream)
         record = pipeline.read_record(stage)
         state = f"done in {record['seconds']:.0f} s" if reason else "up to date"
-        if record.get("library") != _hash_library():
+        if record.get("library") != hash_library():
             state += ", but the library changed since (FORCE=1 rebuilds)"
         print(f"{title}: {state}", file=stream, flush=True)
         folder = pipeline.artifacts / stage.name
