@@ -154,3 +154,17 @@ def test_the_columns_of_probabilities_are_checked(tmp_path):
     oof = probs_table([1], np.full((1, 3), 1 / 3))
     with pytest.raises(AssertionError, match=LABELS[0]):
         runs.write_run(tmp_path, config={}, oof=oof, metrics={})
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "expected"),
+    [
+        ("demo", ["train.csv"], "simulated"),
+        ("raw", ["train.csv"], "competition"),
+        ("given", ["a.csv", "b.csv"], "real battles (a.csv, b.csv)"),
+        ("given", list("abcd"), "2 more files"),
+    ],
+)
+def test_a_run_says_whose_battles_it_read(tmp_path, kind, files, expected):
+    runs.write_json(tmp_path / "bias.json", {"source": {"kind": kind, "files": files}})
+    assert expected in runs.read_source(tmp_path)

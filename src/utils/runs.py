@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
 def write_figure(path: Path, figure: Any) -> Path:
     """Write a matplotlib figure atomically."""
     with atomic_path(path) as tmp:
-        figure.savefig(tmp, dpi=120, bbox_inches="tight")
+        figure.savefig(tmp, dpi=120)
     return Path(path)
 
 
@@ -136,6 +136,22 @@ def read_truth(eda_dir: Path, ids: pd.Series) -> np.ndarray | None:
     if not path.exists():
         return None
     return probs_of(pd.read_parquet(path).set_index("id").loc[list(ids)])
+
+
+def name_source(kind: str, files: Sequence[str]) -> str:
+    """Name battles for a figure's corner; `kind` is that of `paths.find_raw_data`."""
+    if kind == "demo":
+        return "simulated arena"
+    if kind in ("raw", "kaggle"):
+        return "the competition's data"
+    more = f" and {len(files) - 2} more files" if len(files) > 2 else ""
+    return f"real battles ({', '.join(files[:2])}{more})"
+
+
+def read_source(eda_dir: Path) -> str:
+    """Read from 01's run whose battles they are: "simulated arena", "real battles (a.csv)"."""
+    source = read_json(Path(eda_dir) / "bias.json")["source"]
+    return name_source(source["kind"], source["files"])
 
 
 def hash_file(path: Path) -> str:

@@ -6,6 +6,7 @@ and `stats.scores`; their columns `low` and `high` are 95 % intervals, losses na
 """
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -26,6 +27,8 @@ ACCENT, MUTED = "#009E73", "#BBBBBB"
 BLACK: dict[str, Any] = {"color": "black", "linewidth": 1}
 
 _WIDTH, _LOW, _TALL = 9.0, 3.6, 5.4  # of every figure, inches
+_TITLE_CHARS = 86  # of a line over the whole width
+_EDGE = 0.008  # of the width is left free
 _SMALL: dict[str, Any] = {"fontsize": 8, "color": "#777777"}
 
 # Names are shown as they are: dollars in one ("alpha$x_1$") are no formula, and stop no figure.
@@ -47,8 +50,19 @@ def make_figure(n_columns: int = 1, tall: bool = False) -> tuple[Figure, Any]:
 
 
 def note_source(fig: Figure, source: str, n_pairs: int) -> None:
-    """Write into a corner what was measured: "simulated arena · 12,000 battles"."""
-    fig.text(1, 0, f"{source} · {n_pairs:,} battles", ha="right", va="top", **_SMALL)
+    """Write into a corner what was measured, e.g. "simulated arena · 12,000 battles".
+
+    Args:
+        source: of `runs.read_source`.
+    """
+    # As a label of the figure it gets room of its own from the layout.
+    fig.supxlabel(f"{source} · {n_pairs:,} battles", x=1 - _EDGE, ha="right", **_SMALL)
+    if len(fig.axes) == 1:
+        # Over long names of rows, too, the title starts at the figure's edge.
+        fig.draw_without_rendering()
+        place = fig.axes[0].get_position()
+        x = (_EDGE - place.x0) / place.width
+        fig.axes[0].set_title(fig.axes[0].get_title("left"), loc="left", x=x)
 
 
 def percent(share: float) -> str:
@@ -58,10 +72,12 @@ def percent(share: float) -> str:
 
 def label_axes(ax: Axes, title: str, x: str, y: str, percent_on: str = "") -> Axes:
     """Write the title and both axes; those in `percent_on` ("x", "y" or "xy") show shares."""
-    ax.set_title(title, loc="left")
+    place = ax.get_subplotspec()
+    n_columns = place.get_gridspec().ncols if place else 1
+    ax.set_title(fill(title, _TITLE_CHARS // n_columns), loc="left")
     ax.set(xlabel=x, ylabel=y)
     for name in percent_on:
-        getattr(ax, f"{name}axis").set_major_formatter(PercentFormatter(1))
+        getattr(ax, f"{name}axis").set_major_formatter(PercentFormatter(1, decimals=0))
     return ax
 
 
