@@ -22,6 +22,7 @@ from typing import Any
 import nbformat
 from PIL import Image
 
+from docs.card import draw_card
 from docs.pages import LINKS, Page
 from docs.quotes import Quotes
 from src.utils.battles.readers import load_pairs
@@ -42,7 +43,6 @@ FACES = {"01_eda": "style_effects", "02_baseline": "ladder", "03_modernbert": "l
 FACES |= {"04_qwen": "learning_curve", "05_ensemble": "reliability"}
 FACES |= {"06_kaggle_inference": "probabilities"}
 _FACE_PIXELS = 360
-START, END = "<!-- notebooks: made by make gallery -->", "<!-- end of notebooks -->"
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,9 @@ def format_notebooks(entries: dict[str, Any], gallery: str) -> str:
             if entry["picture"]
             else ""
         )
-        found = (entry["findings"] or [""])[0]
+        # What 01 finds first is among README's facts already.
+        findings = entry["findings"][name == NAMES[0] :] or entry["findings"]
+        found = findings[0] if findings else ""
         cells = [small, f"**{entry['title']}**", f"{found}<br>Read it {' or '.join(links)}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -210,16 +212,48 @@ def format_notebooks(entries: dict[str, Any], gallery: str) -> str:
 _LINKED = {"real": "on real battles", "demo": "on the demo arena"}
 
 
-def write_tables(entries: dict[str, Any]) -> None:
-    """Write the gallery's first page, and the table of notebooks in README."""
-    text = "# Every notebook with its results\n\nMade by `make gallery`; code is folded.\n\n"
-    (GALLERY / "README.md").write_text(
-        text + format_notebooks(entries, "") + "\n", encoding="utf-8"
+def format_facts(entries: dict[str, Any]) -> str:
+    """Format README's three facts, from the pages and from the recorded results."""
+    results = ROOT / "benchmarks" / "results"
+    real = min(read_json(results / "real.json")["runs"].values(), key=lambda run: run["log_loss"])
+    (training,) = read_json(results / "training.json")["runs"].values()
+    facts = entries.get("real/01_eda", entries["demo/01_eda"])["findings"][:1]
+    facts.append(
+        f"On {real['n_pairs']:,} real votes, held out, the best model so far scores "
+        f"**{real['log_loss']:.3f}** nats per battle ({real['log_loss_low']:.3f} to "
+        f"{real['log_loss_high']:.3f}); the shares of the votes alone {real['prior_log_loss']:.3f}."
     )
+    speed = training["ways"]["Trainer's default"]["speed_of_ours"]
+    facts.append(
+        f"Training without padding reads **{speed:.1f} times** as many real battles per second as "
+        "Trainer's default, measured on a CPU."
+    )
+    return "\n".join(f"- {fact}" for fact in facts)
+
+
+def write_tables(manifest: dict[str, Any]) -> None:
+    """Write the gallery's first page, and README's parts that come from the gallery."""
+    entries = manifest["pages"]
+    text = "# Every notebook with its results\n\nMade by `make gallery`; code is folded."
+    text += f"\n\n{format_notebooks(entries, '')}\n"
+    (GALLERY / "README.md").write_text(text, encoding="utf-8")
     readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(START)
-    table = format_notebooks(entries, "docs/gallery/")
-    readme.write_text(f"{before}{START}\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    for name, part in make_parts(manifest).items():
+        before, rest = text.split(f"<!-- {name}: made by make gallery -->\n")
+        after = rest.split(f"<!-- end of {name} -->")[1]
+        text = f"{before}<!-- {name}: made by make gallery -->\n{part}\n"
+        text += f"<!-- end of {name} -->{after}"
+    readme.write_text(text, encoding="utf-8")
+
+
+def make_parts(manifest: dict[str, Any]) -> dict[str, str]:
+    """Make the parts of README that come from the gallery: name of its markers -> text."""
+    return {
+        "facts": format_facts(manifest["pages"]),
+        "notebooks": format_notebooks(manifest["pages"], "docs/gallery/"),
+        "printed": f"```text\n{manifest['printed']}\n```",
+    }
 
 
 def find_stale(entries: dict[str, Any]) -> list[str]:
@@ -286,8 +320,12 @@ def main() -> None:
         old = [page for page in entries if page.startswith(f"{source.kind}/")]
         entries = {page: entry for page, entry in entries.items() if page not in old}
         entries |= write_pages(source, quotes)
-    write_json(MANIFEST, {"package": hash_library(), "pages": entries})
-    write_tables(entries)
+    summary = (sources[0].artifacts / "summary.md").read_text(encoding="utf-8")
+    printed = "\n".join(line.rstrip() for line in summary.split("\n\n")[1].splitlines()[:-1])
+    manifest = {"package": hash_library(), "printed": printed, "pages": entries}
+    write_json(MANIFEST, manifest)
+    write_tables(manifest)
+    draw_card()
     check_gallery(quotes)
 
 

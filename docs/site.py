@@ -76,7 +76,10 @@ def link_pages(text: str, page: Path, target: Path, repository: str) -> str:
         before, address, anchor = match.groups()
         if re.match(r"[a-z]+:", address) or not address:
             return match[0]
-        path = Path(os.path.normpath(page.parent / address)).relative_to(ROOT)
+        path = Path(os.path.normpath(page.parent / address))
+        if not path.is_relative_to(ROOT):  # a page of the code host, e.g. that of a workflow
+            return match[0]
+        path = path.relative_to(ROOT)
         if is_shown(path):
             found = os.path.relpath(place_of(path), target.parent)
         elif repository:

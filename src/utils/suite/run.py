@@ -284,7 +284,8 @@ def _format_scores(
     width = max(len(line["model"]) for line in lines)
     for line in lines:
         line["model"] = line["model"].ljust(width)
-    return pd.DataFrame(lines).to_string(index=False)
+    table = pd.DataFrame(lines).rename(columns={"model": "model".ljust(width)})
+    return table.to_string(index=False)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
