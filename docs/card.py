@@ -39,7 +39,7 @@ BATTLE = {
     "model_b": "chatbot 2",
 }
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-_SIZE = (940, 900)  # CSS pixels, more than the card needs: the rest is cut off
+_SIZE = (800, 1000)  # CSS pixels, more than the card needs: the rest is cut off
 
 
 def find_run() -> Path | None:
@@ -64,7 +64,7 @@ def draw_card() -> bool:
     votes = f"{n_pairs:,} {'real' if run.parent.name == 'real' else 'simulated'} votes"
     title = f"Which answer will people prefer? Predicted by the CPU baseline, from {votes}"
     card = show_battle(pd.Series(BATTLE), predict_card(run), title).data
-    look = "font:15px/1.45 system-ui,sans-serif;margin:12px;background:white"
+    look = "font:17px/1.4 system-ui,sans-serif;margin:12px;background:white"
     with tempfile.TemporaryDirectory() as folder:
         page, picture = Path(folder) / "card.html", Path(folder) / "card.png"
         page.write_text(f"<meta charset='utf-8'><body style='{look}'>{card}", encoding="utf-8")

@@ -112,7 +112,7 @@ def write_pages(source: Source, quotes: Quotes) -> dict[str, Any]:
     for name in source.names:
         title = read_title(name)
         page = Page(folder / f"{name}.md", title, battles, list(_introduce(source, name)))
-        page.hide = _places(source)
+        page.origin, page.hide = NOTEBOOKS, _places(source)
         page.is_quoted = lambda text: bool(quotes.find(text))
         executed = source.artifacts / "notebooks" / f"{name}.ipynb"
         both = [NOTEBOOKS / f"{name}.ipynb", executed]
@@ -175,7 +175,8 @@ def write_face(source: Source, name: str) -> str:
     found = [path for path in found if path.exists()]
     if not found:
         return ""
-    image = Image.open(found[0]).convert("RGB")
+    with Image.open(found[0]) as picture:
+        image = picture.convert("RGB")
     image.thumbnail((_FACE_PIXELS, _FACE_PIXELS))
     face = GALLERY / source.kind / name / "small.png"
     face.parent.mkdir(exist_ok=True)
@@ -189,7 +190,7 @@ def format_notebooks(entries: dict[str, Any], gallery: str) -> str:
     Args:
         gallery: path of the gallery from the page that shows the table, e.g. "docs/gallery/".
     """
-    lines = ["| | notebook | what it finds |", "|---|---|---|"]
+    lines = ["| | what it finds |", "|---|---|"]
     for name in NAMES:
         kinds = [kind for kind in ("real", "demo") if f"{kind}/{name}" in entries]
         if not kinds:
@@ -204,8 +205,8 @@ def format_notebooks(entries: dict[str, Any], gallery: str) -> str:
         # What 01 finds first is among README's facts already.
         findings = entry["findings"][name == NAMES[0] :] or entry["findings"]
         found = findings[0] if findings else ""
-        cells = [small, f"**{entry['title']}**", f"{found}<br>Read it {' or '.join(links)}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        text = f"**{entry['title']}**<br>{found}<br>Read it {' or '.join(links)}"
+        lines.append(f"| {small} | {text.replace('<br><br>', '<br>')} |")
     return "\n".join(lines)
 
 

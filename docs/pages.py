@@ -6,6 +6,7 @@ small PNG files beside it, tables are plain, code is folded, and the findings co
 
 import base64
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Page:
     title: str  # "01 · What moves a human vote"
     battles: str  # "demo arena, simulated battles" or "898 real battles"
     above: list[str]  # lines under the title: neighbours, data
+    origin: Path = Path()  # the folder of the notebook, to which its links are relative
     hide: dict[str, str] = field(default_factory=dict)  # texts to replace: absolute paths
     is_quoted: Callable[[str], bool] = lambda text: False  # whether it repeats a real battle
 
@@ -64,12 +66,12 @@ class Page:
         """Write text, results, and the code of one or several cells folded above its results."""
         code: list[str] = []
         heading = "Figure"
-        yield _fold_header(cells[0][0].source)
+        yield self._rebase(_fold_header(cells[0][0].source))
         for cell, outputs in cells[1:]:
             if cell.cell_type == "markdown":
                 yield from _fold_code(code)
                 heading = (re.findall(r"^##+ (.+)", cell.source, re.M) or [heading])[-1]
-                yield cell.source
+                yield self._rebase(cell.source)
                 continue
             code.append(cell.source)
             shown = list(self._write_outputs(cell.id, outputs, heading))
@@ -77,6 +79,15 @@ class Page:
                 yield from _fold_code(code)
                 yield from shown
         yield from _fold_code(code)
+
+    def _rebase(self, text: str) -> str:
+        """Let the links of a notebook lead to the same files from the page."""
+
+        def move(match: re.Match[str]) -> str:
+            path = os.path.relpath(self.origin / match[1], self.path.parent)
+            return f"]({path})"
+
+        return re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", move, text)
 
     def _write_outputs(self, cell_id: str, outputs: list[Node], heading: str) -> Iterator[str]:
         for place, output in enumerate(outputs):
@@ -93,7 +104,7 @@ class Page:
                 self._pictures[name] = compress(base64.b64decode(data["image/png"]))
                 yield f"![{heading}]({self.path.stem}/{name})"
             elif "text/markdown" in data:
-                yield shown
+                yield self._rebase(shown)
             elif "application/vnd.jupyter.widget-view+json" in data:
                 continue  # works in Jupyter alone
             elif "text/html" in data:

@@ -30,7 +30,7 @@ table {{ display: block; overflow-x: auto; border-collapse: collapse; margin: 12
 th, td {{ border: 1px solid #ddd; padding: 4px 10px; font-size: 15px; }}
 td img {{ min-width: 110px; }}
 code {{ font-size: 88%; background: #f4f4f4; padding: 1px 4px; }}
-pre {{ background: #f4f4f4; padding: 10px; overflow-x: auto; white-space: pre-wrap; }}
+pre {{ background: #f4f4f4; padding: 10px; overflow-x: auto; }}
 pre code {{ padding: 0; }}
 blockquote {{ margin: 0; padding: 0 14px; border-left: 4px solid #009e73; color: #444; }}
 summary {{ color: #666; cursor: pointer; font-size: 88%; }}

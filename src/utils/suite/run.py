@@ -40,12 +40,13 @@ from src.utils.runs import (
     write_json,
     write_text,
 )
+from src.utils.stats.explorer import STATIC
 from src.utils.suite.pipeline import EARLIER, RECORD, Pipeline, Stage, files_under, measure_states
 
 SAMPLE_S = 0.5  # between two measurements of memory
 LINE_S = 30.0  # between two lines of progress
-# Kernels print warnings about these although nothing is wrong.
-QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "TOKENIZERS_PARALLELISM": "true"}
+# Kernels print warnings about the first two although nothing is wrong; a page has no widgets.
+QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "TOKENIZERS_PARALLELISM": "true", STATIC: "1"}
 _SUMMARY = ("seconds", "peak_mib", "log_loss", "accuracy")
 _NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\|[█▏▎▍▌▋▊▉ ]*\|")  # colours and bars
 
