@@ -11,7 +11,6 @@ move no number, and one that does comes with new recorded scores.
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from docs.quotes import Quotes
 from src.utils.battles.readers import load_pairs
 from src.utils.config import NOTEBOOKS, name_model
 from src.utils.paths import REAL_DATA, ROOT, artifacts_dir, find_raw_data, read_remembered
-from src.utils.runs import hash_json, read_json, write_json
+from src.utils.runs import atomic_folder, hash_json, read_json, write_json
 from src.utils.schema import TEXTS
 from src.utils.suite.pipeline import STAGES
 from src.utils.suite.run import hash_library
@@ -101,33 +100,48 @@ def hash_notebook(name: str) -> str:
 
 
 def write_pages(source: Source, quotes: Quotes) -> dict[str, Any]:
-    """Write the pages of one run; return what the manifest holds of each."""
-    folder = GALLERY / source.kind
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write the pages of one run; return what the manifest holds of each.
+
+    ValueError if a notebook's code is not that of its run.
+    """
     n_pairs = read_json(source.artifacts / "01_eda" / "bias.json")["n_pairs"]
     battles = f"{n_pairs:,} real battles"
     if source.kind == "demo":
         battles = f"demo arena, {n_pairs:,} simulated battles"
     entries = {}
-    for name in source.names:
-        title = read_title(name)
-        page = Page(folder / f"{name}.md", title, battles, list(_introduce(source, name)))
-        page.origin, page.hide = NOTEBOOKS, _places(source)
-        page.is_quoted = lambda text: bool(quotes.find(text))
-        executed = source.artifacts / "notebooks" / f"{name}.ipynb"
-        both = [NOTEBOOKS / f"{name}.ipynb", executed]
-        findings = page.write(*[nbformat.read(path, as_version=4) for path in both])
-        metrics = source.artifacts / name / "metrics.json"
-        scores = read_json(metrics) if metrics.exists() else {}
-        entries[f"{source.kind}/{name}"] = {
-            "title": title,
-            "notebook": hash_notebook(name),
-            "n_pairs": n_pairs,
-            "findings": findings,
-            "log_loss": scores.get("log_loss"),
-            "picture": write_face(source, name),
-        }
+    with atomic_folder(GALLERY / source.kind) as folder:
+        for name in source.names:
+            title = read_title(name)
+            page = Page(folder / f"{name}.md", title, battles, list(_introduce(source, name)))
+            page.origin, page.hide = NOTEBOOKS, _places(source)
+            page.has_no_texts = source.kind == "real"
+            page.is_quoted = lambda text: bool(quotes.find(text))
+            findings = page.write(*_read_both(source, name))
+            metrics = source.artifacts / name / "metrics.json"
+            entries[f"{source.kind}/{name}"] = {
+                "title": title,
+                "notebook": hash_notebook(name),
+                "n_pairs": n_pairs,
+                "findings": findings,
+                "log_loss": read_json(metrics).get("log_loss") if metrics.exists() else None,
+                "picture": write_face(source, name, folder),
+            }
     return entries
+
+
+def _read_both(source: Source, name: str) -> list[Any]:
+    """Read a notebook and its executed copy, which may differ in prose alone."""
+    executed = source.artifacts / "notebooks" / f"{name}.ipynb"
+    both = [nbformat.read(path, 4) for path in (NOTEBOOKS / f"{name}.ipynb", executed)]
+    code = []
+    for notebook in both:
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        injected = "injected-parameters"  # papermill's cell
+        own = [cell for cell in cells if injected not in cell.metadata.get("tags", [])]
+        code.append([cell.source for cell in own])
+    if code[0] != code[1]:
+        raise ValueError(f"{executed}: {name} has other code by now; make gallery runs it")
+    return both
 
 
 def read_title(name: str) -> str:
@@ -167,21 +181,19 @@ def _places(source: Source) -> dict[str, str]:
     return dict(sorted(places.items(), key=lambda item: -len(item[0])))
 
 
-def write_face(source: Source, name: str) -> str:
+def write_face(source: Source, name: str, folder: Path) -> str:
     """Write the small picture of a page; return its path in the gallery, "" if it has none."""
-    figures = source.artifacts / name / "figures"
-    found = [figures / f"{FACES.get(name)}.png"]
-    found += sorted((GALLERY / source.kind / name).glob("*.png"))
+    found = [source.artifacts / name / "figures" / f"{FACES.get(name)}.png"]
+    found += sorted((folder / name).glob("*.png"))
     found = [path for path in found if path.exists()]
     if not found:
         return ""
     with Image.open(found[0]) as picture:
         image = picture.convert("RGB")
     image.thumbnail((_FACE_PIXELS, _FACE_PIXELS))
-    face = GALLERY / source.kind / name / "small.png"
-    face.parent.mkdir(exist_ok=True)
-    image.quantize(64, dither=Image.Dither.NONE).save(face, optimize=True)
-    return str(face.relative_to(GALLERY))
+    (folder / name).mkdir(exist_ok=True)
+    image.quantize(64, dither=Image.Dither.NONE).save(folder / name / "small.png", optimize=True)
+    return f"{source.kind}/{name}/small.png"
 
 
 def format_notebooks(entries: dict[str, Any], gallery: str) -> str:

@@ -21,6 +21,7 @@ from docs.site import make_anchor
 
 IN_SHORT = "**In short**"
 LINKS = "**Go to**"  # starts a notebook's line of links to its neighbours
+TEXT_TAG = "battle-text"  # of a cell that shows texts of battles
 LEFT_OUT = "*Texts of the competition's battles stood here; they are not ours to publish.*"
 _COLORS = 64  # of a figure's palette
 _LONG = 12  # lines of printed text that are shown; more are folded
@@ -38,6 +39,7 @@ class Page:
     above: list[str]  # lines under the title: neighbours, data
     origin: Path = Path()  # the folder of the notebook, to which its links are relative
     hide: dict[str, str] = field(default_factory=dict)  # texts to replace: absolute paths
+    has_no_texts: bool = False  # leave out what a cell tagged TEXT_TAG shows
     is_quoted: Callable[[str], bool] = lambda text: False  # whether it repeats a real battle
 
     def write(self, source: Node, executed: Node) -> list[str]:
@@ -75,6 +77,8 @@ class Page:
                 continue
             code.append(cell.source)
             shown = list(self._write_outputs(cell.id, outputs, heading))
+            if self.has_no_texts and shown and TEXT_TAG in cell.metadata.get("tags", []):
+                shown = [LEFT_OUT]
             if shown:
                 yield from _fold_code(code)
                 yield from shown

@@ -101,6 +101,15 @@ def test_a_text_of_a_real_battle_is_left_out_and_places_are_hidden(page):
     assert "kept in artifacts/01_eda" in text
 
 
+def test_a_cell_tagged_as_text_shows_nothing_of_real_battles(page):
+    cell = new_code_cell("show()", id="a", metadata={"tags": [pages.TEXT_TAG]})
+    outputs = [shown(text_html="<p>hello</p>"), shown(text_html="<p>bye</p>")]
+    assert "hello" in write(page, (cell, outputs))[0]
+    page.has_no_texts = True
+    text, _ = write(page, (cell, outputs))
+    assert "hello" not in text and text.count(pages.LEFT_OUT) == 1
+
+
 def test_html_keeps_alignment_and_bold_without_style_sheets():
     html = """<style>#T_r0 { text-align: left; font-weight: bold }</style>
     <table id="T"><tr><th>name</th><th>n</th></tr>
