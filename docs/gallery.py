@@ -11,6 +11,7 @@ move no number, and one that does comes with new recorded scores.
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -117,7 +118,7 @@ def write_pages(source: Source, quotes: Quotes) -> dict[str, Any]:
             page.has_no_texts = source.kind == "real"
             page.is_quoted = lambda text: bool(quotes.find(text))
             findings = page.write(*_read_both(source, name))
-            metrics = source.artifacts / name / "metrics.json"
+            metrics = source.artifacts / name / "metrics.json"  # 01, 06 and 07 have none
             entries[f"{source.kind}/{name}"] = {
                 "title": title,
                 "notebook": hash_notebook(name),
@@ -216,7 +217,7 @@ def format_notebooks(entries: dict[str, Any], gallery: str) -> str:
         )
         # What 01 finds first is among README's facts already.
         findings = entry["findings"][name == NAMES[0] :] or entry["findings"]
-        found = findings[0] if findings else ""
+        found = re.split(r"(?<=\.) (?=[A-Z])", findings[0])[0] if findings else ""
         text = f"**{entry['title']}**<br>{found}<br>Read it {' or '.join(links)}"
         lines.append(f"| {small} | {text.replace('<br><br>', '<br>')} |")
     return "\n".join(lines)

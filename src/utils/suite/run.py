@@ -262,8 +262,9 @@ def format_results(rows: Sequence[Mapping[str, Any]]) -> str:
     if "ladder" in blend:
         scored = [{"battles": blend["n_pairs"], **rung} for rung in blend["ladder"]]
         title = f"Log loss in nats, 95 % interval, on the same {blend['n_pairs']:,} battles"
-        if blend.get("oracle_log_loss"):
-            true = {"model": "oracle (true probabilities)", "log_loss": blend["oracle_log_loss"]}
+        oracle = blend.get("oracle_log_loss")
+        if oracle and oracle not in [rung["log_loss"] for rung in blend["ladder"]]:
+            true = {"model": "oracle (true probabilities)", "log_loss": oracle}
             scored.append({"battles": blend["n_pairs"], **true})
     if scored:
         texts.append(f"{title}, all held out\n{_format_scores(scored, rows, blend)}")
