@@ -154,14 +154,16 @@ def test_the_command_lists_the_four_machines(without_gpu, tmp_path, capsys):
         assert sum(line.startswith(notebook) for line in lines) == 1, notebook
 
 
-def test_the_readme_shows_what_the_command_prints(without_gpu, tmp_path, monkeypatch, capsys):
+def test_the_page_of_machines_shows_what_the_command_prints(
+    without_gpu, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(
         plan.paths, "find_raw_data", lambda data: plan.paths.RawData("demo", (), None, None)
     )
     assert main(["--artifacts", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    readme = (plan.paths.ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.split("## What the real run needs")[1].split("```")[1].strip()
+    page = (plan.paths.ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
+    shown = page.split("```")[1].strip()
     assert shown in printed and shown.count("\n") > 10
 
 
