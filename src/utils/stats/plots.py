@@ -35,7 +35,7 @@ _HOLLOW: dict[str, Any] = {"color": "#777777", "mfc": "white"}
 ALPHA = 0.05  # of a test that decides a title
 
 _WIDTH, _LOW, _TALL = 9.0, 3.6, 5.4  # of every figure, inches
-_TITLE_CHARS, _HALF_CHARS = 80, 36  # of a line over the whole width, and over half of it
+_TITLE_CHARS, _HALF_CHARS = 86, 38  # of a line over the whole width, and over half of it
 _EDGE = 0.008  # of the width is left free
 _SMALL: dict[str, Any] = {"fontsize": 8, "color": "#777777"}
 
@@ -241,7 +241,8 @@ def plot_model_records(
         left.barh(range(len(names)), count, left=start, color=color, label=name)
         start = start + count.to_numpy()
     left.set_yticks(range(len(names)), names)
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+    below = (0.5, -1.1 / left.figure.get_figheight())
+    left.legend(loc="upper center", bbox_to_anchor=below, ncols=3, frameon=False)
     among = f", {len(shown)} of them shown" if len(records) > len(shown) else ""
     label_axes(left, f"{len(records):,} chatbots{among}", "battles, in either position", "")
     if ranked.empty:
@@ -554,7 +555,7 @@ def plot_word_effects(ax: Axes, words: pd.DataFrame, n_shown: int = 15) -> Axes:
     draw_rows(ax, {"": (ACCENT, shown)}, "log_odds", "word", shown["word"].tolist())
     ax.tick_params(axis="y", labelsize=9)
     ax.plot(
-        shown["weight"], range(len(shown)), "k|", markersize=9, label="weight in the\nwords member"
+        shown["weight"], range(len(shown)), "k|", markersize=9, label="weight in the\nsaved model"
     )
     place_legend(ax)
     n_clear = int(is_clear(known).sum())
