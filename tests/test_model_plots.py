@@ -29,13 +29,6 @@ def test_reliability_is_drawn_in_the_fixed_colours(ax):
     assert "10.0\u00a0%" in ax.get_title(loc="left")
 
 
-def test_the_strongest_coefficient_is_named_and_at_the_top(ax):
-    effects = pd.DataFrame({"caption": ["refusal", "words", "lists"], "effect": [-0.5, 0.2, 0.1]})
-    model_plots.plot_coefficients(ax, effects, n_shown=2)
-    assert [bar.get_width() for bar in ax.patches] == [0.2, -0.5]
-    assert "refusal (-0.50)" in ax.get_title(loc="left")
-
-
 def test_preferences_count_where_the_model_is_like_people(ax):
     shares = pd.DataFrame(
         [
@@ -54,16 +47,6 @@ def test_preferences_count_where_the_model_is_like_people(ax):
         "refusal (n = 4)",
         "longer (n = 9)",
     ]
-
-
-def test_an_ablation_has_the_most_valuable_family_at_the_top(ax):
-    worth = pd.DataFrame(
-        [("text", "A against B", 0.02, 0.01, 0.03), ("gaps", "tie", 0.01, -0.01, 0.03)],
-        columns=["family", "of", "difference", "low", "high"],
-    )
-    model_plots.plot_ablation(ax, worth)
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["gaps", "text"]
-    assert "1 of 2" in ax.get_title(loc="left")
 
 
 def test_a_budget_names_what_it_cuts_and_the_title_what_the_smallest_costs(ax):

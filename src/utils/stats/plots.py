@@ -21,8 +21,7 @@ from IPython.display import Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from src.utils.runs import write_figure
 from src.utils.schema import A_WINS, LABEL_NAMES, TIE
@@ -119,7 +118,9 @@ def label_axes(ax: Axes, title: str, x: str, y: str, percent_on: str = "") -> Ax
     ax.set_title(fill(title, _TITLE_CHARS if n_columns == 1 else _HALF_CHARS), loc="left")
     ax.set(xlabel=x, ylabel=y)
     for name in percent_on:
-        getattr(ax, f"{name}axis").set_major_formatter(PercentFormatter(1, decimals=0))
+        axis = getattr(ax, f"{name}axis")
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))  # whole per cents
     return ax
 
 
@@ -165,20 +166,20 @@ def draw_rows(
     Dots are hollow where `is_clear` finds no difference from `null`.
     """
     shifts = np.linspace(0.16, -0.16, len(series)) if len(series) > 1 else np.zeros(1)
-    handles = []
     for (name, (color, table)), shift in zip(series.items(), shifts, strict=True):
         shown = table[table[key].isin(order)]
         clear = is_clear(shown, null)
         for rows, face in ((shown[clear], color), (shown[~clear], "white")):
             places = rows[key].map(order.index).to_numpy(dtype=float) + shift
             draw_intervals(ax, rows, value, places, color=color, mfc=face)
-        handles.append(Line2D([], [], color=color, marker="o", label=name))
+        if name:
+            ax.plot([], [], color=color, marker="o", label=name)
     ax.set_yticks(range(len(order)), order)
     ax.set_ylim(-0.6, len(order) - 0.4)
     ax.axvline(null, **BLACK)
     if len(series) > 1:
-        handles.append(Line2D([], [], marker="o", label="hollow: no\nmeasurable effect", **_HOLLOW))
-        place_legend(ax, handles=handles)
+        ax.plot([], [], marker="o", label="hollow: no\nmeasurable effect", **_HOLLOW)
+        place_legend(ax)
 
 
 def plot_winner_shares(ax: Axes, shares: pd.DataFrame) -> Axes:
@@ -275,6 +276,7 @@ def _draw_cells(ax: Axes, shares: pd.DataFrame, known: pd.DataFrame) -> None:
     """Colour shares around one half; bold where `is_clear`, and grey numbers elsewhere."""
     look: dict[str, Any] = {"cmap": "PuOr", "vmin": 0, "vmax": 1, "linewidths": 1}
     sns.heatmap(shares.astype(float), ax=ax, cbar=False, **look)
+    ax.grid(visible=False)
     clear = is_clear(known, 0.5)
     for row, name in enumerate(shares.index):
         for column, other in enumerate(shares.columns):

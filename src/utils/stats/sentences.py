@@ -25,9 +25,11 @@ def size_of(row: Found, text: str = "{:+.2f}") -> str:
     return with_interval(row["log_odds"], row["low"], row["high"], text)
 
 
-def join_names(names: Sequence[str], otherwise: str = "none") -> str:
-    """Join names for a sentence: "a, b and c"."""
+def join_names(names: Sequence[str], otherwise: str = "none", n_shown: int = 6) -> str:
+    """Join names for a sentence: "a, b and c", or "a, b and 7 more"."""
     names = list(names)
+    if len(names) > n_shown + 1:
+        names = [*names[:n_shown], f"{len(names) - n_shown} more"]
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or otherwise
 
 
@@ -258,11 +260,13 @@ def describe_words(words: pd.DataFrame, member: str, weight: float) -> str:
     ):
         best = rows.nsmallest(5, "p_value")["word"].map("“{}”".format)
         named.append(f"{verb}: {join_names(best)}")
-    found = f"At equal length, {'; '.join(named)}." if len(clear) else "No word stands out clearly."
+    found = "No word stands out clearly."
+    if len(clear):
+        found = f"At equal length, more of a word {'; '.join(named)}."
     agreement = known["log_odds"].corr(known["weight"])
     return (
-        f"{found} Over {len(known):,} words the weights of the saved {member} member correlate with "
-        f"these effects at {number(agreement, '{:.2f}')}; that member has "
+        f"{found} Over {len(known):,} words the weights of the saved {member} member correlate "
+        f"with these effects at {number(agreement, '{:.2f}')}; that member has "
         f"{number(weight, '{:.0%}')} of the blend's weight."
     )
 
