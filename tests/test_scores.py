@@ -5,13 +5,15 @@ import pandas as pd
 import pytest
 import sklearn.metrics
 
-from src.utils.schema import LABEL_NAMES, list_votes, probs_of, probs_table, swap_labels, swap_probs
+from src.utils.schema import LABEL_NAMES, list_votes, probs_of, probs_table, swap_pairs, swap_probs
 from src.utils.stats.scores import (
+    MIN_SLICE,
     bootstrap_interval,
     by_fold,
     class_prior,
     compare_leanings,
     compare_models,
+    compare_runs,
     compare_slices,
     count_confusion,
     describe_folds,
@@ -20,7 +22,9 @@ from src.utils.stats.scores import (
     log_loss,
     paired_difference,
     predict_by_length,
+    prior_of,
     proportion_interval,
+    read_published,
     reliability_curve,
     row_losses,
     score,
@@ -202,20 +206,37 @@ def test_folds_are_scored_one_by_one_and_each_vote_counts():
 
 def test_a_length_model_is_symmetric_and_learns_from_the_other_folds():
     rng = np.random.default_rng(0)
-    gaps = rng.normal(size=600)
+    n_chars = rng.integers(1, 200, (600, 2))
+    gaps = np.log(n_chars[:, 0] / n_chars[:, 1])
     labels = np.where(rng.random(600) < 1 / (1 + np.exp(-2 * gaps)), 0, 1)
+    labels[::7] = 2
     pairs = pd.DataFrame({"id": np.arange(600), "label": labels, "fold": np.arange(600) % 3})
-    pairs.loc[::7, "label"] = 2
-    probs = predict_by_length(pairs, gaps)
-    swapped = pairs.assign(label=swap_labels(pairs["label"].to_numpy()))
-    np.testing.assert_allclose(predict_by_length(swapped, -gaps), swap_probs(probs), atol=1e-4)
-    labels = pairs["label"].to_numpy()
+    pairs["response_a"] = [("x" * n, None) for n in n_chars[:, 0]]
+    pairs["response_b"] = [("x" * n,) for n in n_chars[:, 1]]
+    probs = predict_by_length(pairs)
+    np.testing.assert_allclose(predict_by_length(swap_pairs(pairs)), swap_probs(probs), atol=1e-4)
     prior = held_out_prior(labels, pairs["fold"].to_numpy())
     assert log_loss(probs, labels) < log_loss(prior, labels) - 0.1
     flipped = pairs.assign(label=np.where(pairs["fold"] == 0, 2, pairs["label"]))
     first = (pairs["fold"] == 0).to_numpy()
-    np.testing.assert_allclose(predict_by_length(flipped, gaps)[first], probs[first])
-    assert predict_by_length(pairs.assign(fold=0), gaps).shape == (600, 3)
+    np.testing.assert_allclose(predict_by_length(flipped)[first], probs[first])
+    assert predict_by_length(pairs.assign(fold=0)).shape == (600, 3)
+
+
+def test_runs_are_compared_on_shared_battles_with_the_prior_of_all():
+    truth, labels = make_votes(300)
+    pairs = pd.DataFrame({"id": np.arange(300), "label": labels, "fold": np.arange(300) % 2})
+    pairs["group"] = pairs["id"]
+    shared = pairs[pairs["fold"] == 0].reset_index(drop=True)
+    kept = shared["id"].to_numpy()
+    table = compare_runs({"blurred": blur(truth, 0.5)[kept]}, shared, pairs, truth[kept], "blurred")
+    assert table["model"].tolist() == ["the class prior", "blurred", "the best reachable"]
+    assert table["log_loss"].iloc[0] == log_loss(prior_of(pairs)[kept], labels[kept])
+    assert table["difference"].iloc[1] == 0
+    alone = compare_runs(
+        {"blurred": truth[kept]}, shared, pairs, None, "the class prior", n_boot=50
+    )
+    assert alone["model"].tolist() == ["the class prior", "blurred"]
 
 
 def test_slices_name_where_the_model_is_worse():
@@ -224,16 +245,29 @@ def test_slices_name_where_the_model_is_worse():
     first = groups < 200
     reference = losses + np.where(first, -0.2, 0.2) + rng.normal(0, 0.1, 400)
     table = compare_slices(
-        losses, reference, {"first": first, "last": ~first, "one": groups == 0}, groups, 200
+        losses,
+        {"length only": reference, "prior": reference + 1},
+        {"first": first, "last": ~first, "few": groups < MIN_SLICE - 1},
+        groups,
+        200,
     )
     assert table["slice"].tolist() == ["first", "last"] and table["n_pairs"].tolist() == [200, 200]
     assert table["verdict"].tolist() == ["worse", "better"]
     assert table["difference"].to_numpy() == pytest.approx([0.2, -0.2], abs=0.03)
-    assert (table["log_loss"] - table["reference"]).to_numpy() == pytest.approx(
+    assert (table["log_loss"] - table["length only"]).to_numpy() == pytest.approx(
         table["difference"].to_numpy()
     )
-    same = compare_slices(losses, losses, {"all": first | ~first}, groups, 50)
+    assert (table["prior"] - table["length only"]).to_numpy() == pytest.approx([1, 1])
+    same = compare_slices(
+        losses, {"itself": losses}, {"first": first, "all": first | ~first}, groups, 50
+    )
     assert same["verdict"].tolist() == ["no different"]
+
+
+def test_published_scores_are_plausible_and_have_a_source():
+    table = read_published()
+    assert table["log_loss"].between(0.8, 1.1).all() and table["name"].is_unique
+    assert (table["source"].str.len() > 10).all() and len(table) >= 8
 
 
 def test_a_summary_scores_held_out_battles_in_any_order():

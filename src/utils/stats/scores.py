@@ -7,19 +7,23 @@ with rows that sum to 1 and columns in the order of `schema.LABELS`, `labels` (N
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, norm
 from sklearn.linear_model import LogisticRegression
 
+from src.utils.runs import read_json
 from src.utils.schema import (
     A_WINS,
     B_WINS,
     LABEL_NAMES,
     LABELS,
+    TEXTS,
     average_over_swap,
     check_probs,
+    join_turns,
     list_votes,
     probs_of,
     swap_labels,
@@ -28,6 +32,8 @@ from src.utils.schema import (
 
 MIN_PROB = 1e-15  # the competition clips here
 Z_95 = float(norm.ppf(0.975))  # half the width of a 95 % interval, in standard errors
+MIN_SLICE = 30  # battles of which the loss is worth a look
+_PUBLISHED = Path(__file__).with_name("published_scores.json")
 _MIN_BIN = 40  # battles in a bin of a reliability curve
 _ECE_BINS = 15
 
@@ -209,31 +215,59 @@ def compare_models(
     return pd.DataFrame(rows, columns=columns)
 
 
+def compare_runs(
+    members: Mapping[str, np.ndarray],
+    shared: pd.DataFrame,
+    pairs: pd.DataFrame,
+    truth: np.ndarray | None,
+    reference: str,
+    **bootstrap: int,
+) -> pd.DataFrame:
+    """Compare members on the battles that all of them held out, as `compare_models` does.
+
+    `members`, name -> (N, C), predict the N battles `shared`; `truth`, (N, C), are their true
+    probabilities. All `pairs` give the class prior. Each vote counts once.
+    """
+    rows, labels = list_votes(shared)
+    prior = prior_of(pairs)[pd.Index(pairs["id"]).get_indexer(shared["id"])]
+    models = {"the class prior": prior, **members}
+    if truth is not None:
+        models["the best reachable"] = truth
+    models = {name: probs[rows] for name, probs in models.items()}
+    groups = shared["group"].to_numpy()[rows]
+    return compare_models(models, labels, groups, reference, **bootstrap)
+
+
 def compare_slices(
     losses: np.ndarray,
-    reference: np.ndarray,
+    references: Mapping[str, np.ndarray],
     slices: Mapping[str, np.ndarray],
     groups: np.ndarray,
     n_boot: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare a model's `row_losses` with those of a reference, (N,) float each, on slices.
+    """Compare a model's `row_losses` with those of references, (N,) float each, on slices.
 
     `slices` are name -> (N,) bool, the battles of that slice.
 
     Returns:
-        One row per slice that holds at least two groups: slice, n_pairs, log_loss, reference,
-        difference with its 95 % bounds low and high (paired; below 0 the model is better),
-        and verdict: better, worse or no different, by whether the interval excludes 0.
+        One row per slice of at least `MIN_SLICE` battles, not all: slice, n_pairs, log_loss,
+        the loss of each reference by its name, difference to the first with its 95 % bounds low
+        and high (paired; below 0 the model is better), and verdict: better, worse or no
+        different, by whether the interval excludes 0.
     """
+    first = next(iter(references))
     rows = []
     for name, mask in slices.items():
         inside = np.asarray(groups)[mask]
-        if len(pd.unique(inside)) > 1:
-            gap = paired_difference(losses[mask], reference[mask], inside, n_boot, seed)
-            means = losses[mask].mean(), reference[mask].mean()
-            rows.append((name, len(inside), *means, *gap.values()))
-    columns = ["slice", "n_pairs", "log_loss", "reference", "difference", "low", "high"]
+        is_small = len(inside) < MIN_SLICE or len(pd.unique(inside)) < 2
+        if is_small or len(inside) == len(losses):
+            continue
+        gap = paired_difference(losses[mask], references[first][mask], inside, n_boot, seed)
+        row = {"slice": name, "n_pairs": len(inside), "log_loss": losses[mask].mean()}
+        row |= {other: values[mask].mean() for other, values in references.items()}
+        rows.append(row | {"difference": gap["mean"], "low": gap["low"], "high": gap["high"]})
+    columns = ["slice", "n_pairs", "log_loss", *references, "difference", "low", "high"]
     table = pd.DataFrame(rows, columns=columns)
     excludes = [table["high"] < 0, table["low"] > 0]
     return table.assign(verdict=np.select(excludes, ["better", "worse"], "no different"))
@@ -329,15 +363,17 @@ def describe_folds(folds: pd.DataFrame) -> str:
     )
 
 
-def predict_by_length(pairs: pd.DataFrame, gaps: np.ndarray) -> np.ndarray:
+def predict_by_length(pairs: pd.DataFrame) -> np.ndarray:
     """Predict each battle by its answers' lengths alone, from the votes of the other folds.
 
-    `gaps` are (N,) float, the log ratio of the lengths of A and B. A logistic regression learns
-    from each battle in both orders, and the mean over both is symmetric. Where there is a single
-    fold, it learns from that one. Returns (N, C) float64, rows sum to 1.
+    A logistic regression on the log ratio of their characters learns from each battle in both
+    orders, and the mean over both is symmetric. Where there is a single fold, it learns from that
+    one. Returns (N, C) float64, rows sum to 1.
     """
     rows, labels = list_votes(pairs)
     folds = pairs["fold"].to_numpy()
+    n_chars = [pairs[name].map(join_turns).str.len() for name in TEXTS[1:]]
+    gaps = np.log1p(n_chars[0].to_numpy()) - np.log1p(n_chars[1].to_numpy())
     inputs = np.column_stack([gaps, np.abs(gaps)])
     mirrored = inputs * [-1, 1]
     probs = np.empty((len(pairs), len(LABELS)))
@@ -350,6 +386,11 @@ def predict_by_length(pairs: pd.DataFrame, gaps: np.ndarray) -> np.ndarray:
         orders = [model.predict_proba(each[folds == fold]) for each in (inputs, mirrored)]
         probs[folds == fold] = average_over_swap(*orders)
     return probs
+
+
+def read_published() -> pd.DataFrame:
+    """Read scores that others published for this competition: name, log_loss, kind, source."""
+    return pd.DataFrame(read_json(_PUBLISHED)["scores"])
 
 
 def _votes_on(oof: pd.DataFrame, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
