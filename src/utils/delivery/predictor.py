@@ -35,6 +35,11 @@ class Source:
     absent: tuple[str, ...] = ()  # members without a finished run; other weights are scaled up
     artifacts: Path | None = None  # the folder of all runs, where there is one
 
+    @property
+    def is_demo(self) -> bool:
+        """Whether the model has learned from the simulated arena."""
+        return bool(self.artifacts and (self.artifacts / "01_eda" / "truth.parquet").exists())
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -129,7 +134,6 @@ class Predictor:
         for name, run in self.runs.items():
             if (run / "model" / "baseline.json").exists():
                 self.baselines[name] = load_baseline(run / "model")
-        self._ask_all = False
         self.is_ready = False  # whether every network that is wanted has been loaded
         self._models: Any = None
         self._lock = threading.Lock()
@@ -177,16 +181,18 @@ class Predictor:
                 trouble.append(f"{name}: {type(error).__name__}: {error}")
                 del self.runs[name]
         with self._lock:
-            self._models, self._ask_all = models, ask_all
+            self._models = models
         self.is_ready = True
         if trouble:
             raise RuntimeError("; ".join(trouble))
 
-    def predict(self, pairs: pd.DataFrame, deadline_s: float = math.inf) -> Answer:
+    def predict(
+        self, pairs: pd.DataFrame, deadline_s: float = math.inf, ask_all: bool = False
+    ) -> Answer:
         """Predict N battles (`schema.PAIR_COLUMNS`), within so many seconds where that is given.
 
         Before the networks are loaded the CPU baseline answers alone. Quality is given up as in
-        `predict_submission`.
+        `predict_submission`, which also says what `ask_all` does.
 
         Raises:
             RuntimeError: no member could predict a battle, or none is loaded yet.
@@ -195,7 +201,7 @@ class Predictor:
         with self._lock:
             if self._models is None or not self.networks:
                 return self._predict_baseline(pairs)
-            return self._predict_all(pairs, deadline - time.monotonic())
+            return self._predict_all(pairs, deadline - time.monotonic(), ask_all)
 
     def _predict_baseline(self, pairs: pd.DataFrame) -> Answer:
         if not self.baselines:
@@ -204,7 +210,7 @@ class Predictor:
         members = {name: each.predict_probs(pairs) for name, each in self.baselines.items()}
         return Answer(apply_blend(self.source.blend, members), members)
 
-    def _predict_all(self, pairs: pd.DataFrame, left_s: float) -> Answer:
+    def _predict_all(self, pairs: pd.DataFrame, left_s: float, ask_all: bool) -> Answer:
         from src.utils.delivery.submit import predict_submission
 
         outcome = predict_submission(
@@ -214,7 +220,7 @@ class Predictor:
             None,
             deadline_s=left_s,
             models=self._models,
-            ask_all=self._ask_all,
+            ask_all=ask_all,
         )
         notes = []
         for timing in outcome.timings:
