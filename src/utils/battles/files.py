@@ -94,6 +94,7 @@ def _open(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
     with contextlib.ExitStack() as stack:
         archive = on_disk(path)
         file: Any
+        raw: Any
         if archive == path:
             file = raw = stack.enter_context(path.open("rb"))
             n_bytes = path.stat().st_size

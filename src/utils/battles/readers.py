@@ -95,7 +95,7 @@ def load_pairs(
     problems: list[dict[str, Any]] = []
     for number, path in enumerate(paths):
         part, notes = _load_file(path, labelled, seed, quiet)
-        problems += _describe_notes(path, part["id"], notes)
+        problems += _describe_notes(path, part["id"].tolist(), notes)
         parts.append(part.assign(file=path.name, file_number=number))
     pairs = pd.concat(parts, ignore_index=True)
     for name in {"language", "user", "vote_detail"} & {*pairs.columns}:
@@ -156,11 +156,10 @@ def decode_battles(
 def _describe_notes(
     path: Path, ids: Sequence[str], notes: Sequence[Note], n_before: int = 0
 ) -> list[dict[str, Any]]:
-    names = list(ids)
     problems = []
     for row, column, expected, cell in notes:
-        values = (path.name, n_before + int(row) + 1, names[row], column)
-        values += (expected, ascii(cell)[:80])
+        place = (path.name, n_before + int(row) + 1, ids[row])
+        values = (*place, column, expected, ascii(cell)[:80])
         problems.append(dict(zip(PROBLEM_COLUMNS, values, strict=True)))
     return problems
 

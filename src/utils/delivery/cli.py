@@ -21,7 +21,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from src.utils import paths
-from src.utils.battles.readers import decode_battles, iter_battles
+from src.utils.battles.readers import Chunk, decode_battles, iter_battles
 from src.utils.config import SuiteError
 from src.utils.delivery.predictor import Answer, Predictor, list_files
 from src.utils.paths import on_disk
@@ -94,7 +94,8 @@ def _seconds(text: str) -> float:
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     if STDIN in given.files and len(given.files) > 1:
         parser.error("-: expected no other file beside standard input")
-    if os.path.realpath(given.output) in map(os.path.realpath, given.files):
+    files = [os.path.realpath(file) for file in given.files if file != STDIN]
+    if os.path.realpath(given.output) in files:
         parser.error(f"{given.output}: expected another file than the input")
 
 
@@ -141,10 +142,11 @@ class _Run:
         with tqdm(total=1.0, bar_format=_BAR, mininterval=0.5, **look) as bar:
             for file, size, end in zip(files, sizes / sizes.sum(), ends, strict=True):
                 n_odd = 0
-                for chunk in iter_battles(file, N_ROWS):
-                    done = end - size * (1 - chunk.share)
-                    left_s = self.left_s() * (done - bar.n) / max(1 - bar.n, 1e-9)
-                    table = self.answer(chunk.pairs, left_s)
+                for chunk, is_last in _mark_last(iter_battles(file, N_ROWS)):
+                    # A file is read ahead, so its last rows may be left when it has been read.
+                    done = end if is_last else end - size * max(1 - chunk.share, 0.01)
+                    part = (done - bar.n) / max(1 - bar.n, 1e-9)
+                    table = self.answer(chunk.pairs, self.left_s(part))
                     if len(files) > 1:
                         table.insert(0, "file", str(file))
                     write(table)
@@ -154,9 +156,11 @@ class _Run:
                 if n_odd:
                     self.warn(f"{file}: {n_odd:,} odd cells; kept as they are")
 
-    def left_s(self) -> float:
-        """Seconds until the deadline."""
-        return max(self.deadline - time.monotonic(), 0.0)
+    def left_s(self, part: float = 1.0) -> float:
+        """Seconds until the deadline, or a part of them."""
+        if math.isinf(self.deadline):
+            return math.inf
+        return max(self.deadline - time.monotonic(), 0.0) * part
 
     def answer(self, pairs: pd.DataFrame, left_s: float) -> pd.DataFrame:
         """Make the rows of the output: id, probabilities, and style terms where asked for."""
@@ -189,6 +193,14 @@ class _Run:
         if text not in self.warned:
             tqdm.write(f"warning: {text}", file=sys.stderr)
             self.warned.add(text)
+
+
+def _mark_last(chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, bool]]:
+    before = next(chunks)
+    for chunk in chunks:
+        yield before, False
+        before = chunk
+    yield before, True
 
 
 def read_lines(descriptor: int) -> Iterator[list[bytes]]:

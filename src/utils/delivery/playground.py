@@ -194,7 +194,7 @@ def _add_battle_tab(predictor: Predictor, drawer: "_Drawer") -> None:
 
     options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     given = [n_turns, drawn, *boxes]
-    answer = {"fn": predict, "inputs": given, "outputs": result} | options
+    answer: dict[str, Any] = {"fn": predict, "inputs": given, "outputs": result} | options
     go.click(**answer)
     swap.click(exchange, given, shown, **options).then(**answer)
     draw.click(draw_battle, None, shown, **options).then(**answer)
@@ -272,7 +272,9 @@ def score_file(
         ValueError: it is no table of battles, or larger than a limit of this page.
     """
     _check_size(path)
-    parts, notes, n_rows, start = [], {}, 0, time.monotonic()
+    parts: list[pd.DataFrame] = []
+    notes: dict[str, None] = {}  # in order, each once
+    n_rows, start = 0, time.monotonic()
     for chunk in iter_battles(path, _N_ROWS):
         n_rows += len(chunk.pairs)
         if n_rows > MAX_ROWS:
