@@ -337,6 +337,15 @@ def test_the_refit_is_one_more_model_and_comes_first(tmp_path):
     assert [folder.name for _, folder in order] == ["refit", "fold_0", "fold_1"]
 
 
+def test_of_the_heads_on_a_frozen_base_that_of_the_refit_alone_reads(tmp_path):
+    run_dir = make_run(tmp_path / "03", 2, 1000)
+    shutil.copytree(run_dir / "model" / "fold_0", run_dir / "model" / "refit")
+    config = FinetuneConfig(checkpoint="tiny:modernbert", train="head")
+    (run_dir / "config.json").write_text(json.dumps(config.to_json()))
+    order = order_networks({"03": run_dir}, Blend(("03",), (1.0,)))
+    assert [folder.name for _, folder in order] == ["refit"]
+
+
 def test_the_folds_of_a_network_are_averaged(pairs, runs, submission):
     blend = Blend((DECODER,), (1.0,))
     alone = [run(pairs, runs, blend, submission).probs]
