@@ -106,6 +106,7 @@ EFFECTS: dict[str, Run | str] = {
     '03.PREDICT_TOKENS=512"': Run(
         ALL, "full", "full", {f"03.{name}": value for name, value in BASE.items()}
     ),
+    f'{FULL} SET="04.TRAIN=head"': Run(ALL, "full", "full", {"04.TRAIN": "head"}),
     f'{FULL} SET="03.HEAD=contrast"': Run(ALL, "full", "full", {"03.HEAD": "contrast"}),
     f'{FULL} SET="04.REFIT=False 04.TRAIN_HOURS=10"': Run(
         ALL, "full", "full", {"04.REFIT": False, "04.TRAIN_HOURS": 10.0}
@@ -219,6 +220,7 @@ EFFECTS: dict[str, Run | str] = {
     "python -m benchmarks.tokenising": "benchmarks.tokenising",
     "make plan GPU=2xT4": "src.utils.training.plan --gpu 2xT4",
     'make plan SET="04.REFIT=False"': "--set 04.REFIT=False",
+    'make plan GPU=2xT4 NB=04 SET="04.TRAIN=head"': "--gpu 2xT4 --only 04 --set 04.TRAIN=head",
     "make gpu-check": "python -m tests.gpu_checks",
     "make plan": "python -m src.utils.training.plan",
     "make plan GPU=2xT4 NB=04": "src.utils.training.plan --gpu 2xT4 --only 04",

@@ -12,8 +12,6 @@ from src.utils.models import predict
 from src.utils.models.checkpoints import load_classifier
 from src.utils.models.predict import (
     PRECISION_TOLERANCE,
-    LocalReader,
-    ReaderLost,
     choose_least_certain,
     measure_budgets,
     measure_entropy,
@@ -21,6 +19,7 @@ from src.utils.models.predict import (
     predict_probs,
     reading_budget,
 )
+from src.utils.models.reading import LocalReader, ReaderLost
 from src.utils.models.template import encode_battles
 from src.utils.schema import average_over_swap, check_probs, swap_pairs, swap_probs
 from src.utils.stats.scores import log_loss

@@ -25,17 +25,15 @@ from src.utils.delivery import submit
 from src.utils.delivery.submit import (
     Submission,
     check_submission,
-    choose_devices,
     describe_timing,
-    load_reader,
     make_submission,
-    open_reader,
     order_networks,
     predict_submission,
 )
 from src.utils.models import bases, checkpoints, predict
 from src.utils.models.baseline import fit_baseline, save_baseline
-from src.utils.models.predict import LocalReader, predict_pairs
+from src.utils.models.predict import predict_pairs
+from src.utils.models.reading import LocalReader, load_reader, open_reader
 from src.utils.schema import LABELS
 from src.utils.stats.blend import Blend, apply_blend
 
@@ -338,6 +336,15 @@ def test_the_refit_is_one_more_model_and_comes_first(tmp_path):
     assert [folder.name for _, folder in order] == ["refit", "fold_0", "fold_1"]
 
 
+def test_of_the_heads_on_a_frozen_base_that_of_the_refit_alone_reads(tmp_path):
+    run_dir = make_run(tmp_path / "03", 2, 1000)
+    shutil.copytree(run_dir / "model" / "fold_0", run_dir / "model" / "refit")
+    config = FinetuneConfig(checkpoint="tiny:modernbert", train="head")
+    (run_dir / "config.json").write_text(json.dumps(config.to_json()))
+    order = order_networks({"03": run_dir}, Blend(("03",), (1.0,)))
+    assert [folder.name for _, folder in order] == ["refit"]
+
+
 def test_the_folds_of_a_network_are_averaged(pairs, runs, submission):
     blend = Blend((DECODER,), (1.0,))
     alone = [run(pairs, runs, blend, submission).probs]
@@ -519,7 +526,7 @@ HURRIED = """
 import functools, multiprocessing, sys, time
 from pathlib import Path
 from src.utils.config import FinetuneConfig
-from src.utils.delivery.submit import load_reader, open_reader
+from src.utils.models.reading import load_reader, open_reader
 from src.utils.runs import read_json
 
 if __name__ == "__main__":
@@ -558,18 +565,3 @@ def test_a_process_ends_when_its_parent_is_killed(trained):
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     pytest.fail(f"process {worker} outlived its parent by 30 s")
-
-
-def test_a_gpu_that_torch_has_no_kernels_for_falls_back_to_the_cpu(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 0))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
-    assert choose_devices(None) == [None]
-    assert "6.0" in caplog.text
-
-
-def test_each_gpu_gets_a_process(monkeypatch):
-    monkeypatch.setattr(submit, "choose_device", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_devices(None) == [0, 1] and choose_devices(3) == [0, 1, 0]
