@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from src.utils.models.checkpoints import load_finetuned
-from src.utils.models.predict import LocalReader, predict_pairs, predict_probs
+from src.utils.models.predict import predict_pairs, predict_probs
+from src.utils.models.reading import LocalReader
 from src.utils.runs import Stopwatch, find_damage, hash_file, hash_pairs, read_json
 from src.utils.schema import TEXTS, probs_of, probs_table
 from src.utils.stats.scores import log_loss

@@ -12,14 +12,13 @@ from src.utils.models import predict
 from src.utils.models.checkpoints import load_classifier
 from src.utils.models.predict import (
     PRECISION_TOLERANCE,
-    LocalReader,
-    ReaderLost,
     choose_least_certain,
     measure_entropy,
     predict_pairs,
     predict_probs,
     reading_budget,
 )
+from src.utils.models.reading import LocalReader, ReaderLost
 from src.utils.models.template import encode_battles
 from src.utils.schema import average_over_swap, check_probs, swap_pairs, swap_probs
 

@@ -6,9 +6,11 @@ Style, colours and helpers are those of `stats.plots`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from src.utils.schema import LABEL_NAMES, TIE
 from src.utils.stats.plots import (
@@ -18,6 +20,7 @@ from src.utils.stats.plots import (
     draw_intervals,
     draw_rows,
     label_axes,
+    make_figure,
     number,
     percent,
     place_legend,
@@ -186,6 +189,17 @@ def plot_slices(ax: Axes, slices: pd.DataFrame, references: Sequence[str]) -> Ax
     return label_axes(ax, title, "log loss, nats per battle", "")
 
 
+def draw_training(history: pd.DataFrame, prior: float) -> Figure:
+    """Open a figure of a training history; of a frozen base it shows the heads that were tried."""
+    if "penalty" in history.columns:
+        fig, ax = make_figure(tall=True)
+        plot_heads(ax, history, prior)
+        return fig
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6.2), layout="constrained")
+    plot_training(axes, history, prior)
+    return fig
+
+
 def plot_training(axes: np.ndarray, history: pd.DataFrame, prior: float = np.nan) -> np.ndarray:
     """Draw a history on 2 × 2 axes: loss, accuracy, speed and learning rate, memory.
 
@@ -254,3 +268,24 @@ def plot_history(
         ax.legend(**_BELOW)
     unit = "minutes of training" if x == "minutes" else "epochs"
     return label_axes(ax, title, unit, y, **options)
+
+
+def plot_heads(ax: Axes, history: pd.DataFrame, prior: float) -> Axes:
+    """Show what the heads lost that were tried inside the training folds, the mean over models.
+
+    `history`: head, penalty, train_loss, log_loss.
+    """
+    for (head, rows), marker in zip(history.groupby("head"), "os^D", strict=False):
+        means = rows.groupby("penalty")[["log_loss", "train_loss"]].mean()
+        ax.plot(means.index, means["log_loss"], f"{marker}-", color=ACCENT, label=f"{head}, unseen")
+        ax.plot(
+            means.index, means["train_loss"], f"{marker}:", color=_OTHER, label=f"{head}, training"
+        )
+    ax.axhline(prior, linestyle="--", label=f"class prior {prior:.3f}", **BLACK)
+    ax.set_xscale("log")
+    ax.set_ylim(None, prior + 0.5 * (prior - history["train_loss"].min()))
+    place_legend(ax)
+    best = history.groupby(["head", "penalty"])["log_loss"].mean()
+    gain = prior - float(best.min())
+    title = f"On prompts not seen, the best head is {gain:+.3f} nats better than the class prior"
+    return label_axes(ax, title, "penalty of squared weights", "log loss (nats per battle)")
