@@ -24,10 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from src.utils.runs import write_figure
-from src.utils.schema import A_WINS, LABEL_NAMES, TIE
+from src.utils.schema import A_WINS, LABEL_COLORS, LABEL_NAMES, TIE
 
-# Okabe-Ito colours, which colour-blind readers can distinguish, in LABELS order.
-LABEL_COLORS = ("#0072B2", "#D55E00", "#7F7F7F")
 ACCENT, MUTED = "#009E73", "#BBBBBB"
 BLACK: dict[str, Any] = {"color": "black", "linewidth": 1}
 _HOLLOW: dict[str, Any] = {"color": "#777777", "mfc": "white"}
