@@ -335,7 +335,7 @@ def measure_leak(
         losses[name] = -np.log(np.maximum(probs[np.arange(len(labels)), labels], 1e-6))
     repeats = pairs["group"].duplicated(keep=False).to_numpy()
     parts = {"all battles": np.ones_like(repeats), "battles whose prompt repeats": repeats}
-    table = scores.compare_slices(losses["grouped"], losses["random"], parts, groups)
+    table = scores.compare_slices(losses["grouped"], {"random": losses["random"]}, parts, groups)
     return table.drop(columns="verdict").set_axis(columns, axis=1)
 
 
