@@ -335,13 +335,8 @@ def measure_leak(
         losses[name] = -np.log(np.maximum(probs[np.arange(len(labels)), labels], 1e-6))
     repeats = pairs["group"].duplicated(keep=False).to_numpy()
     parts = {"all battles": np.ones_like(repeats), "battles whose prompt repeats": repeats}
-    rows = []
-    for part, mask in parts.items():
-        if len(np.unique(groups[mask])) > 1:
-            both = [losses[name][mask] for name in ("grouped", "random")]
-            gap = scores.paired_difference(*both, groups[mask])
-            rows.append((part, len(both[0]), both[0].mean(), both[1].mean(), *gap.values()))
-    return pd.DataFrame(rows, columns=columns)
+    table = scores.compare_slices(losses["grouped"], {"random": losses["random"]}, parts, groups)
+    return table.drop(columns="verdict").set_axis(columns, axis=1)
 
 
 def describe_leak(leak: pd.DataFrame) -> str:
