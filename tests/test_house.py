@@ -35,7 +35,7 @@ LIGHT = (
     "stats",
     "suite",
     "models.baseline",
-    "models.ablation",
+    "models.insight",
 )
 BLOCK_HEAVY = f"""
 import sys

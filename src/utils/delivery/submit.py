@@ -7,47 +7,40 @@ the one worth most per second first. One that fails or runs out of time costs qu
 
 import contextlib
 import functools
-import multiprocessing
-import os
-import threading
+import sys
 import time
 import traceback
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
 
 from src.utils import paths
 from src.utils.config import FinetuneConfig
-from src.utils.models.baseline import load_baseline
-from src.utils.models.checkpoints import find_base, load_finetuned, load_tokenizer
-from src.utils.models.hardware import choose_device
+from src.utils.models.baseline import Baseline, load_baseline
+from src.utils.models.checkpoints import find_base, load_tokenizer
 from src.utils.models.predict import (
-    LocalReader,
     Prediction,
-    ReaderLost,
-    TokenRows,
     choose_least_certain,
     measure_entropy,
     predict_pairs,
 )
+from src.utils.models.reading import Reader, load_reader, open_reader
 from src.utils.runs import measure_versions, read_json, write_table
 from src.utils.schema import LABELS, check_probs
 from src.utils.stats.blend import Blend, apply_blend
 
 SUBMISSION_COLUMNS = ("id", *LABELS)
-_GRACE_S = 3.0  # after the deadline, for a process to end by itself
-_LONGEST_S = 1e6  # that is waited for where there is no deadline
 
 Keep = Callable[[Prediction], None]  # is given what a model has predicted so far
 Predict = Callable[[pd.DataFrame, "_Member", Keep], Prediction]
+Network = tuple[Reader, PreTrainedTokenizerBase, FinetuneConfig]  # a model that is open
 
 
 @dataclass
@@ -71,6 +64,9 @@ class Outcome:
     probs: np.ndarray  # (N, C) float64, rows sum to 1
     timings: list[MemberTiming]  # one per member of the blend
     n_pairs_by_members: dict[str, int]  # "a + b" -> battles that got exactly these members
+    # Member -> (N, C) float64, NaN where it has not read; and (N,), see `Prediction.swap_gap`.
+    members: dict[str, np.ndarray] = field(default_factory=dict)
+    swap_gaps: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -119,15 +115,59 @@ def check_submission(submission: pd.DataFrame, sample_ids: np.ndarray) -> pd.Dat
     return submission
 
 
+class Models:
+    """Opens the models of runs. Kept ones are loaded once, for any number of calls.
+
+    `n_workers` is that of `open_reader`. Those that are not kept are closed after their turn.
+    """
+
+    def __init__(self, n_workers: int | None = None, keep: bool = False) -> None:
+        self.n_workers, self.keep = n_workers, keep
+        self.baselines: dict[Path, Baseline] = {}  # by run folder, where they are kept
+        self._kept: dict[Path, tuple[Network, contextlib.ExitStack]] = {}
+
+    def load_baseline(self, run: Path) -> Baseline:
+        """Load the CPU baseline of a run folder."""
+        if run in self.baselines:
+            return self.baselines[run]
+        read_json(run / "config.json")  # names a damaged run
+        baseline = load_baseline(run / "model")
+        if self.keep:
+            self.baselines[run] = baseline
+        return baseline
+
+    @contextlib.contextmanager
+    def open_network(self, folder: Path, deadline: float) -> Iterator[Network]:
+        """Open a fine-tuned model; the deadline is a `time.monotonic()` value."""
+        if folder in self._kept:
+            yield self._kept[folder][0]
+            return
+        with contextlib.ExitStack() as stack:
+            config = read_settings(folder)
+            load = functools.partial(load_reader, folder, config, find_base(folder, config))
+            reader = open_reader(load, deadline, self.n_workers)
+            stack.callback(reader.close)
+            network = (reader, load_tokenizer(folder), config)
+            if self.keep:
+                self._kept[folder] = (network, stack.pop_all())
+            yield network
+
+    def close(self) -> None:
+        """End the processes of the kept models."""
+        while self._kept:
+            self._kept.popitem()[1][1].close()
+
+
 def predict_submission(
     pairs: pd.DataFrame,
     runs: Mapping[str, Path | None],
     blend: Blend,
-    submission: Submission,
+    submission: Submission | None,
     *,
     deadline_s: float,
     cascade: float = 1.0,
-    n_workers: int | None = None,
+    models: Models | None = None,
+    ask_all: bool = False,
 ) -> Outcome:
     """Predict every battle as well as time allows: the CPU baseline, then network by network.
 
@@ -138,24 +178,27 @@ def predict_submission(
     the other networks, or the only one there is, read that share only.
 
     Args:
-        runs: member of the blend -> its finished run folder, or None where there is none.
-        submission: written after the CPU baseline, after each network, and each minute.
+        runs: member of the blend -> its finished run folder or published model, or None where
+            there is none.
+        submission: written after the CPU baseline, after each network, and each minute; or None.
         deadline_s: seconds from now that must not be passed, margin included.
         cascade: share, above 0 to 1; the least certain have the highest entropy so far.
-        n_workers: processes per network, as for `open_reader`.
+        models: opens the models; None opens each for its turn, with progress bars.
+        ask_all: networks of weight zero predict, too, for `Outcome.members`.
 
     ValueError if `cascade` is out of range, RuntimeError if no member could predict a battle.
     """
     if not 0 < cascade <= 1:
         raise ValueError(f"cascade: expected a share above 0, at most 1, got {cascade}")
     deadline = time.monotonic() + deadline_s
+    models = models or Models()
     state = _State(pairs, blend, submission)
     for name, member in state.members.items():
         run = runs.get(name)
         if run is None:
             member.give_up("absent", "no finished run; execute its notebook")
         elif not _is_network(run):
-            state.run(member, functools.partial(_predict_baseline, run))
+            state.run(member, functools.partial(_predict_baseline, models, run))
     networks = order_networks(runs, blend)
     # With two networks or more, the first one reads every battle.
     n_weighted = len({name for name, _ in networks if state.members[name].weight})
@@ -163,17 +206,18 @@ def predict_submission(
         member = state.members[name]
         if member.uncertainty is None:
             state.choose_battles(member, cascade, n_weighted > 1 and name == networks[0][0])
-        if not member.weight and state.is_reached.all():
+        if not member.weight and state.is_reached.all() and not ask_all:
             member.give_up("zero weight", "")
         elif time.monotonic() >= deadline:
             member.give_up("given up", f"{folder.name}: no time was left")
         else:
-            state.run(member, functools.partial(_predict_network, folder, deadline, n_workers))
+            state.run(member, functools.partial(_predict_network, models, folder, deadline))
     timings = [member.timing(name) for name, member in state.members.items()]
     if len(pairs) and not state.is_reached.any():
         notes = "; ".join(f"{timing.member}: {timing.note}" for timing in timings)
         raise RuntimeError(f"submission: expected a prediction of any member, got none ({notes})")
-    return Outcome(state.blend(), timings, state.count_members())
+    outcome = Outcome(state.blend(), timings, state.count_members())
+    return replace(outcome, members=state.known(), swap_gaps=state.swap_gaps())
 
 
 def order_networks(runs: Mapping[str, Path | None], blend: Blend) -> list[tuple[str, Path]]:
@@ -187,21 +231,52 @@ def order_networks(runs: Mapping[str, Path | None], blend: Blend) -> list[tuple[
         run = runs.get(name)
         if run is None or not _is_network(run):
             continue
-        config = read_json(run / "config.json")
+        config = read_settings(list_models(run)[0])
         bases = []
-        if config.get("lora_rank"):
-            bases = [run / "base", *paths.find_checkpoints(config["checkpoint"])[:1]]
-        models = run / "model"
-        folders = [*models.glob("refit"), *sorted(models.glob("fold_*"))]
-        # Where none is found, the first is tried all the same: its error says what is missing.
-        for place, folder in enumerate(folders or [models / "fold_0"], start=1):
+        if config.is_frozen:
+            bases = [run / "base", *paths.find_checkpoints(config.checkpoint)[:1]]
+        for place, folder in enumerate(list_models(run), start=1):
             files = [file for part in (folder, *bases) for file in part.glob("*.safetensors")]
             n_bytes = sum(file.stat().st_size for file in files)
             worth[name, folder] = weight / place / max(n_bytes, 1)
     return sorted(worth, key=lambda model: -worth[model])
 
 
+def list_models(run: Path) -> list[Path]:
+    """List the models of a network's run, its refit first; a published folder is its own."""
+    if _is_published(run):
+        return [run]
+    models = run / "model"
+    folders = [*models.glob("refit"), *sorted(models.glob("fold_*"))]
+    if FinetuneConfig.from_json(read_json(run / "config.json")).train == "head":
+        folders = folders[:1]  # the heads of all folds would read the same base again
+    # Where none is found, the first is tried all the same: its error says what is missing.
+    return folders or [models / "fold_0"]
+
+
+def read_settings(folder: Path) -> FinetuneConfig:
+    """Read the settings that a model of `list_models` predicts with."""
+    run = folder.parents[1] / "config.json"
+    if folder.parent.name == "model" and run.exists():
+        return FinetuneConfig.from_json(read_json(run))
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names |= {*weights.keys()}
+    head: Any = "contrast" if any("contrast." in name for name in names) else "joint"
+    default = FinetuneConfig(checkpoint=str(folder), revision="", head=head)
+    architecture, origin = (read_json(folder / f"{name}.json") for name in ("config", "origin"))
+    longest = origin.get("predict_tokens") or architecture.get("max_position_embeddings")
+    return replace(default, predict_tokens=min(default.predict_tokens, longest or sys.maxsize))
+
+
+def _is_published(run: Path) -> bool:
+    return (run / "origin.json").exists()
+
+
 def _is_network(run: Path) -> bool:
+    if _is_published(run):
+        return True
     try:
         return "checkpoint" in read_json(run / "config.json")
     except (OSError, ValueError):
@@ -247,7 +322,7 @@ def _is_known(probs: np.ndarray) -> np.ndarray:
 class _State:
     """What all members have predicted so far, and the file that holds their blend."""
 
-    def __init__(self, pairs: pd.DataFrame, blend: Blend, submission: Submission) -> None:
+    def __init__(self, pairs: pd.DataFrame, blend: Blend, submission: Submission | None) -> None:
         self._pairs, self._blend, self._submission = pairs, blend, submission
         weights = zip(blend.members, blend.weights, strict=True)
         self.members = {name: _Member(weight, np.arange(len(pairs))) for name, weight in weights}
@@ -258,7 +333,7 @@ class _State:
 
         def keep(*early: Prediction) -> None:
             member.predictions = [*complete, *early]
-            if self.is_reached.any() or not len(self._pairs):
+            if self._submission and (self.is_reached.any() or not len(self._pairs)):
                 self._submission.write(self.blend())
 
         start = time.monotonic()
@@ -283,7 +358,17 @@ class _State:
         member.uncertainty = uncertainty[member.rows]
         member.twice_share = cascade if reads_all else 1.0
 
-    def _known(self) -> dict[str, np.ndarray]:
+    def swap_gaps(self) -> dict[str, np.ndarray]:
+        """Network -> (N,), the mean over its models, NaN where one has not read twice."""
+        gaps = {}
+        for name, member in self.members.items():
+            found = [each.swap_gap for each in member.predictions if each.swap_gap is not None]
+            if found:
+                gaps[name] = np.full(len(self._pairs), np.nan)
+                gaps[name][member.rows] = np.mean(found, axis=0)
+        return gaps
+
+    def known(self) -> dict[str, np.ndarray]:
         """Member -> (N, C), the mean over its models, NaN where none has read."""
         known = {}
         for name, member in self.members.items():
@@ -299,14 +384,14 @@ class _State:
     def is_reached(self) -> np.ndarray:
         """(N,) bool, some member has predicted the battle."""
         nobody = np.zeros(len(self._pairs), dtype=bool)
-        return np.any([nobody, *map(_is_known, self._known().values())], axis=0)
+        return np.any([nobody, *map(_is_known, self.known().values())], axis=0)
 
     def blend(self) -> np.ndarray:
         """(N, C) float64; a battle that no member reached gets the symmetric mean of the others."""
         reached = self.is_reached
         probs = np.empty((len(self._pairs), len(LABELS)))
         if reached.any():
-            known = {name: member[reached] for name, member in self._known().items()}
+            known = {name: member[reached] for name, member in self.known().items()}
             probs[reached] = apply_blend(self._blend, known)
             a, b, tie = probs[reached].mean(axis=0)
             probs[~reached] = ((a + b) / 2, (a + b) / 2, tie)
@@ -315,167 +400,35 @@ class _State:
     def count_members(self) -> dict[str, int]:
         """Count the battles by the members that predicted them, most frequent first."""
         kinds = np.full(len(self._pairs), "", dtype=object)
-        for name, probs in self._known().items():
+        for name, probs in self.known().items():
             kinds[_is_known(probs)] += f" + {name}"
         counts = Counter(kind.removeprefix(" + ") or "mean of the others" for kind in kinds)
         return dict(counts.most_common())
 
 
-def _predict_baseline(run: Path, pairs: pd.DataFrame, member: _Member, keep: Keep) -> Prediction:
-    read_json(run / "config.json")  # names a damaged run
-    probs = load_baseline(run / "model").predict_probs(pairs)
+def _predict_baseline(
+    models: Models, run: Path, pairs: pd.DataFrame, member: _Member, keep: Keep
+) -> Prediction:
+    probs = models.load_baseline(run).predict_probs(pairs)
     return Prediction(probs, np.full(len(pairs), 2), np.zeros(len(pairs), dtype=bool))
 
 
 def _predict_network(
-    folder: Path,
-    deadline: float,
-    n_workers: int | None,
-    pairs: pd.DataFrame,
-    member: _Member,
-    keep: Keep,
+    models: Models, folder: Path, deadline: float, pairs: pd.DataFrame, member: _Member, keep: Keep
 ) -> Prediction:
-    run = folder.parents[1]
-    config = FinetuneConfig.from_json(read_json(run / "config.json"))
-    load = functools.partial(load_reader, folder, config, find_base(folder, config))
-    with contextlib.closing(open_reader(load, deadline, n_workers)) as reader:
+    with models.open_network(folder, deadline) as (reader, tokenizer, config):
         return predict_pairs(
             reader,
-            load_tokenizer(folder),
+            tokenizer,
             pairs,
             max_tokens=config.predict_tokens,
             tokens_per_batch=config.tokens_per_batch,
             deadline=deadline,
-            progress=f"{run.name} {folder.name}",
+            progress="" if models.keep else f"{folder.parents[1].name} {folder.name}",
             keep=keep,
             uncertainty=member.uncertainty,
             twice_share=member.twice_share,
         )
-
-
-def load_reader(folder: Path, config: FinetuneConfig, base: Path | None) -> LocalReader:
-    """Load a fine-tuned model to read with in this process; arguments as for `load_finetuned`."""
-    model, tokenizer = load_finetuned(folder, config, base)
-    return LocalReader(model, tokenizer.pad_token_id, packing=config.packing)
-
-
-def open_reader(
-    load: Callable[[], LocalReader], deadline: float, n_workers: int | None = None
-) -> "LocalReader | ProcessReader":
-    """Open a reader of one model: in processes of its own, or here where none can be started.
-
-    `n_workers` None takes a process per GPU, or one on the CPU; 0 reads in this process.
-    RuntimeError if the model is not loaded by the deadline, a `time.monotonic()` value.
-    """
-    devices = choose_devices(n_workers)
-    if devices:
-        try:
-            return ProcessReader(load, devices, deadline)
-        except OSError as error:
-            warnings.warn(f"reading in this process, as no other starts: {error}", stacklevel=2)
-    return load()
-
-
-def choose_devices(n_workers: int | None) -> list[int | None]:
-    """Choose the GPU of each process, None for the CPU; `n_workers` as for `open_reader`."""
-    n_gpus = torch.cuda.device_count() if choose_device().type == "cuda" else 0
-    n_workers = max(n_gpus, 1) if n_workers is None else n_workers
-    return [worker % n_gpus if n_gpus else None for worker in range(n_workers)]
-
-
-class ProcessReader:
-    """One model in several processes that take batches from one queue; a `Reader`.
-
-    Each process is an executor of its own, so that when one dies the others read its batches.
-    When all die, often for lack of memory, this process does not try as well.
-    """
-
-    def __init__(
-        self, load: Callable[[], LocalReader], devices: Sequence[int | None], deadline: float
-    ) -> None:
-        """Load the model in a process per device, None for the CPU; OSError if none starts."""
-        left_s = _seconds_until(deadline)
-        # A fork would share the state of CUDA and of threads.
-        context = multiprocessing.get_context("spawn")
-        self._executors = [ProcessPoolExecutor(1, context) for _ in devices]
-        self._failures: dict[ProcessPoolExecutor, str] = {}
-        self._under_way: dict[Future, tuple[int, TokenRows, ProcessPoolExecutor]] = {}
-        try:
-            tasks = [
-                executor.submit(_load, load, device, left_s)
-                for executor, device in zip(self._executors, devices, strict=True)
-            ]
-            if wait(tasks, left_s).not_done:
-                raise RuntimeError("time ran out while the model was being loaded")
-            for executor, task in zip(self._executors, tasks, strict=True):
-                self._note(executor, task.exception())
-            if len(self._failures) == len(devices):
-                raise RuntimeError("; ".join(self._failures.values()))
-        except BaseException:
-            self.close()
-            raise
-        # The second batch of a process is ready while it reads the first.
-        self.capacity = 2 * (len(devices) - len(self._failures))
-
-    def close(self) -> None:
-        """End the processes, which frees their memory."""
-        for executor in self._executors:
-            executor.shutdown(cancel_futures=True)
-
-    def send(self, key: int, rows: TokenRows) -> None:
-        """Hand a batch to the process that has the fewest."""
-        while alive := [each for each in self._executors if each not in self._failures]:
-            n_batches = Counter(executor for _, _, executor in self._under_way.values())
-            executor = min(alive, key=n_batches.__getitem__)
-            try:
-                self._under_way[executor.submit(_read, rows)] = (key, rows, executor)
-                return
-            except BrokenProcessPool as error:
-                self._note(executor, error)
-        raise ReaderLost("; ".join(self._failures.values()))
-
-    def receive(self, deadline: float) -> tuple[int, np.ndarray] | None:
-        """Wait for a batch: its key and (rows, C) float64; None when the deadline passes first."""
-        while done := wait(self._under_way, _seconds_until(deadline), FIRST_COMPLETED).done:
-            task = done.pop()
-            key, rows, executor = self._under_way.pop(task)
-            error = task.exception()
-            if error is None:
-                return key, task.result()
-            self._note(executor, error)
-            self.send(key, rows)
-        return None
-
-    def _note(self, executor: ProcessPoolExecutor, error: BaseException | None) -> None:
-        if error is not None:
-            self._failures.setdefault(executor, f"{type(error).__name__}: {error}")
-
-
-def _seconds_until(deadline: float) -> float:
-    return min(max(0.0, deadline - time.monotonic()), _LONGEST_S)
-
-
-_reader: LocalReader  # of a process that `ProcessReader` started
-
-
-def _end_in_time(left_s: float) -> None:
-    """End this process with its parent or soon after the deadline, whatever it is doing."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join(left_s + _GRACE_S)
-    os._exit(1)
-
-
-def _load(load: Callable[[], LocalReader], device: int | None, left_s: float) -> None:
-    global _reader
-    threading.Thread(target=_end_in_time, args=(left_s,), daemon=True).start()
-    if device is not None:
-        torch.cuda.set_device(device)
-    _reader = load()
-
-
-def _read(rows: TokenRows) -> np.ndarray:
-    return _reader.read(rows)
 
 
 def describe_timing(outcome: Outcome, *, n_pairs: int, seconds: float, deadline_s: float) -> dict:
