@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,11 @@ WORDS = (
 
 
 def draw_texts(rng, mark):
-    """Three texts of a few turns, each of them with a mark; a tenth are too long to be taken."""
+    """Three texts of a few turns, each with a mark; a twentieth are too long to be taken."""
     n_turns = rng.randint(1, MAX_TURNS)
-    is_long = rng.random() < 0.1
-    n_chars = MAX_CHARS if is_long else int(10 ** rng.uniform(0, 4.6))
+    is_long = rng.random() < 0.05
+    # Of all sizes up to the limit, as many of each order of magnitude.
+    n_chars = MAX_CHARS if is_long else int(10 ** rng.uniform(0, 5.2) / 3 / n_turns)
     texts = []
     for _ in range(3):
         turns = []
@@ -65,7 +67,7 @@ def read_events(url):
 
 def ask_probs(url, texts):
     """Probabilities by the page's API; None where it refuses."""
-    call = f"{url}gradio_api/call/predict"
+    call = f"{url}gradio_api/call/battle"
     event = post(call, {"data": texts})["event_id"]
     last = list(read_events(f"{call}/{event}"))[-1]
     return [last[0][name] for name in LABELS] if isinstance(last, list) else None
@@ -143,21 +145,18 @@ def run(model, n_requests, n_clients, seed=0):
 
         def work(client):
             rng = random.Random(1000 * seed + client)
-            while len(done) < n_requests:
-                done.append(client)
+            for _ in range(client, n_requests, n_clients):
                 try:
                     mistake = check_one(url, number, predictor, rng, lock)
                 except (OSError, urllib.error.URLError, ValueError) as error:
                     mistake = f"{type(error).__name__}: {error}"
                 mistakes.extend([mistake] if mistake else [])
+                done.append(client)
                 if len(done) in (n_requests // 10, n_requests // 2):
                     memory.append(process.memory_info().rss / 2**20)
 
-        threads = [threading.Thread(target=work, args=(client,)) for client in range(n_clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(n_clients) as pool:
+            list(pool.map(work, range(n_clients)))
         memory.append(process.memory_info().rss / 2**20)
         return mistakes, time.monotonic() - start, [round(mib) for mib in memory]
 

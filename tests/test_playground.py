@@ -104,11 +104,12 @@ def test_a_file_beyond_the_limits_is_refused(predictor, battles, tmp_path, monke
     monkeypatch.setattr(playground, "MAX_ROWS", 29)
     with pytest.raises(ValueError, match="29 battles"):
         score_file(predictor, battles)
+    monkeypatch.setattr(playground, "MAX_ROWS", 30)
     monkeypatch.setattr(playground, "MAX_CHARS", 10)
     with pytest.raises(ValueError, match="10 characters"):
         score_file(predictor, battles)
     monkeypatch.setattr(playground, "MAX_UNPACKED_MB", 1)
-    table = pd.DataFrame({"id": ["1"]} | dict.fromkeys(TEXTS, ["x" * 10**6]))
+    table = pd.DataFrame({"id": "1"} | dict.fromkeys(TEXTS, "x" * 10**6), index=[0])
     with gzip.open(tmp_path / "bomb.csv.gz", "wt") as file:
         table.to_csv(file, index=False)
     table.to_parquet(tmp_path / "bomb.parquet")
@@ -138,14 +139,14 @@ def test_a_file_gives_what_the_model_gives(predictor, battles):
 
 @pytest.fixture(scope="module")
 def page(small_artifacts):
-    shown = playground.show(small_artifacts / "02_baseline", inline=False)
-    yield shown
-    shown.close()
+    """The address of a page in a process of its own."""
+    with play_load.serve(small_artifacts / "02_baseline") as (url, _):
+        yield url
 
 
 def test_it_listens_on_this_machine_only_and_asks_no_other(page):
-    assert page.local_url.startswith("http://127.0.0.1:") and page.share_url is None
-    with urllib.request.urlopen(page.local_url) as answer:
+    assert page.startswith("http://127.0.0.1:")
+    with urllib.request.urlopen(page) as answer:
         policy = answer.headers["content-security-policy"]
         text = answer.read().decode()
     assert policy.startswith("default-src 'self'") and "http" not in policy
@@ -154,7 +155,7 @@ def test_it_listens_on_this_machine_only_and_asks_no_other(page):
 
 
 def test_a_request_that_is_too_long_is_refused_unread(page):
-    url = f"{page.local_url}gradio_api/call/predict"
+    url = f"{page}gradio_api/call/battle"
     body = json.dumps({"data": [["x" * 5_000_000], ["a"], ["b"]]}).encode()
     request = urllib.request.Request(url, body, {"content-type": "application/json"})
     with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as refused:
@@ -166,9 +167,9 @@ def test_a_request_that_is_too_long_is_refused_unread(page):
 def test_the_api_and_the_boxes_give_text_back_as_text(page, small_artifacts):
     texts = [[HOSTILE], ["a" * 100_000], [HOSTILE]]
     expected = Predictor(small_artifacts / "02_baseline").predict(make_battle(texts)).probs[0]
-    assert np.allclose(play_load.ask_probs(page.local_url, texts), expected, rtol=0, atol=1e-12)
-    number = play_load.find_exchange(page.local_url)
-    boxes = play_load.ask_exchange(page.local_url, number, texts)
+    assert np.allclose(play_load.ask_probs(page, texts), expected, rtol=0, atol=1e-12)
+    number = play_load.find_exchange(page)
+    boxes = play_load.ask_exchange(page, number, texts)
     assert boxes[:2] == [HOSTILE.replace("\ud83d", "\ufffd")] * 2 and boxes[2] == texts[1][0]
 
 
@@ -237,7 +238,7 @@ def test_a_visitor_types_presses_exchanges_and_uploads(
     tab = browser.new_page(viewport={"width": width, "height": 1000})
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
-    tab.goto(page.local_url)
+    tab.goto(page)
     texts = {
         "Prompt": HOSTILE[:-8].replace("\ud83d", ""),
         "Answer A": "yes, " * 50,
@@ -270,7 +271,5 @@ def test_a_visitor_types_presses_exchanges_and_uploads(
     found = pd.read_csv(tmp_path / "probs.csv")[list(LABELS)].to_numpy()
     pairs = load_pairs(battles, labelled=False)[0]
     assert np.abs(found - model.predict(pairs).probs).max() < 1e-6
-    assert dialogs == [] and all(
-        url.startswith((page.local_url, "data:", "blob:")) for url in asked
-    )
+    assert dialogs == [] and all(url.startswith((page, "data:", "blob:")) for url in asked)
     tab.close()

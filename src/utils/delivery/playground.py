@@ -125,7 +125,7 @@ def make_page(predictor: Predictor) -> gr.Blocks:
         with gr.Tab("A file of battles"):
             _add_file_tab(predictor, outputs)
 
-        def predict(
+        def battle(
             prompt: list[str], response_a: list[str], response_b: list[str]
         ) -> dict[str, float]:
             """Predict one battle; a text is the list of its turns."""
@@ -136,7 +136,7 @@ def make_page(predictor: Predictor) -> gr.Blocks:
                 raise gr.Error(escape(str(error))) from error
             return dict(zip(LABELS, probs.tolist(), strict=True))
 
-        gr.api(predict, api_name="predict", concurrency_limit=8)
+        gr.api(battle, api_name="battle", concurrency_limit=8)
     return page.queue(max_size=256, default_concurrency_limit=8)
 
 
