@@ -70,7 +70,7 @@ def win_share(labels: np.ndarray, values: np.ndarray | None = None) -> dict[str,
     return found | {"share": test.statistic, "p_value": test.pvalue, "n": n, "reason": None}
 
 
-def correct(p_values: Sequence[float]) -> np.ndarray:
+def correct(p_values: Any) -> np.ndarray:
     """Correct p-values for their number by Holm's method; NaN stays NaN, (N,) -> (N,) float.
 
     Source: Holm 1979, A simple sequentially rejective multiple test procedure.
@@ -338,9 +338,9 @@ def measure_leak(
     rows = []
     for part, mask in parts.items():
         if len(np.unique(groups[mask])) > 1:
-            both = [losses[name][mask] for name in ("grouped", "random")]
-            gap = scores.paired_difference(*both, groups[mask])
-            rows.append((part, len(both[0]), both[0].mean(), both[1].mean(), *gap.values()))
+            grouped, random = losses["grouped"][mask], losses["random"][mask]
+            gap = scores.paired_difference(grouped, random, groups[mask])
+            rows.append((part, len(grouped), grouped.mean(), random.mean(), *gap.values()))
     return pd.DataFrame(rows, columns=columns)
 
 
