@@ -70,7 +70,7 @@ def win_share(labels: np.ndarray, values: np.ndarray | None = None) -> dict[str,
     return found | {"share": test.statistic, "p_value": test.pvalue, "n": n, "reason": None}
 
 
-def correct(p_values: Sequence[float]) -> np.ndarray:
+def correct(p_values: Any) -> np.ndarray:
     """Correct p-values for their number by Holm's method; NaN stays NaN, (N,) -> (N,) float.
 
     Source: Holm 1979, A simple sequentially rejective multiple test procedure.
