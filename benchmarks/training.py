@@ -141,7 +141,7 @@ def write_checkpoint(setup: Setup, tokenizer, folder: Path) -> Path:
     shape.pad_token_id, shape.num_labels = tokenizer.pad_token_id, len(LABELS)
     torch.manual_seed(SEED)
     with quiet_transformers(), choose_device():
-        dtype = torch.bfloat16 if setup.config.lora_rank else torch.float32
+        dtype = torch.bfloat16 if setup.config.is_frozen else torch.float32
         AutoModelForSequenceClassification.from_config(shape, dtype=dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

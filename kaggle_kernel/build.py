@@ -26,6 +26,7 @@ import nbformat
 from src.utils import paths
 from src.utils.config import (
     NOTEBOOKS,
+    FinetuneConfig,
     SuiteError,
     find_name,
     make_parameters,
@@ -205,9 +206,7 @@ def make_cells(order: Order) -> tuple[str, list[str]]:
     return write_parameters(values, comment), cells
 
 
-def make_metadata(
-    order: Order, members: Sequence[str], configs: Sequence[Mapping[str, Any]]
-) -> dict:
+def make_metadata(order: Order, members: Sequence[str], configs: Sequence[FinetuneConfig]) -> dict:
     """Fill in what a kernel asks Kaggle for.
 
     Args:
@@ -226,7 +225,7 @@ def make_metadata(
         metadata["dataset_sources"] = []
     if order.kernels:
         metadata["dataset_sources"] = []
-    if any(config["quantization"] != "none" for config in configs):
+    if any(config.quantization != "none" for config in configs):
         metadata["dataset_sources"] += [read_dataset("wheels", order.owner)["id"]]
     if order.notebook not in ON_GPU or not set(members) - {BASELINE}:
         metadata["enable_gpu"] = False
@@ -249,22 +248,21 @@ def read_dataset(kind: str, owner: str) -> dict:
     return json.loads(text.replace("-models", f"-{kind}").replace("Models", kind.title()))
 
 
-def choose_models(order: Order, configs: Sequence[Mapping[str, Any]]) -> list[str]:
+def choose_models(order: Order, configs: Sequence[FinetuneConfig]) -> list[str]:
     """Choose the Kaggle Models to attach: those that were named, else the known ones."""
     for source in order.model_sources:
         if len(source.split("/")) != 5:
             raise ValueError(
                 f"model source: expected owner/model/framework/variation/version, got {source!r}"
             )
-    checkpoints = [config["checkpoint"] for config in configs if needs_base(order, config)]
+    checkpoints = [config.checkpoint for config in configs if needs_base(order, config)]
     known = [MODEL_SOURCES[name] for name in checkpoints if name in MODEL_SOURCES]
     return list(order.model_sources or known)
 
 
-def needs_base(order: Order, config: Mapping[str, Any]) -> bool:
-    """Whether a kernel reads the base: to train on it, or under adapters."""
-    is_read = order.notebook in TRAINED or config["lora_rank"]
-    return bool(is_read) and not config["checkpoint"].startswith("tiny:")
+def needs_base(order: Order, config: FinetuneConfig) -> bool:
+    """Whether a kernel reads the base: to train on it, or under adapters or a head."""
+    return (order.notebook in TRAINED or config.is_frozen) and not config.is_tiny
 
 
 def copy_runs(artifacts: Path, dataset: Path, equal: Sequence[str] = ()) -> list[str]:
@@ -346,14 +344,15 @@ def build(order: Order, target: Path, artifacts: Path) -> dict:
             dataset = read_dataset("models", order.owner)
             write_json(folder / "dataset" / "dataset-metadata.json", dataset)
             networks = [name for name in members if name != BASELINE]
-            configs = [read_json(artifacts / name / "config.json") for name in networks]
+            files = [artifacts / name / "config.json" for name in networks]
+            configs = [FinetuneConfig.from_json(read_json(file)) for file in files]
         else:
             own = [order.notebook] if order.notebook in TRAINED else []
             members = [*members, *own]
             read = [*own, *(members if order.notebook in (INFERENCE, PUBLISH) else [])]
             networks = [name for name in TRAINED if name in read]
             settings = read_finetuning(order.profile, order.settings)
-            configs = [settings[name].to_json() for name in networks]
+            configs = [settings[name] for name in networks]
         metadata = make_metadata(order, members, configs)
         write_json(folder / "kernel" / "kernel-metadata.json", metadata)
         kernel = make_kernel(order.notebook, *make_cells(order))
@@ -366,7 +365,7 @@ def build(order: Order, target: Path, artifacts: Path) -> dict:
     for config in configs:
         if needs_base(order, config) and not metadata["model_sources"]:
             print(
-                f"{config['checkpoint']}: no Kaggle Model is known that has it. Attach one with "
+                f"{config.checkpoint}: no Kaggle Model is known that has it. Attach one with "
                 "KAGGLE_MODEL_SOURCES, see kaggle_kernel/README.md: the kernel needs it."
             )
     return metadata

@@ -184,15 +184,15 @@ def take_a_step(model, tokenizer, rows, labels):
 
 
 CASES = [(name, {"head": head}) for name in CHECKPOINTS for head in ("joint", "contrast")]
-CASES += [(name, {"lora_rank": 4}) for name in ENCODERS]
+CASES += [(name, {"train": "lora"}) for name in ENCODERS]
 CASES += [
     (name, {"quantization": kind})
     for name in ("reward", "llama", "gemma3")
     for kind in ("4bit", "8bit")
 ]
 CASES += [
-    ("bert", {"quantization": "4bit", "lora_rank": 4}),
-    ("deberta-v3", {"quantization": "8bit", "lora_rank": 4}),
+    ("bert", {"quantization": "4bit", "train": "lora"}),
+    ("deberta-v3", {"quantization": "8bit", "train": "lora"}),
 ]
 
 
@@ -211,11 +211,11 @@ def test_any_checkpoint_is_trained_saved_and_loaded_by_its_name(
     moved = {
         n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])
     }
-    heads = head_names(model.get_base_model() if config.lora_rank else model)
+    heads = head_names(model.get_base_model() if config.uses_lora else model)
     for head in heads:
         assert any(f"{head}." in n for n in moved), f"{head} did not move"
     assert any(
-        ("lora_" in n) if config.lora_rank else not n.startswith(tuple(heads)) for n in moved
+        ("lora_" in n) if config.uses_lora else not n.startswith(tuple(heads)) for n in moved
     )
 
     logits = read(model, tokenizer, rows)
@@ -239,7 +239,7 @@ FIRST, ALL, LAST = slice(0, 1), slice(None), slice(-1, None)
 def test_the_joint_head_reads_the_states_that_its_architecture_pools(
     name, read, demo_pairs, tmp_path
 ):
-    config = make_config(name, write_checkpoint(name, tmp_path / "base"), lora_rank=0)
+    config = make_config(name, write_checkpoint(name, tmp_path / "base"), train="all")
     model, tokenizer = load_classifier(config)
     states = []
     model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
@@ -253,7 +253,7 @@ def test_the_joint_head_reads_the_states_that_its_architecture_pools(
 
 @pytest.mark.parametrize("name", ["deberta-v3", "bert", "gemma3", "reward"])
 def test_any_checkpoint_can_be_merged(name, demo_pairs, tmp_path):
-    config = make_config(name, write_checkpoint(name, tmp_path / "base"), lora_rank=4)
+    config = make_config(name, write_checkpoint(name, tmp_path / "base"), train="lora")
     model, tokenizer = load_classifier(config)
     rows = encode_pairs(demo_pairs[:4], tokenizer, config.max_tokens)
     take_a_step(model, tokenizer, rows, torch.tensor(demo_pairs["label"][:4].to_numpy()))
@@ -312,7 +312,7 @@ def test_a_budget_beyond_the_positions_of_a_checkpoint_says_what_fits(name, demo
 
 def test_relative_positions_read_beyond_their_training_length(demo_pairs, tmp_path):
     config = make_config(
-        "deberta-v3", write_checkpoint("deberta-v3", tmp_path / "base"), lora_rank=4
+        "deberta-v3", write_checkpoint("deberta-v3", tmp_path / "base"), train="lora"
     )
     model, tokenizer = load_classifier(config)
     assert read(model, tokenizer, [[5] * 700]).isfinite().all()

@@ -80,7 +80,7 @@ def test_what_needs_too_much_memory_comes_with_settings_that_make_it_fit():
     too_large = {"checkpoint": "Qwen/Qwen3-4B-Instruct-2507", "max_tokens": 1024}
     text = advise(plan_full("03", "24", **too_large))
     assert "memory" in text and "QUANTIZATION=4bit" in text
-    change = {"quantization": "4bit", "lora_rank": 32, "gradient_checkpointing": True}
+    change = {"quantization": "4bit", "train": "lora", "gradient_checkpointing": True}
     assert advise(plan_full("03", "24", **too_large, **change)) == "It fits."
     assert sum(plan_full("03", "24", **too_large).memory.values()) > 22
 

@@ -45,7 +45,7 @@ ALL = Blend((BASELINE, ENCODER, DECODER), (0.4, 0.3, 0.3))
 BUDGET = {"max_tokens": 192, "predict_tokens": 192, "tokens_per_batch": 1024}
 CONFIGS = {
     ENCODER: FinetuneConfig(checkpoint="tiny:modernbert", revision="", **BUDGET),
-    DECODER: FinetuneConfig(checkpoint="tiny:qwen3", revision="", lora_rank=4, **BUDGET),
+    DECODER: FinetuneConfig(checkpoint="tiny:qwen3", revision="", train="lora", **BUDGET),
 }
 
 

@@ -65,7 +65,7 @@ def publish_model(
     # Half-precision weights round what merging adds to them.
     tolerance = PRECISION_TOLERANCE[_save_merged(source, config, base, folder)]
     release_memory()
-    merged = predict(*load_finetuned(folder, dataclasses.replace(unquantized, lora_rank=0)))
+    merged = predict(*load_finetuned(folder, dataclasses.replace(unquantized, train="all")))
     difference = float(np.abs(merged - unmerged).max())
     labels = pairs["label"].to_numpy()
     trained = oof.set_index("id").loc[pairs["id"], list(LABELS)].to_numpy()

@@ -115,7 +115,7 @@ class Shape:
 
     def n_trained(self, config: FinetuneConfig) -> int:
         """Weights that are trained: all, or those of LoRA and the head."""
-        if not config.lora_rank:
+        if not config.uses_lora:
             return self.n_weights
         return config.lora_rank * (self.linear_in + self.linear_out) + self.n_head
 
@@ -176,7 +176,7 @@ def count_memory(
 
     Trained weights are 32-bit, activations 16-bit under autocast, norms and their inputs 32-bit.
     """
-    trained, is_lora = shape.n_trained(config), config.lora_rank > 0
+    trained, is_lora = shape.n_trained(config), config.uses_lora
     frozen = count_frozen(shape, config.quantization) if is_lora else 0.0
     # Autocast keeps a 16-bit copy of every trained matrix until the pass is over.
     copies = 2.0 * (trained if is_lora else shape.n_linear)
@@ -209,7 +209,7 @@ def count_kept(shape: Shape, config: FinetuneConfig, has_kernel: bool) -> float:
     if not config.gradient_checkpointing:
         return outside + shape.n_layers * count_layer(shape, config, has_kernel)
     # The state that each layer starts from; in 16 bit where the frozen base is.
-    return outside + shape.n_layers * shape.hidden * (2 if config.lora_rank else 4)
+    return outside + shape.n_layers * shape.hidden * (2 if config.uses_lora else 4)
 
 
 def count_layer(shape: Shape, config: FinetuneConfig, has_kernel: bool) -> float:
@@ -218,7 +218,7 @@ def count_layer(shape: Shape, config: FinetuneConfig, has_kernel: bool) -> float
     # Of each linear layer a 16-bit copy of its input. LoRA reads a copy after dropout, and a byte
     # per number says what was dropped. LLM.int8 keeps an input for two layers of three, about.
     bytes_per_input = 2.0
-    if config.lora_rank:
+    if config.uses_lora:
         bytes_per_input += config.lora_dropout > 0
         bytes_per_input += 4 / 3 * (config.quantization == "8bit")
     inputs = bytes_per_input * shape.linear_in / shape.n_layers
@@ -250,9 +250,10 @@ def count_flops(
     reads one state of a battle, are left out.
     """
     linear, attention = 2.0 * shape.n_linear, count_attention(shape, lengths, has_kernel)
-    lora = 2.0 * config.lora_rank * (shape.linear_in + shape.linear_out)
+    rank = config.lora_rank if config.uses_lora else 0
+    lora = 2.0 * rank * (shape.linear_in + shape.linear_out)
     forward = linear + lora + attention
     # Backward, each layer needs one product for its input and one for its weights, if they are
     # trained; attention needs four for its inputs, and its scores once more.
-    backward = linear * (1 if config.lora_rank else 2) + 2 * lora + 2.5 * attention
+    backward = linear * (1 if config.uses_lora else 2) + 2 * lora + 2.5 * attention
     return forward * (2 if config.gradient_checkpointing else 1) + backward, forward

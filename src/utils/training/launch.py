@@ -48,7 +48,7 @@ def fit_launched(
     session_end = end_of_session(config.train_deadline_s)
     check_device(config, pairs, base)
     n_processes = count_processes(config)
-    if n_processes > 1:
+    if n_processes > 1 and config.train != "head":  # the readers of a frozen base start their own
         release_memory()
         folder = run_dir / "launch"
         write_pairs(folder / "pairs.parquet", pairs)
@@ -74,9 +74,9 @@ def fit_in_session(
 
     try:
         return fit_launched(pairs, config, run_dir, base)
-    except SessionOver:
+    except SessionOver as over:
         names = [member.name for member in prepare_members(pairs, config, run_dir)]
-        display(Markdown(describe_progress(run_dir, names)))
+        display(Markdown(describe_progress(run_dir, names, str(over))))
         skip_cells()
         return None
 

@@ -142,7 +142,7 @@ def plan_training(
         memory={name: n_bytes / GIB for name, n_bytes in parts.items()},
         most_tokens=most_tokens,
         micro_batch=micro_batch,
-        download_gb=shape.n_weights * (2 if config.lora_rank else 4) / 1e9,
+        download_gb=shape.n_weights * (2 if config.is_frozen else 4) / 1e9,
         output_gb=N_CHECKPOINTS * checkpoint_gb + n_models * weights_gb,
         submission_h=machine.hours(2 * N_TEST * n_models * reading_flops),
     )
@@ -168,7 +168,7 @@ def advise(need: Need) -> str:
     if not problem:
         return "It fits."
     config = need.config
-    lora = {"lora_rank": config.lora_rank or 32}
+    lora = {"train": "lora"}
     one_model: dict[str, Any] = {"folds": config.folds[:1], "n_seeds": 1, "refit": False}
     changes: list[dict[str, Any]] = [
         {"gradient_checkpointing": True},

@@ -34,7 +34,7 @@ def end_of_session(seconds: float) -> float:
 # ---- the end of a session ------------------------------------------------------------
 
 
-def describe_progress(run_dir: Path, names: Sequence[str]) -> str:
+def describe_progress(run_dir: Path, names: Sequence[str], note: str = "") -> str:
     """Write in Markdown, in large letters, which models are finished and which remain."""
     finished = list_finished(run_dir)
     remaining = [_describe_begun(run_dir, name) for name in names if name not in finished]
@@ -44,7 +44,7 @@ def describe_progress(run_dir: Path, names: Sequence[str]) -> str:
         [
             "# This session's time is over. The training is not finished.",
             f"## Finished: {done}",
-            f"## Remaining: {', '.join(remaining)}",
+            f"## Remaining: {', '.join(remaining)}{note and f'; {note}'}",
             "## Next: run it once more, and it goes on from here",
             f"On Kaggle: `{RESUME.format(number=number)}`, then `make kernel-push NB={number}`. Or "
             "in the browser: *Edit*, *Add Input*, *Your Work*, choose this notebook, *Save "

@@ -23,7 +23,7 @@ from src.utils.models.batches import collate
 from src.utils.models.checkpoints import hidden_size, write_model
 from src.utils.models.hardware import choose_device, choose_precision
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
-from src.utils.models.predict import LocalReader
+from src.utils.models.reading import LocalReader
 from src.utils.runs import atomic_folder, measure_peak_mib, write_json, write_manifest, write_table
 from src.utils.schema import probs_table
 from src.utils.stats.scores import log_loss
