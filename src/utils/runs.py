@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,18 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def move_aside(path: Path, target: Path) -> Path:
-    """Move a file or folder to `target`, or to `target-2` and so on: it replaces nothing."""
+def find_free(target: Path, is_taken: Callable[[Path], bool] = Path.exists) -> Path:
+    """Return the first of `target`, `target-2` and so on that is not taken."""
     free, number = target, 1
-    while free.exists():
+    while is_taken(free):
         number += 1
         free = target.with_name(f"{target.name}-{number}")
+    return free
+
+
+def move_aside(path: Path, target: Path) -> Path:
+    """Move a file or folder to `target`, or to `target-2` and so on: it replaces nothing."""
+    free = find_free(target)
     free.parent.mkdir(parents=True, exist_ok=True)
     os.replace(path, free)
     return free

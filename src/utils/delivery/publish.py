@@ -5,6 +5,7 @@ The card (its text is `model_card.md`) states only numbers that a finished run w
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from src.utils.config import FinetuneConfig
 from src.utils.models.checkpoints import load_finetuned, merge, save_model
 from src.utils.models.predict import PRECISION_TOLERANCE, predict_probs
 from src.utils.models.template import TEMPLATE_VERSION
+from src.utils.runs import atomic_folder
 from src.utils.schema import LABELS
 from src.utils.stats.scores import log_loss
 
@@ -65,7 +67,11 @@ def publish_model(
     # Half-precision weights round what merging adds to them.
     tolerance = PRECISION_TOLERANCE[_save_merged(source, config, base, folder)]
     release_memory()
-    merged = predict(*load_finetuned(folder, dataclasses.replace(unquantized, train="all")))
+    if config.train == "head":  # stays what it is; a tiny base is beside the run's models
+        base = base or (source.parents[1] / "base" if config.is_tiny else None)
+        merged = predict(*load_finetuned(folder, unquantized, base))
+    else:
+        merged = predict(*load_finetuned(folder, dataclasses.replace(unquantized, train="all")))
     difference = float(np.abs(merged - unmerged).max())
     labels = pairs["label"].to_numpy()
     trained = oof.set_index("id").loc[pairs["id"], list(LABELS)].to_numpy()
@@ -82,6 +88,11 @@ def publish_model(
 def _save_merged(
     source: Path, config: FinetuneConfig, base: Path | None, folder: Path
 ) -> torch.dtype:
+    if config.train == "head":  # transformers has no such class: the head alone, without base
+        with atomic_folder(folder) as tmp:
+            kept = shutil.ignore_patterns("oof.parquet", "training.json", "manifest.json")
+            shutil.copytree(source, tmp, ignore=kept, dirs_exist_ok=True)
+        return torch.float32
     model, tokenizer = merge(source, config, base)
     model.config.id2label = dict(enumerate(LABELS))
     model.config.label2id = {label: index for index, label in enumerate(LABELS)}

@@ -359,6 +359,7 @@ def write_head(
         "commit": base.name if is_hub else None,  # the cache names its folders so
         "template_version": TEMPLATE_VERSION,
         "base_hash": hash_base(base),
+        "state_layers": list(config.state_layers),
     }
     write_json(folder / "origin.json", origin)
 

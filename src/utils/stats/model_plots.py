@@ -132,7 +132,12 @@ def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
 def plot_learning_curve(
     ax: Axes, history: pd.DataFrame, prior: float, oracle: float | None = None
 ) -> Axes:
-    """Show how the loss fell; `history`: fold, seed, epoch, train_loss, log_loss by validation."""
+    """Show how the loss fell; `history`: fold, seed, epoch, train_loss, log_loss by validation.
+
+    Of a frozen base it has head and penalty instead of the epoch, and `plot_heads` shows it.
+    """
+    if "penalty" in history.columns:
+        return plot_heads(ax, history, prior, oracle)
     models = history.groupby(["fold", "seed"])
     for place, (_, rows) in enumerate(models):
         hidden = "_" if place else ""  # one entry in the legend is enough
@@ -146,6 +151,28 @@ def plot_learning_curve(
     last = float(models["log_loss"].last().mean())
     title = f"Held-out battles: {_gain(prior, last)} the class prior"
     return label_axes(ax, title, "epochs", "log loss (nats per battle)")
+
+
+def plot_heads(ax: Axes, history: pd.DataFrame, prior: float, oracle: float | None = None) -> Axes:
+    """Show what the heads lost that were tried inside the training folds, the mean over models.
+
+    `history`: head, penalty, train_loss, log_loss.
+    """
+    for (head, rows), marker in zip(history.groupby("head"), "os^D", strict=False):
+        means = rows.groupby("penalty")[["log_loss", "train_loss"]].mean()
+        ax.plot(means.index, means["log_loss"], f"{marker}-", color=ACCENT, label=f"{head}, unseen")
+        ax.plot(
+            means.index, means["train_loss"], f"{marker}:", color=MUTED, label=f"{head}, training"
+        )
+    ax.axhline(prior, linestyle="--", label=f"class prior {prior:.3f}", **BLACK)
+    if oracle is not None:
+        ax.axhline(oracle, linestyle="-.", label=f"oracle {oracle:.3f}", **BLACK)
+    ax.set_xscale("log")
+    ax.set_ylim(None, prior + 0.5 * (prior - history["train_loss"].min()))
+    ax.legend(frameon=False, fontsize=8)
+    best = history.groupby(["head", "penalty"])["log_loss"].mean()
+    title = f"Prompts not seen: the best head {_gain(prior, float(best.min()))} the class prior"
+    return label_axes(ax, title, "penalty of squared weights", "log loss (nats per battle)")
 
 
 def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:

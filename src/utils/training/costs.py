@@ -18,6 +18,7 @@ from transformers import ModernBertConfig, Qwen3Config
 
 from src.utils.config import FinetuneConfig, SuiteError
 from src.utils.models.checkpoints import head_names, make_skeleton, read_architecture
+from src.utils.models.frozen import N_STATES, choose_layers
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack
 
@@ -114,10 +115,16 @@ class Shape:
     is_packed: bool
 
     def n_trained(self, config: FinetuneConfig) -> int:
-        """Weights that are trained: all, or those of LoRA and the head."""
-        if not config.uses_lora:
+        """Weights that are trained: all, those of LoRA and the head, or a head's on states."""
+        if config.train == "all":
             return self.n_weights
+        if config.train == "head":
+            return 64 * self.n_states(config)  # the network of two layers; the other has 3 each
         return config.lora_rank * (self.linear_in + self.linear_out) + self.n_head
+
+    def n_states(self, config: FinetuneConfig) -> int:
+        """States that a head reads of a battle, in one order."""
+        return N_STATES * len(choose_layers(config.state_layers, self.n_layers)) * self.hidden
 
 
 _QWEN = {"vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128}

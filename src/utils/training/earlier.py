@@ -15,7 +15,7 @@ from typing import Any
 
 from src.utils.config import FinetuneConfig, upgrade_settings
 from src.utils.models.template import TEMPLATE_VERSION
-from src.utils.runs import find_damage, hash_file, hash_json, hash_pairs, read_json
+from src.utils.runs import find_damage, find_free, hash_file, hash_json, hash_pairs, read_json
 
 Identity = Mapping[str, Mapping[str, Any]]  # "settings" and "data"
 
@@ -128,10 +128,10 @@ def _list_models(folder: Path) -> list[str]:
 
 
 def _set_aside(run_dir: Path, name: str, key: str) -> Path:
-    place, number = run_dir / EARLIER / key, 1
-    while any((place / kind / name).exists() for kind in KINDS):  # never onto another model
-        number += 1
-        place = run_dir / EARLIER / f"{key}-{number}"
+    def has_another(place: Path) -> bool:
+        return any((place / kind / name).exists() for kind in KINDS)
+
+    place = find_free(run_dir / EARLIER / key, has_another)
     _move(run_dir, place, name)
     return place
 

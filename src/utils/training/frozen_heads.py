@@ -212,8 +212,8 @@ def train_head(
     """
     config, started = member.config, time.perf_counter()
     rows = states.find(make_keys(train_pairs))
-    is_read = (rows >= 0).all(axis=1)
-    train_pairs, rows = train_pairs.loc[is_read], rows[is_read]
+    is_read = np.flatnonzero((rows >= 0).all(axis=1))
+    train_pairs, rows = train_pairs.iloc[is_read], rows[is_read]
     columns = find_columns(states, rows.ravel(), config.seed)
     targets = make_targets(train_pairs, config)
     both = torch.from_numpy(np.stack([targets, swap_probs(targets)]))

@@ -139,12 +139,12 @@ class _Missing:
         # Of readings with the same texts one is enough.
         is_repeated = pd.Series(keys.ravel()).duplicated().to_numpy().reshape(keys.shape)
         is_missing = (states.find(keys) < 0) & ~is_repeated
-        some = is_missing.any(axis=1)
+        some = np.flatnonzero(is_missing.any(axis=1))
         self._keys, self._is_missing, self._states = keys[some], is_missing[some], states
         self.n_tok, self.lengths = 0, np.zeros(0, dtype=int)
-        if some.any():
+        if len(some):
             tokenizer = load_base_tokenizer(config, base)
-            self._encoded = encode_battles(pairs.loc[some], tokenizer, config.predict_tokens)
+            self._encoded = encode_battles(pairs.iloc[some], tokenizer, config.predict_tokens)
             self.lengths = self._encoded.lengths
             self.n_tok = int(self.lengths @ self._is_missing.sum(axis=1))
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
