@@ -391,8 +391,8 @@ def read_order(options: argparse.Namespace) -> Order:
     )
 
 
-def main() -> int:
-    """Build from the command line; returns the exit code."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--notebook", default="06", help="01 to 07")
@@ -410,7 +410,12 @@ def main() -> int:
         default=os.environ.get("KAGGLE_MODEL_SOURCES", "").split(),
         help="Kaggle Models to attach: owner/model/framework/variation/version",
     )
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Build from the command line; returns the exit code."""
+    options = parse_arguments()
     try:
         order = read_order(options)
         target = paths.ROOT / "build" / "kaggle" / order.notebook[:2]

@@ -19,7 +19,6 @@ from src.utils.training.earlier import BEGUN, RECORD, list_finished
 # Left behind when a run is taken over: what a launch passes on, and the sign of a complete run.
 _LEFT_BEHIND = ("launch", "metrics.json", "run.json")
 _PARTIAL = (".*.tmp*", ".*.old")  # of `runs.atomic_path` and `atomic_folder`
-RESUME = "make kernel NB={number} RESUME=1"
 
 
 class SessionOver(Exception):
@@ -44,10 +43,11 @@ def describe_progress(run_dir: Path, names: Sequence[str], note: str = "") -> st
         [
             "# This session's time is over. The training is not finished.",
             f"## Finished: {done}",
-            f"## Remaining: {', '.join(remaining)}{note and f'; {note}'}",
+            f"## Remaining: {', '.join(remaining)}",
+            *filter(None, [note]),
             "## Next: run it once more, and it goes on from here",
-            f"On Kaggle: `{RESUME.format(number=number)}`, then `make kernel-push NB={number}`. Or "
-            "in the browser: *Edit*, *Add Input*, *Your Work*, choose this notebook, *Save "
+            f"On Kaggle: `make kernel NB={number} RESUME=1`, then `make kernel-push NB={number}`.",
+            "In the browser: *Edit*, *Add Input*, *Your Work*, choose this notebook, *Save "
             "Version*, *Save & Run All*. Elsewhere: run the notebook again.",
             "The cells below do nothing in this session.",
         ]

@@ -168,7 +168,7 @@ class _Missing:
             self.write()
             if time.monotonic() > self._session_end:
                 share = self._tok_written / self.n_tok
-                raise SessionOver(f"this session read {share:.0%} of the states that were missing")
+                raise SessionOver(f"This session read {share:.0%} of the states that were missing.")
 
     def write(self) -> None:
         """Write what waits as a part."""
