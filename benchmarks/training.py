@@ -40,12 +40,12 @@ from transformers import (
 from src.utils.battles.demo import make_battles
 from src.utils.battles.readers import load_pairs
 from src.utils.config import DecoderConfig, FinetuneConfig
+from src.utils.models.bases import prepare_base
 from src.utils.models.batches import collate, make_batches, make_packs
 from src.utils.models.checkpoints import load_classifier, quiet_transformers
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
 from src.utils.models.template import encode_pairs
-from src.utils.models.tiny import prepare_base
 from src.utils.paths import REAL_DATA
 from src.utils.runs import Stopwatch, measure_peak_mib, measure_versions, read_json, write_json
 from src.utils.schema import LABELS

@@ -52,7 +52,7 @@ MODEL_SOURCES = {
     "Qwen/Qwen3-4B-Instruct-2507": "wowfattie/qwen3-4b-instruct-2507/transformers/default/1",
     "Qwen/Qwen3-4B": "qwen-lm/qwen-3/transformers/4b/1",
 }
-# What inference reads of a run; `base` is there for adapters on a tiny checkpoint.
+# What inference reads of a run; `base` is there for adapters on one that is not on the hub.
 RUN_PARTS = ("config.json", "metrics.json", "model", "base")
 BLEND_PARTS = ("blend.json", "metrics.json")
 SOURCE_SUFFIXES = (".py", ".md", ".yaml", ".json")
@@ -262,7 +262,7 @@ def choose_models(order: Order, configs: Sequence[FinetuneConfig]) -> list[str]:
 
 def needs_base(order: Order, config: FinetuneConfig) -> bool:
     """Whether a kernel reads the base: to train on it, or under adapters or a head."""
-    return (order.notebook in TRAINED or config.is_frozen) and not config.is_tiny
+    return (order.notebook in TRAINED or config.is_frozen) and not config.has_own_base
 
 
 def copy_runs(artifacts: Path, dataset: Path, equal: Sequence[str] = ()) -> list[str]:

@@ -21,6 +21,7 @@ from src.utils.models.checkpoints import (
     save_model,
 )
 from src.utils.models.template import encode_pairs, make_template
+from src.utils.runs import read_json, write_json
 from src.utils.training.fit import fit
 
 SIZES = {
@@ -363,4 +364,18 @@ def test_a_head_that_an_older_transformers_keeps_is_dropped(
     rows = encode_pairs(demo_pairs[:4], tokenizer, config.max_tokens)
     torch.testing.assert_close(
         read(again, tokenizer, rows), read(model, tokenizer, rows), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v3", "ettin", "qwen3"])
+def test_no_checkpoint_keeps_dropout_inside_attention(name, tmp_path):
+    config = make_config(name, write_checkpoint(name, tmp_path / "base"), lora_dropout=0.0)
+    path = tmp_path / "base" / "config.json"
+    stored = {"attention_dropout": 0.1, "attention_probs_dropout_prob": 0.1}
+    write_json(path, read_json(path) | stored)
+    model, _ = load_classifier(config)
+    rates = {n: m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout)}
+    assert all(rate == 0 for n, rate in rates.items() if n.endswith("self.dropout"))
+    assert [m.attention_dropout for m in model.modules() if hasattr(m, "attention_dropout")] == (
+        [0.0] * 2 if name in ("ettin", "qwen3") else []
     )

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.models import checkpoints
+from src.utils.models.bases import prepare_base
 from src.utils.models.batches import collate
 from src.utils.models.checkpoints import (
     check_base,
@@ -29,7 +30,6 @@ from src.utils.models.checkpoints import (
     save_model,
 )
 from src.utils.models.template import encode_pairs
-from src.utils.models.tiny import prepare_base
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="", max_tokens=128)
 DECODER = DecoderConfig(

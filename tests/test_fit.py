@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from src.utils.models.checkpoints import load_finetuned
-from src.utils.models.predict import LocalReader, predict_pairs, predict_probs
+from src.utils.models.predict import predict_pairs, predict_probs
+from src.utils.models.reading import LocalReader
 from src.utils.runs import Stopwatch, find_damage, hash_file, hash_pairs, read_json
 from src.utils.schema import TEXTS, probs_of, probs_table
 from src.utils.stats.scores import log_loss
@@ -137,13 +138,17 @@ def test_warmup_and_cosine_are_really_applied(fitted):
 
 
 @pytest.mark.slow
-def test_the_history_has_a_row_per_validation(fitted):
+def test_the_history_has_rows_between_and_at_validations(fitted):
     _, _, result, run_dir, _ = fitted
     history = result.history
     assert tuple(history.columns) == HISTORY_COLUMNS
-    assert history.groupby("fold").size().to_dict() == {0: 4, 1: 4}
-    assert history["epoch"].max() == 2
-    assert history[["train_loss", "log_loss"]].to_numpy().min() > 0
+    assert history.groupby("fold")["log_loss"].count().to_dict() == {0: 4, 1: 4}
+    assert (history.groupby("fold").size() >= 10).all()
+    assert history["epoch"].max() == 2 and history["reserved_mib"].isna().all()
+    assert (history.groupby("fold")["minutes"].diff().dropna() > 0).all()
+    assert history[["train_loss", "log_loss"]].min(axis=None) > 0
+    assert history[["train_accuracy", "accuracy"]].stack().dropna().between(0, 1).all()
+    assert history["train_accuracy"].mean() > 0 and (history["memory_mib"] > 50).all()
     assert (history["tokens_per_second"] > 0).all() and (history["padding_share"] == 0).all()
     assert result.n_train_pairs == 64
     assert result.seconds > 0 and result.tokens_per_second > 0 and result.n_parameters > 1e5
@@ -309,7 +314,7 @@ def test_a_run_killed_in_its_last_prediction_trains_nothing_again(
     assert list_finished(tmp_path) == []
     monkeypatch.setattr(FoldTrainer, "take_step", None)
     result = fit(pairs, short, tmp_path, tiny_base("modernbert"))
-    assert len(result.history) == 1 and list_finished(tmp_path) == ["fold_0"]
+    assert result.history["log_loss"].count() == 1 and list_finished(tmp_path) == ["fold_0"]
 
 
 def train_and_save_often(pairs, config, run_dir, base):
@@ -379,7 +384,7 @@ def test_seeds_are_different_models_whose_probabilities_are_averaged(many):
     expected = np.concatenate([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2])
     np.testing.assert_allclose(probs_of(result.oof), expected, atol=1e-7)
     assert sorted(result.oof["id"]) == sorted(pairs.loc[pairs["fold"].isin([0, 1]), "id"])
-    rows = result.history.groupby(["fold", "seed"]).size()
+    rows = result.history.groupby(["fold", "seed"])["log_loss"].count()
     seeds = (config.seed, config.seed + 1)
     assert rows.to_dict() == {(fold, seed): 3 for fold in (0, 1) for seed in seeds}
 

@@ -198,7 +198,9 @@ def draw_names(axes):
     model_plots.plot_preferences(axes[5], pd.concat(people))
     plots.plot_punctuation_winner(axes[6], marks)
     plots.plot_planted(axes[7], pd.Series(0.5, index=NAMES), rates)
-    model_plots.plot_ladder(axes[8], list(NAMES), [1.0] * n, [0.9] * n, [1.1] * n)
+    gaps = {"difference": 0.1, "difference_low": 0.05, "difference_high": 0.2}
+    rungs = pd.DataFrame({"model": NAMES, "log_loss": 1.0, **gaps})
+    model_plots.plot_ladder(axes[8], rungs, "the class prior")
     model_plots.plot_ablation(axes[9], worth)
     model_plots.plot_coefficients(axes[10], coefficients)
     plots.plot_token_distribution(axes[11], dict.fromkeys(NAMES[:4], np.array([9, 99])))

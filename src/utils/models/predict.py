@@ -4,7 +4,6 @@ Validation, the submission and publishing all use it, so what is scored at home 
 runs on Kaggle. A `Reader` runs the model, in this process or in others.
 """
 
-import functools
 import math
 import sys
 import time
@@ -25,9 +24,8 @@ from src.utils.models.batches import is_canonical, make_batches
 from src.utils.models.checkpoints import hidden_size
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.reading import LocalReader, Reader, ReaderLost
-from src.utils.models.template import Encoded, count_tokens, encode_battles
+from src.utils.models.template import Encoded, encode_battles
 from src.utils.schema import LABELS, swap_pairs, swap_probs
-from src.utils.stats.scores import paired_difference, row_losses
 
 MIN_TOKENS = 256  # a battle is never cut below this for lack of time
 _N_WARMUP = 3  # batches before the pace is trusted; the first one also warms the hardware up
@@ -402,49 +400,3 @@ class _Loop:
 
     def _padded(self, batch: np.ndarray) -> int:
         return len(batch) * int(self.readings.lengths[batch].max())
-
-
-BUDGETS = (128, 256, 512, 1024, 2048, 3072, 4096)
-
-
-def measure_budgets(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: pd.DataFrame,
-    *,
-    max_tokens: int,
-    tokens_per_batch: int,
-    budgets: Sequence[int] = BUDGETS,
-    n_pairs: int = 500,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Score a trained model on held-out battles at smaller token budgets.
-
-    Args:
-        pairs: battles that the model has not seen, with label and group; at most `n_pairs` of
-            them, drawn at random, are read.
-        max_tokens: budget that the model predicts with; costs are relative to it.
-        budgets: tokens of one battle; above `max_tokens` only `cut_share` is measured.
-
-    Returns:
-        One row per budget, `max_tokens` included: cut_share (of the battles), log_loss in nats
-        per battle, cost (increase against `max_tokens`), low and high (its 95 % interval).
-    """
-    pairs = pairs.sample(min(n_pairs, len(pairs)), random_state=seed).reset_index(drop=True)
-    n_tok, labels = count_tokens(pairs, tokenizer), pairs["label"].to_numpy()
-    predict = functools.partial(predict_probs, model, tokenizer, tokens_per_batch=tokens_per_batch)
-    uncut = row_losses(predict(pairs, max_tokens=max_tokens), labels)
-    table = []
-    for budget in sorted({*budgets, max_tokens}):
-        losses, is_cut = uncut.copy(), n_tok > budget
-        row = {"budget": budget, "cut_share": float(is_cut.mean())}
-        # Only the battles that this budget cuts further are read again.
-        if budget < max_tokens and is_cut.any():
-            probs = predict(pairs[is_cut], max_tokens=budget)
-            losses[is_cut] = row_losses(probs, labels[is_cut])
-        if budget <= max_tokens:
-            gap = paired_difference(losses, uncut, pairs["group"].to_numpy(), seed=seed)
-            row |= {"log_loss": losses.mean(), "cost": gap["mean"]}
-            row |= {"low": gap["low"], "high": gap["high"]}
-        table.append(row)
-    return pd.DataFrame(table, columns=["budget", "cut_share", "log_loss", "cost", "low", "high"])

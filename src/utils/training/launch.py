@@ -24,8 +24,8 @@ from accelerate.utils import release_memory
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from src.utils.config import FinetuneConfig, read_finetuning
+from src.utils.models.bases import prepare_base
 from src.utils.models.hardware import choose_device
-from src.utils.models.tiny import prepare_base
 from src.utils.paths import ROOT, choose_profile
 from src.utils.runs import read_json, read_pairs, write_json, write_pairs
 from src.utils.training.fit import FitResult, fit, prepare_members

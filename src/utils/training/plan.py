@@ -28,6 +28,7 @@ from src.utils.config import (
     FinetuneConfig,
     SuiteError,
     choose_names,
+    name_model,
     read_finetuning,
 )
 from src.utils.models.frozen import choose_layers
@@ -52,7 +53,7 @@ PERCENT = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 100)
 TEXT_TOK = (7, 31, 81, 127, 220, 328, 440, 552, 684, 812, 979, 1342, 1721, 2412, 3406, 4191, 6525)
 TEMPLATE_TOK = {False: 12, True: 68}  # of an encoder, of a decoder
 PADDING = 1.04  # tokens read for each of a battle, where rows sorted by length are padded
-TINY_TEXT = "a stand-in of 0.25 million weights, which trains within minutes on a CPU"
+SMALL_TEXT = "small enough to train on a CPU"
 # For `N_BATTLES`: benchmarks/results/eda.json and baseline.json.
 ON_CPU = {
     "01_eda": "45 s and 1.1 GiB on two cores, no GPU",
@@ -291,8 +292,8 @@ def describe_others(needs: Sequence[Need], on_kaggle: Sequence[Need]) -> dict[st
 
 def plan_here(config: FinetuneConfig, pairs: pd.DataFrame) -> str:
     """Describe what a notebook's training needs on the device that it finds, before it starts."""
-    if config.is_tiny:
-        return f"{config.checkpoint}: {TINY_TEXT}"
+    if config.has_own_base:
+        return f"{config.checkpoint}, {name_model(config.checkpoint)}: {SMALL_TEXT}"
     return describe(_plan_here(config, pairs, None), "this notebook")
 
 
@@ -307,7 +308,7 @@ def check_device(config: FinetuneConfig, pairs: pd.DataFrame, base: Path | None 
     Raises:
         SuiteError: there is no usable GPU; the text has the projected hours.
     """
-    if config.is_tiny or config.allow_cpu or choose_device().type != "cpu":
+    if config.has_own_base or config.allow_cpu or choose_device().type != "cpu":
         return
     hours = _plan_here(config, pairs, base).hours
     if hours > MAX_CPU_H:
@@ -360,7 +361,7 @@ def make_plan(options: argparse.Namespace) -> str:
     chosen = choose_names(options.only, sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
     configs = read_finetuning(options.profile, options.set)
     texts, source = read_texts(options.data, Path(options.artifacts or paths.artifacts_dir()))
-    shapes = {name: costs.read_shape(c) for name, c in configs.items() if not c.is_tiny}
+    shapes = {name: costs.read_shape(c) for name, c in configs.items() if not c.has_own_base}
 
     def plan_on(machine: Machine) -> dict[str, Need]:
         return {name: plan_training(configs[name], texts, machine, shapes[name]) for name in shapes}
@@ -373,7 +374,7 @@ def make_plan(options: argparse.Namespace) -> str:
         if name not in configs:
             lines.append(f"{name:20} {others[name]}")
         elif name not in shapes:
-            lines.append(f"{name:20} {configs[name].checkpoint}, {TINY_TEXT}")
+            lines.append(f"{name:20} {configs[name].checkpoint}, {SMALL_TEXT}")
         elif len(machines) == 1:
             lines.append(f"\n{describe(needs[0][name], name)}\n")
         else:
