@@ -14,7 +14,8 @@ from src.utils import paths
 from src.utils.battles.readers import add_groups_and_folds
 from src.utils.config import EdaConfig
 from src.utils.runs import find_damage, read_json, read_pairs, write_json, write_pairs
-from src.utils.training import launch, session, trainer
+from src.utils.schema import probs_of
+from src.utils.training import launch, session, states, trainer
 from src.utils.training.earlier import list_finished
 from src.utils.training.fit import fit
 from src.utils.training.launch import fit_in_session
@@ -155,6 +156,38 @@ def test_a_notebook_says_what_is_finished_and_what_remains_and_ends(
     with pytest.raises(SessionOver):  # as in a notebook whose processes have stopped
         fit(pairs, timed, run_dir, base, session_end=-1.0)
     assert n_taken[0] == before
+
+
+@pytest.mark.slow
+def test_a_session_that_ends_while_states_are_read_keeps_them_and_the_heads_are_the_same(
+    pairs, tiny_configs, tiny_base, tmp_path, kaggle, monkeypatch
+):
+    config = dataclasses.replace(tiny_configs["qwen3"], train="head")
+    unbroken = fit(pairs, config, tmp_path / "unbroken", tiny_base("qwen3"))
+    first = kaggle()
+    with monkeypatch.context() as patch, pytest.raises(SessionOver, match="of the states"):
+        patch.setattr(states, "_PART_S", 0.0)
+        fit(pairs, config, first / NAME, tiny_base("qwen3"), session_end=-1.0)
+    (part,) = (first / NAME).glob("states/*/part-*.npy")
+    run_dir = kaggle(first) / NAME
+    take_over(NAME)
+    resumed = fit(pairs, config, run_dir, tiny_base("qwen3"))
+    assert part.name in {path.name for path in run_dir.glob("states/*/part-*.npy")}
+    assert list_finished(run_dir) == list_finished(tmp_path / "unbroken")
+    np.testing.assert_allclose(probs_of(resumed.oof), probs_of(unbroken.oof), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_end_their_session_together_and_the_notebook_after_them(
+    pairs, config, tiny_base, tmp_path, capfd
+):
+    two = dataclasses.replace(config, n_processes=2, tokens_per_step=1024, n_epochs=400.0)
+    two = dataclasses.replace(two, train_deadline_s=4.0)
+    assert fit_in_session(pairs, two, tmp_path / NAME, tiny_base("modernbert")) is None
+    printed = capfd.readouterr().out
+    assert "TRAIN_DEADLINE_S is over" in printed
+    (newest, *_) = list_checkpoints(tmp_path / NAME / "checkpoints" / "fold_0")
+    assert find_damage(newest) is None and list_finished(tmp_path / NAME) == []
 
 
 def test_without_a_deadline_a_session_never_ends_and_hours_shorten_the_training_instead():
