@@ -7,14 +7,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Values from the command line reach the shell through the environment, so spaces in them survive.
-export DATA TEST SET SPACE STORAGE GPU
+export DATA TEST SET SPACE STORAGE GPU PROFILE
 SUITE_OPTIONS = $(if $(PROFILE),--profile "$(PROFILE)") $(if $(DATA),--data "$$DATA") $(if $(TEST),--test "$$TEST") \
 	$(if $(SET),--set "$$SET") $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)")
 SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(SUITE_OPTIONS) \
 	$(if $(filter-out 0,$(FORCE)),--force) $(if $(filter-out 0,$(LIST)),--list)
 
+# These count only where they are typed: some systems export one.
+typed = $(filter command,$(firstword $(origin $(1))))
+
 .DEFAULT_GOAL := help
-.PHONY: help run plan test lint check gpu-check data train search kernel kernel-push rehearse bench docs notebook clean
+.PHONY: help run play plan test lint check gpu-check data train search kernel kernel-push rehearse bench docs gallery site notebook clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -36,14 +39,26 @@ $(READY): requirements.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $(READY)
 
+# .play and .browser: the extra of that name, when it is first used; versions of everything else stay.
+$(VENV)/.%: $(READY)
+	@echo "Installing the packages of [$*] into $(VENV); only the first time."
+	@export UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_INDEX_URL="$${UV_INDEX_URL:-$$PIP_INDEX_URL}"; \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python -c requirements.txt -e '.[$*]' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e '.[$*]'
+	@touch $@
+
 run: $(READY)  ## raw battles to submission.csv: the notebooks in order, without those that are up to date
 	@$(SUITE)
+
+play: $(VENV)/.play  ## a page on this machine: paste two answers, see the predicted vote (MODEL=folder or hub id, PORT=7860, HOST=0.0.0.0)
+	@$(BIN)/python -m src.utils.delivery.playground $(if $(call typed,MODEL),--model "$(MODEL)") \
+		$(if $(call typed,HOST),--host "$(HOST)") $(if $(call typed,PORT),--port "$(PORT)")
 
 plan: $(READY)  ## what PROFILE=full will need, before it starts: hours, memory, disk (GPU=24|16|2x16|80|T4|2xA100, NB=04, SET, DATA)
 	@$(BIN)/python -m src.utils.training.plan --gpu "$$GPU" --only "$(NB)" $(if $(PROFILE),--profile "$(PROFILE)") \
 		$(if $(DATA),--data "$$DATA") $(if $(SET),--set "$$SET") $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)")
 
-test: $(READY)  ## every test, also those that train and run notebooks, two files at a time (JOBS=1 one)
+test: $(VENV)/.play $(VENV)/.browser  ## every test, also those that train and run notebooks, two files at a time (JOBS=1 one)
 	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## style, types and who may import whom; notebooks carry no outputs
@@ -59,9 +74,8 @@ check: lint  ## style and the fast tests, under two minutes
 gpu-check: $(READY)  ## what no CPU can show, on random weights of the real shapes, in about five minutes (WRITE=file.json keeps the table)
 	@$(BIN)/python -m tests.gpu_checks $(if $(WRITE),--write "$(WRITE)")
 
-# NAME counts only where it is typed: some systems export one.
 data: $(READY)  ## the competition's battles into data/raw; NAME=arena-140k another set into data/arena-140k (arena-55k, arena-100k, wsdm, mt-bench)
-	@$(BIN)/python -m src.utils.battles.download $(if $(filter command,$(firstword $(origin NAME))),"$(NAME)")
+	@$(BIN)/python -m src.utils.battles.download $(if $(call typed,NAME),"$(NAME)")
 
 train: NB := 01-05
 train: PROFILE := full
@@ -90,6 +104,12 @@ bench: $(READY)  ## every benchmark
 
 docs: $(READY)  ## docs/parameters.md, made anew from the settings
 	@$(BIN)/python -m docs.parameters
+
+gallery: $(READY)  ## docs/gallery, every notebook with its results, on the demo arena and on real battles (DATA=… PROFILE=…), and README's parts
+	@$(BIN)/python -m docs.gallery $(if $(filter-out 0,$(AS_IS)),--as-is)
+
+site: $(READY)  ## build/site: README and docs as web pages
+	@$(BIN)/python -m docs.site build/site
 
 notebook: $(READY)  ## Jupyter Lab in the notebooks folder
 	@$(BIN)/jupyter lab --notebook-dir notebooks

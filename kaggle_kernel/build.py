@@ -98,7 +98,9 @@ from src.utils import paths, runs
 
 folder = paths.run_dir("05_ensemble")
 runs.write_json(folder / "blend.json", {blend})
-runs.write_json(folder / "metrics.json", {{}})"""
+# What 06 shows as promised is then the score of the first one.
+metrics = runs.read_json(paths.find_run("{first}") / "metrics.json")
+runs.write_json(folder / "metrics.json", metrics)"""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ def make_cells(order: Order) -> tuple[str, list[str]]:
         names = ", ".join(f'"{name}"' for name in ["01_eda", *own])
         cells.append(SESSION_CELL.format(names=names))
     if order.notebook == INFERENCE and order.kernels and ENSEMBLE not in order.kernels:
-        cells.append(BLEND_CELL.format(blend=json.dumps(_blend_equally(order.members))))
+        blend = json.dumps(_blend_equally(order.members))
+        cells.append(BLEND_CELL.format(blend=blend, first=order.members[0]))
     what = f"profile {order.profile}{''.join(f', {text}' for text in order.settings)}"
     comment = f"Generated: {what}. Changed here, a value counts as if it stood in the cell above."
     return write_parameters(values, comment), cells

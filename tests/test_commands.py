@@ -109,6 +109,7 @@ EFFECTS: dict[str, Run | str] = {
     '03.PREDICT_TOKENS=512"': Run(
         ALL, "full", "full", {f"03.{name}": value for name, value in BASE.items()}
     ),
+    f'{FULL} SET="04.TRAIN=head"': Run(ALL, "full", "full", {"04.TRAIN": "head"}),
     f'{FULL} SET="03.HEAD=contrast"': Run(ALL, "full", "full", {"03.HEAD": "contrast"}),
     f'{FULL} SET="04.REFIT=False 04.TRAIN_HOURS=10"': Run(
         ALL, "full", "full", {"04.REFIT": False, "04.TRAIN_HOURS": 10.0}
@@ -199,6 +200,12 @@ EFFECTS: dict[str, Run | str] = {
     "make lint": "ruff check .",
     "make bench": "python -m benchmarks.training",
     "make docs": "python -m docs.parameters",
+    "make gallery": "python -m docs.gallery",
+    "make gallery AS_IS=1": "python -m docs.gallery --as-is",
+    "python -m docs.gallery": "python -m docs.gallery",
+    "python -m docs.card": "python -m docs.card",
+    "make site": "python -m docs.site build/site",
+    "python -m docs.site build/site": "python -m docs.site build/site",
     "make data NAME=arena-140k": "src.utils.battles.download",
     "make data": "python -m src.utils.battles.download",
     "make notebook": "jupyter lab --notebook-dir notebooks",
@@ -238,6 +245,7 @@ EFFECTS: dict[str, Run | str] = {
     "make plan GPU=2xT4 PROFILE=kaggle": "--only  --profile kaggle",
     "make plan GPU=2xT4": "src.utils.training.plan --gpu 2xT4",
     'make plan SET="04.REFIT=False"': "--set 04.REFIT=False",
+    'make plan GPU=2xT4 NB=04 SET="04.TRAIN=head"': "--gpu 2xT4 --only 04 --set 04.TRAIN=head",
     "make gpu-check": "python -m tests.gpu_checks",
     "make plan": "python -m src.utils.training.plan",
     "make plan GPU=2xT4 NB=04": "src.utils.training.plan --gpu 2xT4 --only 04",

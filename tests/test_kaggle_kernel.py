@@ -255,11 +255,13 @@ def test_06_reads_models_that_were_trained_on_kaggle(artifacts, tmp_path, monkey
     assert metadata["enable_gpu"] and len(metadata["model_sources"]) == 1
     (cell,) = build.make_cells(asked)[1]
     monkeypatch.setenv("ARENA_ARTIFACTS", str(tmp_path / "working"))
+    (tmp_path / "working" / "02_baseline").mkdir(parents=True)
+    (tmp_path / "working" / "02_baseline" / "metrics.json").write_text('{"log_loss": 1.0}')
     run_cells([cell])
     folder = tmp_path / "working" / "05_ensemble"
     blend = Blend.from_json(json.loads((folder / "blend.json").read_text()))
     assert blend == Blend(("02_baseline", "04_qwen"), (0.5, 0.5))
-    assert (folder / "metrics.json").exists()
+    assert json.loads((folder / "metrics.json").read_text()) == {"log_loss": 1.0}
     with_blend = order(kernels=("02_baseline", "05_ensemble"))
     assert build.make_cells(with_blend)[1] == []
 

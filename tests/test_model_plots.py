@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from src.utils.schema import LABEL_NAMES
 from src.utils.stats import model_plots, plots, scores
 
 
@@ -133,3 +134,12 @@ def test_a_history_of_an_older_version_is_drawn_over_epochs_and_memory_names_the
 def test_probabilities_above_ninety_percent_are_counted(ax):
     model_plots.plot_probabilities(ax, np.array([[0.95, 0.03, 0.02], [0.4, 0.3, 0.3]]))
     assert "50.0\u00a0%" in ax.get_title(loc="left")
+
+
+def test_a_certain_outcome_lies_in_its_corner_in_its_colour(ax):
+    model_plots.plot_probabilities(ax, np.eye(3), labels=np.array([0, 1, 2]))
+    corners = {text.get_text(): text.get_position() for text in ax.texts}
+    for dots, name, color in zip(ax.collections, LABEL_NAMES, plots.LABEL_COLORS, strict=True):
+        (place,) = dots.get_offsets()
+        assert np.allclose(place, corners[name], atol=0.04)
+        assert matplotlib.colors.to_hex(dots.get_facecolor()[0]).upper() == color

@@ -23,6 +23,7 @@ from src.utils import paths
 from src.utils.config import BaselineConfig, FinetuneConfig, read_parameters
 from src.utils.delivery import submit
 from src.utils.delivery.submit import (
+    Models,
     Submission,
     check_submission,
     describe_left_out,
@@ -103,9 +104,9 @@ def submission(tmp_path, pairs) -> Recorder:
     return Recorder(tmp_path, pairs)
 
 
-def run(pairs, runs, blend, submission, deadline_s=300.0, **options):
+def run(pairs, runs, blend, submission, deadline_s=300.0, n_workers=0, **options):
     """Predict in this process."""
-    options = {"deadline_s": deadline_s, "n_workers": 0} | options
+    options = {"deadline_s": deadline_s, "models": Models(n_workers)} | options
     return predict_submission(pairs, runs, blend, submission, **options)
 
 

@@ -32,7 +32,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from sklearn.feature_extraction.text import HashingVectorizer
 from threadpoolctl import threadpool_limits
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from src.utils.battles.style import STYLE_FEATURES, measure_style, style_differences, style_shared
 from src.utils.config import BaselineConfig
@@ -342,15 +342,34 @@ class Baseline:
             probs.append(apply_blend(self.blend, self.ensemble.predict(features)))
         return np.concatenate(probs)
 
-    def word_weights(self, words: list[str]) -> np.ndarray:
-        """Look up in the words member the log-odds of A per share of each word: (N,) float64."""
-        member, prior = self.ensemble.linear["words"], LINEAR_MEMBERS["words"]
+    def word_weights(self, words: list[str], member: str = "words") -> np.ndarray:
+        """Look up in a member the log-odds of A per share of each word: (N,) float64.
+
+        `member` is "words" or "text", which read words.
+        """
         columns = _hash_words(self.config.n_hashed).transform(words).tocoo()
-        scale = np.sqrt(prior.texts["words"]) / self.ensemble.units["words"]
-        weights = member.differences[len(STYLE_FEATURES) :]
+        variance = LINEAR_MEMBERS[member].texts["words"]
+        scale = np.sqrt(variance) / self.ensemble.units["words"]
+        # The columns of words follow those of style.
+        weights = self.ensemble.linear[member].differences[len(STYLE_FEATURES) :]
         found = np.zeros(len(words))
         found[columns.row] = weights[columns.col] * scale
         return found
+
+    def style_terms(self, pairs: pd.DataFrame) -> pd.DataFrame:
+        """Split what the style member says of N battles into one term per style feature.
+
+        Returns:
+            N rows with the index of `pairs`, a float64 column per name of `STYLE_FEATURES`: what
+            the difference of the answers adds to the log-odds of A against B. Terms change sign
+            when A and B are exchanged. Words and characters have their say in other members.
+        """
+        style = measure_style(pairs)
+        features = Features(style_differences(style)[0], style_shared(style), {})
+        inputs, _ = linear_inputs(features, self.ensemble.units, LINEAR_MEMBERS["style"])
+        differences, scales = inputs.parts[0]
+        weights = self.ensemble.linear["style"].differences * scales
+        return pd.DataFrame(differences * weights, pairs.index, list(STYLE_FEATURES))
 
 
 def cross_fit(

@@ -19,7 +19,11 @@ COMPETITION_SIZE = 57_477
 
 
 def word_effects(
-    model: baseline.Baseline, pairs: pd.DataFrame, n_words: int = 200, seed: int = 0
+    model: baseline.Baseline,
+    pairs: pd.DataFrame,
+    member: str = "words",
+    n_words: int = 200,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Estimate which words and signs move a vote, and look up what the saved model makes of them.
 
@@ -30,7 +34,7 @@ def word_effects(
     Returns:
         One row per word: word, the columns of `effects.effect_sizes` (log-odds per standard
         deviation, 95 % intervals clustered by prompt), p_holm, and weight, the log-odds that the
-        saved words member gives to one standard deviation.
+        saved `member` ("words" or "text") gives to one standard deviation.
     """
     pairs = pairs.iloc[scores.draw_groups(pairs["group"].to_numpy(), _MAX_PAIRS, seed)]
     texts = [join_turns(turns) for name in ("response_a", "response_b") for turns in pairs[name]]
@@ -46,7 +50,7 @@ def word_effects(
     labels, groups = pairs["label"].to_numpy(), pairs["group"].to_numpy()
     table = effects.effect_sizes(values, list(words), labels, groups, controls=length[:, None])
     table["p_holm"] = effects.correct(table["p_value"])
-    table["weight"] = model.word_weights(list(words)) * table["sd"]
+    table["weight"] = model.word_weights(list(words), member) * table["sd"]
     return table.rename(columns={"effect": "word"})
 
 

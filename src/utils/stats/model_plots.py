@@ -17,6 +17,7 @@ from src.utils.stats.plots import (
     ACCENT,
     BLACK,
     LABEL_COLORS,
+    MUTED,
     draw_intervals,
     draw_rows,
     label_axes,
@@ -34,16 +35,38 @@ _PANELS = ("Log loss", "Accuracy", "Speed and learning rate")
 _HISTORY = ("fold", "seed", "minutes", "epoch")
 
 
-def plot_probabilities(ax: Axes, probs: np.ndarray) -> Axes:
-    """Show how the predicted probabilities of A, B and tie, (N, C) float, are distributed."""
-    look: dict[str, Any] = {"bins": np.linspace(0, 1, 26), "histtype": "step", "linewidth": 2}
-    for name, color, column in zip(LABEL_NAMES, LABEL_COLORS, probs.T, strict=True):
-        ax.hist(column, color=color, label=f"P({name})", **look)
-    ax.set_xlim(0, 1)
-    ax.legend(frameon=False)
-    confident = percent((probs.max(axis=1) > 0.9).mean() if len(probs) else np.nan)
-    title = f"{confident} of the battles get a probability above 0.9"
-    return label_axes(ax, title, "predicted probability", "battles")
+def plot_probabilities(ax: Axes, probs: np.ndarray, labels: np.ndarray | None = None) -> Axes:
+    """Show predicted probabilities as points of a triangle, whose corners are certain outcomes.
+
+    Args:
+        probs: (N, C) float, rows sum to 1.
+        labels: (N,) int, the votes, which colour the points where they are known.
+    """
+    height = np.sqrt(3) / 2
+    corners = np.array([[0, 0], [1, 0], [0.5, height]])
+    middle, edges = corners.mean(axis=0), (corners + np.roll(corners, -1, axis=0)) / 2
+    ax.plot(*np.vstack([corners, corners[:1]]).T, **BLACK)
+    for edge in edges:  # beyond these lines another outcome is the likeliest
+        ax.plot(*np.vstack([middle, edge]).T, color=MUTED, linewidth=1)
+    look: dict[str, Any] = {"s": 14, "alpha": 0.6, "linewidths": 0, "zorder": 3}
+    points = probs @ corners
+    if labels is None:
+        ax.scatter(*points.T, color=ACCENT, **look)
+    for label, name in enumerate(LABEL_NAMES if labels is not None else ()):
+        chosen = points[labels == label]
+        ax.scatter(*chosen.T, color=LABEL_COLORS[label], label=f"vote: {name}", **look)
+    if labels is not None:
+        ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), markerscale=2)
+    places = ((-0.03, 0, "right"), (1.03, 0, "left"), (0.5, height + 0.03, "center"))
+    for (x, y, side), name, color in zip(places, LABEL_NAMES, LABEL_COLORS, strict=True):
+        ax.text(x, y, name, color=color, ha=side, va="bottom", fontweight="bold")
+    ax.set_aspect("equal")
+    ax.set_axis_off()
+    likeliest, sure = probs.argmax(axis=1), probs.max(axis=1) > 0.9
+    shares = [float(rows.mean()) if len(rows) else np.nan for rows in (likeliest == TIE, sure)]
+    title = f"A tie is the likeliest in {percent(shares[0])} of battles; "
+    title += f"{percent(shares[1])} get a probability above 0.9"
+    return label_axes(ax, title, "", "")
 
 
 def plot_ladder(ax: Axes, table: pd.DataFrame, reference: str, published: str = "") -> Axes:

@@ -21,21 +21,18 @@ from IPython.display import Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from src.utils.runs import write_figure
-from src.utils.schema import A_WINS, LABEL_NAMES, TIE
+from src.utils.schema import A_WINS, LABEL_COLORS, LABEL_NAMES, TIE
 
-# Okabe-Ito colours, which colour-blind readers can distinguish, in LABELS order.
-LABEL_COLORS = ("#0072B2", "#D55E00", "#7F7F7F")
 ACCENT, MUTED = "#009E73", "#BBBBBB"
 BLACK: dict[str, Any] = {"color": "black", "linewidth": 1}
 _HOLLOW: dict[str, Any] = {"color": "#777777", "mfc": "white"}
 ALPHA = 0.05  # of a test that decides a title
 
 _WIDTH, _LOW, _TALL = 9.0, 3.6, 5.4  # of every figure, inches
-_TITLE_CHARS, _HALF_CHARS = 80, 36  # of a line over the whole width, and over half of it
+_TITLE_CHARS, _HALF_CHARS = 86, 38  # of a line over the whole width, and over half of it
 _EDGE = 0.008  # of the width is left free
 _SMALL: dict[str, Any] = {"fontsize": 8, "color": "#777777"}
 
@@ -119,7 +116,9 @@ def label_axes(ax: Axes, title: str, x: str, y: str, percent_on: str = "") -> Ax
     ax.set_title(fill(title, _TITLE_CHARS if n_columns == 1 else _HALF_CHARS), loc="left")
     ax.set(xlabel=x, ylabel=y)
     for name in percent_on:
-        getattr(ax, f"{name}axis").set_major_formatter(PercentFormatter(1, decimals=0))
+        axis = getattr(ax, f"{name}axis")
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))  # whole per cents
     return ax
 
 
@@ -165,20 +164,20 @@ def draw_rows(
     Dots are hollow where `is_clear` finds no difference from `null`.
     """
     shifts = np.linspace(0.16, -0.16, len(series)) if len(series) > 1 else np.zeros(1)
-    handles = []
     for (name, (color, table)), shift in zip(series.items(), shifts, strict=True):
         shown = table[table[key].isin(order)]
         clear = is_clear(shown, null)
         for rows, face in ((shown[clear], color), (shown[~clear], "white")):
             places = rows[key].map(order.index).to_numpy(dtype=float) + shift
             draw_intervals(ax, rows, value, places, color=color, mfc=face)
-        handles.append(Line2D([], [], color=color, marker="o", label=name))
+        if name:
+            ax.plot([], [], color=color, marker="o", label=name)
     ax.set_yticks(range(len(order)), order)
     ax.set_ylim(-0.6, len(order) - 0.4)
     ax.axvline(null, **BLACK)
     if len(series) > 1:
-        handles.append(Line2D([], [], marker="o", label="hollow: no\nmeasurable effect", **_HOLLOW))
-        place_legend(ax, handles=handles)
+        ax.plot([], [], marker="o", label="hollow: no\nmeasurable effect", **_HOLLOW)
+        place_legend(ax)
 
 
 def plot_winner_shares(ax: Axes, shares: pd.DataFrame) -> Axes:
@@ -241,7 +240,8 @@ def plot_model_records(
         left.barh(range(len(names)), count, left=start, color=color, label=name)
         start = start + count.to_numpy()
     left.set_yticks(range(len(names)), names)
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+    below = (0.5, -1.1 / left.figure.get_figheight())
+    left.legend(loc="upper center", bbox_to_anchor=below, ncols=3, frameon=False)
     among = f", {len(shown)} of them shown" if len(records) > len(shown) else ""
     label_axes(left, f"{len(records):,} chatbots{among}", "battles, in either position", "")
     if ranked.empty:
@@ -274,6 +274,7 @@ def _draw_cells(ax: Axes, shares: pd.DataFrame, known: pd.DataFrame) -> None:
     """Colour shares around one half; bold where `is_clear`, and grey numbers elsewhere."""
     look: dict[str, Any] = {"cmap": "PuOr", "vmin": 0, "vmax": 1, "linewidths": 1}
     sns.heatmap(shares.astype(float), ax=ax, cbar=False, **look)
+    ax.grid(visible=False)
     clear = is_clear(known, 0.5)
     for row, name in enumerate(shares.index):
         for column, other in enumerate(shares.columns):
@@ -554,7 +555,7 @@ def plot_word_effects(ax: Axes, words: pd.DataFrame, n_shown: int = 15) -> Axes:
     draw_rows(ax, {"": (ACCENT, shown)}, "log_odds", "word", shown["word"].tolist())
     ax.tick_params(axis="y", labelsize=9)
     ax.plot(
-        shown["weight"], range(len(shown)), "k|", markersize=9, label="weight in the\nwords member"
+        shown["weight"], range(len(shown)), "k|", markersize=9, label="weight in the\nsaved model"
     )
     place_legend(ax)
     n_clear = int(is_clear(known).sum())

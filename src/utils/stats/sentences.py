@@ -25,9 +25,11 @@ def size_of(row: Found, text: str = "{:+.2f}") -> str:
     return with_interval(row["log_odds"], row["low"], row["high"], text)
 
 
-def join_names(names: Sequence[str], otherwise: str = "none") -> str:
-    """Join names for a sentence: "a, b and c"."""
+def join_names(names: Sequence[str], otherwise: str = "none", n_shown: int = 6) -> str:
+    """Join names for a sentence: "a, b and c", or "a, b and 7 more"."""
     names = list(names)
+    if len(names) > n_shown + 1:
+        names = [*names[:n_shown], f"{len(names) - n_shown} more"]
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or otherwise
 
 
@@ -118,15 +120,14 @@ def describe_effects(table: pd.DataFrame, n_named: int = 3) -> str:
     """Name the largest effects that are clear after Holm's correction, up and down."""
     clear = table[is_clear(table)].sort_values("log_odds", ascending=False)
     if clear.empty:
-        return "No other style difference moves the vote measurably"
+        return "At equal length no style difference moves the vote measurably."
     up, down = clear[clear["log_odds"] > 0], clear[clear["log_odds"] < 0][::-1]
     parts = []
     for rows, verb in ((up, "more of these helps"), (down, "more of these hurts")):
         named = [f"{row['effect']} {size_of(row)}" for row in rows[:n_named].to_dict("records")]
         if named:
             parts.append(f"{verb}: {join_names(named)}")
-    text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]} (log-odds per SD)"
+    return f"At equal length, {'; '.join(parts)} (log-odds per SD)."
 
 
 def lay_out_verdict(verdict: pd.DataFrame, captions: Mapping[str, str]) -> pd.DataFrame:
@@ -177,6 +178,33 @@ def describe_strengths(plain: pd.DataFrame, styled: pd.DataFrame) -> str:
     return f"{text} At equal style {join_names(apart['model'].head(5))} moved measurably."
 
 
+def describe_trends(curves: Mapping[str, pd.DataFrame]) -> str:
+    """Say how wins of the longer answer and ties follow the ratio, from `effects.length_curves`."""
+    trends = curves["trends"].set_index("what")["p_value"]
+    parts = []
+    for name, what in (("longer", "wins of the longer answer"), ("ties", "ties")):
+        bins = curves[f"{name}_bins"]["share"]
+        if not trends[name] < ALPHA or len(bins) < 2:
+            parts.append(f"{what} show no measurable trend")
+        else:
+            way = "more" if bins.iloc[-1] > bins.iloc[0] else "less"
+            parts.append(f"{what} are {way} frequent")
+    return f"The more the lengths differ: {'; '.join(parts)} (Spearman's test)."
+
+
+def describe_records(records: pd.DataFrame, min_battles: int) -> str:
+    """Name the chatbots that win measurably more or less than half, of `ranking.model_records`."""
+    ranked = records[(records["n"] >= min_battles) & (records["n_decided"] > 0)]
+    if ranked.empty:
+        return f"No chatbot with a name fought {min_battles} battles."
+    ranked = ranked[is_clear(ranked, 0.5)].sort_values("win_share", ascending=False)
+    up, down = ranked[ranked["win_share"] > 0.5], ranked[ranked["win_share"] < 0.5][::-1]
+    return (
+        f"Measurably above one half: {join_names(up['model'].head(8))}. "
+        f"Below: {join_names(down['model'].head(8))}."
+    )
+
+
 def describe_kinds(ties: pd.DataFrame, longer: pd.DataFrame) -> str:
     """Say where ties are most frequent, and where length counts most, by kind of prompt."""
     parts = []
@@ -219,7 +247,7 @@ def describe_planted(planted: pd.Series, estimated: pd.DataFrame) -> str:
     )
 
 
-def describe_words(words: pd.DataFrame, weight: float) -> str:
+def describe_words(words: pd.DataFrame, member: str, weight: float) -> str:
     """Name the clearest words of `insight.word_effects`, and how far the saved model agrees."""
     known = words.dropna(subset=["log_odds"])
     clear = known[is_clear(known)]
@@ -232,12 +260,45 @@ def describe_words(words: pd.DataFrame, weight: float) -> str:
     ):
         best = rows.nsmallest(5, "p_value")["word"].map("“{}”".format)
         named.append(f"{verb}: {join_names(best)}")
-    found = f"At equal length, {'; '.join(named)}." if len(clear) else "No word stands out clearly."
+    found = "No word stands out clearly."
+    if len(clear):
+        found = f"At equal length, more of a word {'; '.join(named)}."
     agreement = known["log_odds"].corr(known["weight"])
     return (
-        f"{found} Over {len(known):,} words the weights of the saved words member correlate with "
-        f"these effects at {number(agreement, '{:.2f}')}; that member has "
+        f"{found} Over {len(known):,} words the weights of the saved {member} member correlate "
+        f"with these effects at {number(agreement, '{:.2f}')}; that member has "
         f"{number(weight, '{:.0%}')} of the blend's weight."
+    )
+
+
+def describe_growth(curve: pd.DataFrame, trend: pd.DataFrame) -> str:
+    """Say what more battles bring, from `insight.learning_curve` and `insight.extrapolate`."""
+    if trend.empty:
+        return "There are too few battles to say what more of them would bring."
+    first, last, end = curve.iloc[0], curve.iloc[-1], trend.iloc[-1]
+    text = (
+        f"From {first['battles']:,.0f} to {last['battles']:,.0f} battles the loss goes from "
+        f"{first['log_loss']:.3f} to {last['log_loss']:.3f} nats"
+    )
+    gain = with_interval(end["gain"], end["gain_low"], end["gain_high"])
+    if not end["gain_low"] > 0:
+        return f"{text}; more battles would bring no measurable gain."
+    return f"{text}; {end['battles']:,.0f} would bring {gain} more, if the trend holds."
+
+
+def describe_score(result: Mapping[str, float], n_pairs: int) -> str:
+    """Say what a model scores beside the class prior and the oracle, from `scores.summarise`."""
+    bounds = result["log_loss_low"], result["log_loss_high"]
+    text = (
+        f"The CPU baseline scores **{with_interval(result['log_loss'], *bounds)} nats** per "
+        f"battle, accuracy {number(result['accuracy'], '{:.1%}')}, on {n_pairs:,} battles held "
+        f"out in turn; the class prior scores {result['prior_log_loss']:.3f}."
+    )
+    if "oracle_log_loss" not in result:
+        return f"{text} A neural model has to beat this to be worth its cost."
+    return (
+        f"{text} The oracle log loss is {result['oracle_log_loss']:.3f}: "
+        f"{result['excess_log_loss']:.3f} nats are left to learn."
     )
 
 

@@ -33,7 +33,7 @@ from src.utils.training.states import States, make_keys
 
 HEAD_COLUMNS = ("fold", "seed", "head", "penalty", "train_loss", "log_loss")
 # Sum of squared weights that costs a battle's nat, times two; it does not grow with the battles.
-PENALTIES = {"logistic": (10.0, 100.0, 1e3, 1e4), "network": (100.0, 1e3, 1e4)}
+PENALTIES = {"logistic": (100.0, 1e3, 3e3, 1e4, 3e4, 1e5), "network": (100.0, 1e3, 1e4)}
 _N_HIDDEN = {"logistic": 0, "network": 64}
 _N_INNER = 3  # parts of the cross-validation
 _MOST_TRIED = 20_000  # battles of the cross-validation at most
@@ -67,7 +67,8 @@ class Columns:
             pairs = zip(blocks, self.directions, strict=True)
             full = np.concatenate([block @ d.T for block, d in pairs], axis=1)
         full = full * self.scale
-        return torch.from_numpy(full).float(), (bias.double() - full @ self.mean).float()
+        shifted = bias.double().numpy() - full @ self.mean
+        return torch.from_numpy(full).float(), torch.from_numpy(shifted).float()
 
 
 def find_columns(states: States, rows: np.ndarray, seed: int) -> Columns:
