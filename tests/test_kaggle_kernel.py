@@ -79,8 +79,11 @@ def test_the_kernel_is_notebook_06_with_two_more_cells():
     kernel = build.make_kernel(build.INFERENCE, *build.make_cells(order()))
     notebook = nbformat.read(NOTEBOOKS / "06_kaggle_inference.ipynb", as_version=4)
     nbformat.validate(kernel)
-    package, settings = kernel.cells.pop(1), kernel.cells.pop(2)
-    assert kernel.cells == notebook.cells
+    before = {cell.id for cell in notebook.cells}
+    package, settings = (cell for cell in kernel.cells if cell.id not in before)
+    assert [cell for cell in kernel.cells if cell.id in before] == notebook.cells
+    assert kernel.cells.index(package) == 1
+    assert kernel.cells.index(settings) == build.find_parameters(kernel) + 1
     assert settings.source.splitlines()[1:] == ["PROFILE = 'none'"]
     assert kernel.metadata.kernelspec.name == "python3"
     ast.parse(package.source)

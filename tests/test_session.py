@@ -273,6 +273,7 @@ def test_battles_are_split_as_notebook_01_splits_them_unless_an_input_has_the_sp
     expected = add_groups_and_folds(pairs, EdaConfig().n_folds, EdaConfig().seed)
     pd.testing.assert_frame_equal(read_pairs(frozen)[["id", "fold"]], expected[["id", "fold"]])
     assert "split 30 battles" in capsys.readouterr().out
+    assert read_source(first / "01_eda") == "the competition's data"
     monkeypatch.setattr(session, "load_pairs", None)
     second = kaggle(first)
     prepare_session("01_eda", NAME)
@@ -285,6 +286,7 @@ def test_battles_are_split_as_notebook_01_splits_them_unless_an_input_has_the_sp
 def test_a_new_session_says_what_it_goes_on_from(earlier, kaggle, demo_pairs, capsys):
     eda = earlier.parent / "01_eda"
     write_pairs(eda / "pairs.parquet", demo_pairs)
+    write_json(eda / "bias.json", {})
     kaggle(earlier.parent)
     prepare_session("01_eda", NAME)
     printed = capsys.readouterr().out

@@ -427,7 +427,7 @@ def test_a_member_that_was_left_out_is_said_in_large_letters_and_in_the_timing(
     pairs, trained, submission
 ):
     runs = trained | {ENCODER: None}
-    outcome = predict_submission(pairs, runs, BLEND, submission, deadline_s=60, n_workers=0)
+    outcome = run(pairs, runs, BLEND, submission)
     timing = describe_timing(outcome, n_pairs=60, seconds=1.0, deadline_s=60)
     (left,) = timing["left_out"]
     assert (left["member"], left["status"]) == (ENCODER, "absent") and "notebook" in left["note"]

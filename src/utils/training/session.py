@@ -91,12 +91,14 @@ def prepare_session(*notebooks: str) -> None:
         if (run := take_over(name)) is not None:
             print(f"{name}: goes on from {run}")
             print(*[f"  {line}" for line in _list_progress(paths.run_dir(name))], sep="\n")
-    pairs_path = paths.run_dir("01_eda") / "pairs.parquet"
-    if not pairs_path.exists():
-        config = EdaConfig()
-        pairs, _ = load_pairs(paths.find_raw_data().train)
+    eda_dir = paths.run_dir("01_eda")
+    if not (eda_dir / "bias.json").exists():
+        config, raw = EdaConfig(), paths.find_raw_data()
+        pairs, _ = load_pairs(raw.train)
         pairs = add_groups_and_folds(pairs, config.n_folds, config.seed)
-        runs.write_pairs(pairs_path, pairs[schema.choose_columns(pairs)])
+        runs.write_pairs(eda_dir / "pairs.parquet", pairs[schema.choose_columns(pairs)])
+        source = {"kind": raw.kind, "files": [path.name for path in raw.train]}
+        runs.write_json(eda_dir / "bias.json", {"source": source})
         print(f"01_eda: split {len(pairs):,} battles into {config.n_folds} folds")
 
 
