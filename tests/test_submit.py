@@ -26,6 +26,7 @@ from src.utils.delivery.submit import (
     Models,
     Submission,
     check_submission,
+    describe_left_out,
     describe_timing,
     make_submission,
     order_networks,
@@ -429,6 +430,22 @@ def test_the_timing_is_json_and_says_what_the_battles_got(pairs, trained, submis
     assert [member["n_reached"] for member in timing["members"]] == [60, 60]
     assert [member["n_twice"] for member in timing["members"]] == [60, 60]
     assert timing["n_pairs_by_members"] == {f"{BASELINE} + {ENCODER}": 60}
+
+
+def test_a_member_that_was_left_out_is_said_in_large_letters_and_in_the_timing(
+    pairs, trained, submission
+):
+    runs = trained | {ENCODER: None}
+    outcome = run(pairs, runs, BLEND, submission)
+    timing = describe_timing(outcome, n_pairs=60, seconds=1.0, deadline_s=60)
+    (left,) = timing["left_out"]
+    assert (left["member"], left["status"]) == (ENCODER, "absent") and "notebook" in left["note"]
+    assert describe_left_out(outcome).startswith(f"# Left out: {ENCODER} (absent)\n\n")
+    outcome.timings[1].note = "<script>`x`"
+    assert "&lt;script&gt;'x'" in describe_left_out(outcome)
+    for change in ({"n_reached": 1}, {"status": "zero weight"}, {"n_asked": 0}):
+        timings = [outcome.timings[0], dataclasses.replace(outcome.timings[1], **change)]
+        assert describe_left_out(dataclasses.replace(outcome, timings=timings)) == ""
 
 
 @pytest.mark.parametrize("layout", ["", "models/wowfattie"])
