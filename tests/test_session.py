@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from src.utils import paths
 from src.utils.battles.readers import add_groups_and_folds
 from src.utils.config import EdaConfig
-from src.utils.runs import find_damage, read_json, read_pairs, write_json, write_pairs
+from src.utils.runs import find_damage, read_json, read_pairs, read_source, write_json, write_pairs
 from src.utils.schema import probs_of
 from src.utils.training import launch, session, states, trainer
 from src.utils.training.earlier import list_finished
