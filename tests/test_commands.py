@@ -339,7 +339,8 @@ def clone(tmp_path, stubs, monkeypatch):
     programs = root / ".venv/bin"
     programs.mkdir(parents=True)
     for name in (
-        "python ruff lint-imports mypy nbstripout jupyter torchrun papermill kaggle tensorboard arena-predict"
+        "python ruff lint-imports mypy nbstripout jupyter torchrun papermill kaggle tensorboard "
+        "arena-predict"
     ).split():
         (programs / name).write_text(PROGRAM)
         (programs / name).chmod(0o755)
