@@ -133,7 +133,7 @@ def make_page(predictor: Predictor) -> gr.Blocks:
                 pairs = make_battle([prompt, response_a, response_b])
                 probs = predictor.predict(pairs).probs[0]
             except _MISTAKES as error:
-                raise gr.Error(escape(str(error))) from error
+                raise gr.Error(escape(str(error)), print_exception=False) from error
             return dict(zip(LABELS, probs.tolist(), strict=True))
 
         gr.api(battle, api_name="battle", concurrency_limit=8)
