@@ -548,7 +548,7 @@ def show(model: str | Path = "", *, revision: str = "", **options: Any) -> gr.Bl
         "prevent_thread_lock": True,
         "quiet": True,
         "max_file_size": MAX_FILE_MB * 10**6,
-        "state_session_capacity": 1000,
+        "state_session_capacity": 64,  # the oldest begins anew; a session takes half a MiB
         "footer_links": [],
         "run_history": False,
         "ssr_mode": False,
