@@ -85,16 +85,19 @@ search: $(READY)  ## a search over a notebook's parameters: SPACE=file.yaml NB=0
 	@$(BIN)/python -m src.utils.suite.search "$$SPACE" $(if $(NB),--notebook "$(NB)") $(if $(N),--n-trials "$(N)") \
 		$(if $(STORAGE),--storage "$$STORAGE") $(SUITE_OPTIONS)
 
-kernel: $(READY)  ## build/kaggle: what is uploaded to Kaggle (BASELINE=1 the CPU baseline alone, EQUAL="02_baseline 04_qwen" these at equal weight, WHEELS=1 adds what its image lacks)
-	@$(BIN)/python kaggle_kernel/build.py $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
-		$(if $(filter-out 0,$(WHEELS)),--wheels) $(if $(filter-out 0,$(BASELINE)),--baseline) $(if $(EQUAL),--equal $(EQUAL))
+KERNEL_NB = $(if $(NB),--notebook "$(NB)")
 
-rehearse: kernel  ## the built kernel as Kaggle runs it: inputs read-only, no network, hidden rows (ROWS=25000 BASE=name=folder WRITE=file.json)
-	@$(BIN)/python kaggle_kernel/rehearse.py $(if $(ROWS),--rows $(ROWS)) $(if $(KERNEL_PYTHON),--python "$(KERNEL_PYTHON)") \
+kernel: $(READY)  ## build/kaggle/NB, what is uploaded to Kaggle: NB=06 SET=… KERNELS="02 04" outputs it reads, RESUME=1 its own (06: BASELINE=1, EQUAL="02_baseline 04_qwen")
+	@$(BIN)/python kaggle_kernel/build.py $(KERNEL_NB) $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
+		$(if $(PROFILE),--profile "$(PROFILE)") $(if $(SET),--set "$$SET") $(if $(KERNELS),--kernels $(KERNELS)) \
+		$(if $(filter-out 0,$(RESUME)),--resume) $(if $(filter-out 0,$(BASELINE)),--baseline) $(if $(EQUAL),--equal $(EQUAL))
+
+rehearse: kernel  ## the built kernel as Kaggle runs it: read-only inputs, no network, hidden rows or two sessions (NB=06 ROWS=25000 BASE=name=folder WRITE=file.json)
+	@$(BIN)/python kaggle_kernel/rehearse.py $(KERNEL_NB) $(if $(ROWS),--rows $(ROWS)) $(if $(KERNEL_PYTHON),--python "$(KERNEL_PYTHON)") \
 		$(foreach base,$(BASE),--base "$(base)") $(if $(WRITE),--write "$(WRITE)")
 
-kernel-push: $(READY)  ## push build/kaggle/kernel and wait for its run; never submits
-	@$(BIN)/python kaggle_kernel/push.py
+kernel-push: $(READY)  ## push build/kaggle/NB/kernel (NB=06), check that Kaggle has all of it, wait for its run; never submits
+	@$(BIN)/python kaggle_kernel/push.py $(KERNEL_NB)
 
 bench: $(READY)  ## every benchmark
 	@for script in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename "$$script" .py) || exit 1; done

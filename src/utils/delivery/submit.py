@@ -7,6 +7,7 @@ the one worth most per second first. One that fails or runs out of time costs qu
 
 import contextlib
 import functools
+import html
 import sys
 import time
 import traceback
@@ -431,6 +432,24 @@ def _predict_network(
         )
 
 
+def list_left_out(outcome: Outcome) -> list[dict[str, str]]:
+    """List the members that the submission lacks though the blend gives them weight, and why."""
+    return [
+        {"member": timing.member, "status": timing.status, "note": timing.note}
+        for timing in outcome.timings
+        if timing.n_asked and not timing.n_reached and timing.status != "zero weight"
+    ]
+
+
+def describe_left_out(outcome: Outcome) -> str:
+    """Say in Markdown, in large letters, which members the submission lacks; empty if none."""
+    lines = []
+    for left in list_left_out(outcome):
+        note = html.escape(left["note"]).replace("`", "'") or "no reason is known"
+        lines.append(f"# Left out: {left['member']} ({left['status']})\n\n{note}")
+    return "\n\n".join(lines)
+
+
 def describe_timing(outcome: Outcome, *, n_pairs: int, seconds: float, deadline_s: float) -> dict:
     """Describe a submission for `timing.json`: totals, members of each battle, versions."""
     return {
@@ -439,5 +458,6 @@ def describe_timing(outcome: Outcome, *, n_pairs: int, seconds: float, deadline_
         "deadline_s": deadline_s,
         "n_pairs_by_members": outcome.n_pairs_by_members,
         "members": [asdict(timing) for timing in outcome.timings],
+        "left_out": list_left_out(outcome),
         "versions": measure_versions(),
     }
