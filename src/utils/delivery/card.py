@@ -24,7 +24,11 @@ from src.utils.schema import list_votes
 from src.utils.stats.scores import compare_leanings, compare_models, compare_slices, row_losses
 
 _CARD = Path(__file__).with_name("model_card.md")
-_LICENCES = {"answerdotai/ModernBERT-base": "apache-2.0", "Qwen/Qwen3-4B-Instruct-2507": "apache-2.0"}
+_LICENCES = {
+    "answerdotai/ModernBERT-base": "apache-2.0",
+    "Qwen/Qwen3-4B-Instruct-2507": "apache-2.0",
+}
+_MIN_SLICE = 30  # battles: the loss of fewer says nothing
 _LEANINGS = {
     "n_chars": "the longer answer",
     "n_list_items": "more list items",
@@ -73,16 +77,14 @@ def measure_facts(
     counts = measure_style(pairs)
     parts = {name: mask[rows] for name, mask in slice_battles(counts).items()}
     published = models[names[chosen]]
-    slices = compare_slices(
-        losses[names[chosen]], losses["class prior"], parts, groups, n_boot
-    )
+    slices = compare_slices(losses[names[chosen]], losses["class prior"], parts, groups, n_boot)
     differences, columns = style_differences(counts)
     sides = {text: differences[rows, columns.index(name)] for name, text in _LEANINGS.items()}
     leanings = compare_leanings(published, labels, sides, groups, n_boot)
     return {
         "n_pairs": len(pairs),
         "ladder": ladder.to_dict("records"),
-        "slices": slices.to_dict("records"),
+        "slices": slices[slices["n_pairs"].between(_MIN_SLICE, len(labels) - 1)].to_dict("records"),
         "leanings": _list_leanings(leanings),
         "oracle": None if truth is None else float(row_losses(truth[rows], labels).mean()),
     }
@@ -206,7 +208,9 @@ def render_card(card: ModelCard) -> str:
 
     tags = [card.data.license, card.data.pipeline_tag, card.data.library_name, *card.data.tags]
     chips = " ".join(f"<span>{escape(str(tag))}</span>" for tag in tags)
-    return _PAGE.format(title=escape(card.data.model_name), chips=chips, body=markdown2html(card.text))
+    return _PAGE.format(
+        title=escape(card.data.model_name), chips=chips, body=markdown2html(card.text)
+    )
 
 
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -215,9 +219,11 @@ body {{ font: 16px/1.55 system-ui, sans-serif; max-width: 820px; margin: 24px au
   color: #1f2937; overflow-wrap: anywhere }}
 nav span {{ border: 1px solid #d1d5db; border-radius: 9px; padding: 1px 9px; font-size: 13px;
   margin-right: 4px; display: inline-block }}
+.anchor-link {{ display: none }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto }}
 th, td {{ border: 1px solid #e5e7eb; padding: 4px 10px; text-align: left }}
 pre {{ background: #f3f4f6; padding: 12px; overflow-x: auto; font-size: 13px; border-radius: 6px }}
-blockquote {{ border-left: 4px solid #d97706; margin: 12px 0; padding: 2px 14px; background: #fffbeb }}
+blockquote {{ border-left: 4px solid #d97706; margin: 12px 0; padding: 2px 14px;
+  background: #fffbeb }}
 </style></head><body><nav>{chips}</nav>{body}</body></html>
 """

@@ -29,7 +29,7 @@ from src.utils.models.checkpoints import load_finetuned, merge, write_model
 from src.utils.models.predict import PRECISION_TOLERANCE, predict_probs, tolerance
 from src.utils.models.template import TURN_TEXT, count_tokens, make_pieces
 from src.utils.runs import atomic_folder
-from src.utils.schema import LABEL_NAMES, LABELS, TEXTS, join_turns
+from src.utils.schema import LABEL_NAMES, LABELS, TEXTS, join_turns, swap_probs
 from src.utils.stats.scores import log_loss, paired_difference, row_losses
 
 _CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -196,11 +196,12 @@ def check_card(
     differences = np.abs(np.array(found["probs"]) - expected).max(axis=1)
     within = _largest(differences[is_within])
     asked = None
-    if "asked" in found:
-        there, back = np.array(
-            [[[one[name] for name in LABEL_NAMES] for one in both] for both in found["asked"]]
-        ).transpose(1, 0, 2)
-        asked = _largest(np.abs((there + back[:, [1, 0, 2]]) / 2 - expected[is_within]))
+    if found.get("asked"):
+        first, second = (
+            pd.DataFrame(order)[list(LABEL_NAMES)].to_numpy()
+            for order in zip(*found["asked"], strict=True)
+        )
+        asked = _largest(np.abs((first + swap_probs(second)) / 2 - expected[is_within]))
     return {
         "n_within": int(is_within.sum()),
         "n_cut": int((~is_within).sum()),
