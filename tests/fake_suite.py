@@ -46,7 +46,7 @@ class FakeSuite:
         patch.chdir(root)
         patch.setattr(paths, "ROOT", root)
         patch.setattr(runner, "_execute", self.execute)
-        patch.setattr(runner, "_hash_library", lambda: "the same")
+        patch.setattr(runner, "hash_library", lambda: "the same")
         patch.setattr(runner, "count_idle_cores", lambda: 1)
         patch.setattr(runner, "Pipeline", functools.partial(Pipeline, notebooks=stubs))
         patch.setattr(runner.HTMLExporter, "from_filename", lambda *_: ("<html>", {}))
@@ -74,7 +74,7 @@ class FakeSuite:
         self.ran[stage.name] = parameters
         states = measure_states(pipeline.inputs(stage))
         made_from = hash_json([parameters, {name: state[2] for name, state in states.items()}])
-        text = f'{{"log_loss": 1.0, "made_from": "{made_from}"}}'
+        text = f'{{"log_loss": 1.0, "n_pairs": 6, "made_from": "{made_from}"}}'
         self.write(copy, "{}")
         model = folder / "model" / f"fold_{made_from}"
         if stage.name in TRAINED and not (model / "model.safetensors").exists():

@@ -43,11 +43,11 @@ from src.utils.battles.readers import add_groups_and_folds
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.delivery.publish import publish_model
 from src.utils.models import packing
+from src.utils.models.bases import prepare_base
 from src.utils.models.batches import collate
 from src.utils.models.checkpoints import load_classifier, quiet_transformers, save_model
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import Documents, attend_by_document, collate_packed, enable_packing
-from src.utils.models.tiny import prepare_base
 from src.utils.paths import ROOT
 from src.utils.runs import atomic_folder, measure_versions, write_json
 from src.utils.schema import probs_table

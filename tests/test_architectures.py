@@ -21,6 +21,7 @@ from src.utils.models.checkpoints import (
     save_model,
 )
 from src.utils.models.template import encode_pairs, make_template
+from src.utils.runs import read_json, write_json
 from src.utils.training.fit import fit
 
 SIZES = {
@@ -184,15 +185,15 @@ def take_a_step(model, tokenizer, rows, labels):
 
 
 CASES = [(name, {"head": head}) for name in CHECKPOINTS for head in ("joint", "contrast")]
-CASES += [(name, {"lora_rank": 4}) for name in ENCODERS]
+CASES += [(name, {"train": "lora"}) for name in ENCODERS]
 CASES += [
     (name, {"quantization": kind})
     for name in ("reward", "llama", "gemma3")
     for kind in ("4bit", "8bit")
 ]
 CASES += [
-    ("bert", {"quantization": "4bit", "lora_rank": 4}),
-    ("deberta-v3", {"quantization": "8bit", "lora_rank": 4}),
+    ("bert", {"quantization": "4bit", "train": "lora"}),
+    ("deberta-v3", {"quantization": "8bit", "train": "lora"}),
 ]
 
 
@@ -211,11 +212,11 @@ def test_any_checkpoint_is_trained_saved_and_loaded_by_its_name(
     moved = {
         n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])
     }
-    heads = head_names(model.get_base_model() if config.lora_rank else model)
+    heads = head_names(model.get_base_model() if config.uses_lora else model)
     for head in heads:
         assert any(f"{head}." in n for n in moved), f"{head} did not move"
     assert any(
-        ("lora_" in n) if config.lora_rank else not n.startswith(tuple(heads)) for n in moved
+        ("lora_" in n) if config.uses_lora else not n.startswith(tuple(heads)) for n in moved
     )
 
     logits = read(model, tokenizer, rows)
@@ -239,7 +240,7 @@ FIRST, ALL, LAST = slice(0, 1), slice(None), slice(-1, None)
 def test_the_joint_head_reads_the_states_that_its_architecture_pools(
     name, read, demo_pairs, tmp_path
 ):
-    config = make_config(name, write_checkpoint(name, tmp_path / "base"), lora_rank=0)
+    config = make_config(name, write_checkpoint(name, tmp_path / "base"), train="all")
     model, tokenizer = load_classifier(config)
     states = []
     model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
@@ -253,7 +254,7 @@ def test_the_joint_head_reads_the_states_that_its_architecture_pools(
 
 @pytest.mark.parametrize("name", ["deberta-v3", "bert", "gemma3", "reward"])
 def test_any_checkpoint_can_be_merged(name, demo_pairs, tmp_path):
-    config = make_config(name, write_checkpoint(name, tmp_path / "base"), lora_rank=4)
+    config = make_config(name, write_checkpoint(name, tmp_path / "base"), train="lora")
     model, tokenizer = load_classifier(config)
     rows = encode_pairs(demo_pairs[:4], tokenizer, config.max_tokens)
     take_a_step(model, tokenizer, rows, torch.tensor(demo_pairs["label"][:4].to_numpy()))
@@ -312,7 +313,7 @@ def test_a_budget_beyond_the_positions_of_a_checkpoint_says_what_fits(name, demo
 
 def test_relative_positions_read_beyond_their_training_length(demo_pairs, tmp_path):
     config = make_config(
-        "deberta-v3", write_checkpoint("deberta-v3", tmp_path / "base"), lora_rank=4
+        "deberta-v3", write_checkpoint("deberta-v3", tmp_path / "base"), train="lora"
     )
     model, tokenizer = load_classifier(config)
     assert read(model, tokenizer, [[5] * 700]).isfinite().all()
@@ -363,4 +364,18 @@ def test_a_head_that_an_older_transformers_keeps_is_dropped(
     rows = encode_pairs(demo_pairs[:4], tokenizer, config.max_tokens)
     torch.testing.assert_close(
         read(again, tokenizer, rows), read(model, tokenizer, rows), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v3", "ettin", "qwen3"])
+def test_no_checkpoint_keeps_dropout_inside_attention(name, tmp_path):
+    config = make_config(name, write_checkpoint(name, tmp_path / "base"), lora_dropout=0.0)
+    path = tmp_path / "base" / "config.json"
+    stored = {"attention_dropout": 0.1, "attention_probs_dropout_prob": 0.1}
+    write_json(path, read_json(path) | stored)
+    model, _ = load_classifier(config)
+    rates = {n: m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout)}
+    assert all(rate == 0 for n, rate in rates.items() if n.endswith("self.dropout"))
+    assert [m.attention_dropout for m in model.modules() if hasattr(m, "attention_dropout")] == (
+        [0.0] * 2 if name in ("ettin", "qwen3") else []
     )

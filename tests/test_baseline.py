@@ -137,9 +137,9 @@ def test_it_learns_what_voters_value(arena, model):
     labels, probs = predict_held_out(pairs)
     prior = log_loss(np.tile(class_prior(labels), (len(labels), 1)), labels)
     assert log_loss(truth, labels) < log_loss(probs, labels) < prior - 0.10
-    effects = model.style_effects().set_index("name")["effect"]
-    assert effects["is_refusal"] < 0 < effects["prompt_overlap"]
-    assert effects.abs().is_monotonic_decreasing
+    for member in ("words", "text"):
+        strong, weak = model.word_weights(["evidence", "vague"], member)
+        assert weak < 0 < strong
 
 
 def test_a_refusal_lowers_the_odds(model, arena):

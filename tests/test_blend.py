@@ -162,6 +162,10 @@ def test_members_are_read_on_the_battles_that_all_held_out(tmp_path):
     np.testing.assert_allclose(members["all"], truth[[2, 0]], atol=1e-6)
     np.testing.assert_allclose(members["some"], truth[:2], atol=1e-6)
     assert [note.split(":")[0] for note in notes] == list(runs)
+    own = {"mine": probs_table(np.array([5, 6]), truth[:2])}
+    members, pairs, notes = read_members(runs, battles, "this", own)
+    assert list(members) == ["all", "mine"] and pairs["id"].tolist() == [5, 6]
+    assert "some: skipped" in notes[1]
     with pytest.raises(ValueError, match=r"other.*none"):
         read_members({name: runs[name] for name in ("other", "none")}, battles, "this")
     apart = {"some": runs["some"], "apart": write_run(tmp_path / "apart", [5], truth[:1])}

@@ -18,7 +18,9 @@ from src.utils.delivery.card import (
 )
 from src.utils.runs import write_json
 
-TINY = FinetuneConfig(checkpoint="tiny:qwen3", revision="", lora_rank=4, predict_tokens=160)
+TINY = FinetuneConfig(
+    checkpoint="tiny:qwen3", revision="", train="lora", lora_rank=4, predict_tokens=160
+)
 REAL = dataclasses.replace(TINY, checkpoint="Qwen/Qwen3-4B-Instruct-2507")
 METRICS = {
     "log_loss": 1.0512,
@@ -40,7 +42,7 @@ PARITY = {"max_abs_difference": 2e-7, "n_pairs": 200, "tolerance": 1e-4, "passed
 }
 FACTS = {
     "n_pairs": 2400,
-    "ladder": [{"name": "class prior", "log_loss": 1.09, "low": 1.0, "high": 1.1, "accuracy": 0.3}],
+    "ladder": [{"name": "class prior", "loss": "1.09 (1.0–1.1)", "accuracy": 0.3}],
     "slices": [],
     "leanings": [],
     "oracle": None,
@@ -111,7 +113,14 @@ def test_a_contrast_is_named_in_the_first_line_and_a_joint_head_has_a_pipeline()
 
 def test_merged_adapters_and_complete_weights_are_named_what_they_are():
     assert "not an adapter" in make().text
-    assert "adapter" not in make(dataclasses.replace(REAL, lora_rank=0)).text
+    assert "adapter" not in make(dataclasses.replace(REAL, train="all")).text
+
+
+def test_a_head_without_its_base_says_so_first():
+    card = make(dataclasses.replace(REAL, train="head"))
+    first = next(line for line in card.text.splitlines() if line.strip())
+    assert "without its base" in first and 'train="head"' in card.text
+    assert "needs the suite" in summarise_check(None)
 
 
 def test_facts_are_those_of_the_votes(demo_pairs):

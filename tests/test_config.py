@@ -52,6 +52,20 @@ def test_settings_survive_json_and_other_processes(config: type[Config]) -> None
     assert pickle.loads(pickle.dumps(config())) == config()
 
 
+@pytest.mark.parametrize(("rank", "train"), [(0, "all"), (8, "lora")])
+@pytest.mark.parametrize("kind", [FinetuneConfig, DecoderConfig])
+def test_settings_of_an_older_run_say_by_their_rank_what_was_trained(kind, rank, train) -> None:
+    content = kind(quantization="none").to_json() | {"lora_rank": rank}
+    del content["train"]
+    config = kind.from_json(content)
+    assert (config.train, config.uses_lora, config.is_frozen) == (train, rank > 0, rank > 0)
+    assert config.lora_rank == (rank or kind.lora_rank)
+
+
+def test_a_rank_alone_does_not_turn_lora_on() -> None:
+    assert not FinetuneConfig.from_parameters({"LORA_RANK": 8}, "03_modernbert").uses_lora
+
+
 @every_config
 def test_every_setting_says_what_it_means_in_its_limits(config: type[Config]) -> None:
     for entry in config.__pydantic_fields__.values():
@@ -94,7 +108,7 @@ def test_both_networks_have_the_same_limits() -> None:
     ("change", "found"),
     [
         ({"quantization": "3bit"}, "quantization.*'none', '8bit' or '4bit'.*'3bit'"),
-        ({"quantization": "8bit"}, "lora_rank.*above 0.*got 0"),
+        ({"quantization": "8bit"}, "train.*lora or head.*8bit.*got all"),
         ({"tokens_per_batch": 100}, "tokens_per_batch.*3072.*got 100"),
         ({"n_epochs": 0}, "n_epochs.*greater than 0.*got 0"),
         ({"n_epochs": float("inf")}, "n_epochs.*finite.*got inf"),

@@ -67,7 +67,7 @@ def make_config(kind, **changes):
 def make_model(folder, config):
     """The classifier in the dtypes that it has on a GPU: a frozen base in 16 bit."""
     model, _ = load_classifier(config, folder)
-    if config.lora_rank:
+    if config.uses_lora:
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
@@ -114,7 +114,7 @@ def test_bytes_kept_for_the_backward_pass_are_those_measured(kind, n_layers, mak
     shape = count_shape(architecture, config)
     planned = count_kept(shape, config, has_kernel=kind == "qwen3") * sum(LENGTHS)
     # Autocast's copies of the trained matrices are kept, too.
-    planned += 2 * (shape.n_trained(config) if config.lora_rank else shape.n_linear)
+    planned += 2 * (shape.n_trained(config) if config.uses_lora else shape.n_linear)
     assert planned == pytest.approx(measured, rel=0.1)
 
 
@@ -133,15 +133,15 @@ def test_bytes_kept_with_gradient_checkpointing_are_those_measured(kind, make_fo
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_counted_exactly(kind, make_folder):
-    for lora_rank in (0, 8):
+    for train in ("all", "lora"):
         for head in ("joint", "contrast"):
-            config = make_config(kind, lora_rank=lora_rank, head=head)
+            config = make_config(kind, train=train, head=head)
             folder = make_folder(kind)
             model, _ = load_classifier(config, folder)
             shape = read_shape(config, folder)
             trained = [weight.numel() for weight in model.parameters() if weight.requires_grad]
-            assert shape.n_trained(config) == sum(trained), (lora_rank, head)
-            if not lora_rank:
+            assert shape.n_trained(config) == sum(trained), (train, head)
+            if train == "all":
                 assert shape.n_weights == sum(trained)
 
 

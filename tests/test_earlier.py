@@ -47,6 +47,22 @@ def test_settings_that_change_no_weight_are_not_part_of_a_model():
     assert describe_difference(None, ONE) == "its settings are unknown"
 
 
+def test_lora_is_part_of_a_model_only_where_it_is_trained():
+    changes = {"lora_rank": 8, "lora_alpha": 2.0, "learning_rate": 1e-4}
+    assert identify(FinetuneConfig(**changes), "hash of the battles", []) == ONE
+    lora = identify(FinetuneConfig(train="lora", **changes), "hash of the battles", [])
+    assert describe_difference(ONE, lora).startswith("TRAIN was all, is lora")
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_model_from_before_train_was_named_is_known_again(rank):
+    train = "lora" if rank else "all"
+    asked = identify(FinetuneConfig(train=train, lora_rank=rank or 32), "hash", [])
+    settings = {**asked["settings"], "lora_rank": rank, "lora_alpha": 16.0}
+    del settings["train"]
+    assert describe_difference({"settings": settings, "data": asked["data"]}, asked) == ""
+
+
 def test_two_settings_take_turns_and_each_finds_its_models_again(tmp_path, capsys):
     for name in ("fold_0", "fold_1"):
         begin(tmp_path, name, ONE)

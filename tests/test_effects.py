@@ -211,7 +211,7 @@ def test_what_cannot_be_estimated_has_a_reason(values, labels, part):
     assert np.isnan(row["log_odds"]) and np.isnan(row["low"]) and part in row["reason"]
 
 
-def test_the_verdict_is_yes_only_where_the_interval_excludes_no_effect():
+def test_the_verdict_is_yes_only_where_the_corrected_test_says_so():
     x, labels, groups = draw_votes(2000, seed=5)
     noise = np.random.default_rng(7).normal(size=2000)
     three = np.column_stack([x, noise, np.zeros(2000)])
@@ -221,6 +221,35 @@ def test_the_verdict_is_yes_only_where_the_interval_excludes_no_effect():
     expected = ["yes", "no", "cannot be estimated"]
     assert verdict.loc[["n_words", "noise", "n_urls"], "found"].tolist() == expected
     assert verdict.loc["position A", "advice"] == effects.ADVICE["position A"]
+    assert verdict.index[0] == "position A" and verdict.index[1] == "n_words"
+    known = verdict["p_value"].notna()
+    assert (verdict["p_holm"] >= verdict["p_value"])[known].all()
+
+
+def test_effects_of_chance_are_rarely_called_found():
+    rng = np.random.default_rng(11)
+    n_found = 0
+    for _ in range(20):
+        noise, labels = rng.normal(size=(400, 15)), rng.integers(3, size=400)
+        found = effects.effect_sizes(noise, [f"x{i}" for i in range(15)], labels)
+        verdict = effects.make_verdict({"position A": effects.win_share(labels)}, found)
+        n_found += (verdict["found"] == "yes").sum()
+    assert n_found <= 3  # without a correction about 15 of the 300
+
+
+def test_a_missing_p_value_is_not_counted_by_the_correction():
+    corrected = effects.correct([0.01, np.nan, 0.04])
+    assert corrected[0] == pytest.approx(0.02) and corrected[2] == pytest.approx(0.04)
+    assert np.isnan(corrected[1])
+
+
+def test_cells_split_the_battles_by_two_properties():
+    labels = np.array([0, 0, 1, 1, 2])
+    rows = pd.Categorical(["x", "x", "y", "y", "y"])
+    columns = pd.Categorical(["p", "q", "p", "p", "q"])
+    table = effects.win_share_grid(rows, columns, labels, np.ones(5)).set_index(["row", "column"])
+    assert table["n"].to_dict() == {("x", "p"): 1, ("x", "q"): 1, ("y", "p"): 2, ("y", "q"): 0}
+    assert table.loc[("y", "p"), "share"] == 0 and np.isnan(table.loc[("y", "q"), "share"])
 
 
 def test_records_hold_nothing_that_json_refuses():
@@ -261,7 +290,7 @@ def test_without_repeats_there_is_no_leak_to_find():
 def test_a_leak_with_an_interval_over_zero_is_not_measurable():
     leak = pd.DataFrame({"leak": [-0.0019], "low": [-0.004], "high": [0.001]})
     text = effects.describe_leak(leak)
-    assert "no measurable" in text and "-0.0019" in text
+    assert "no measurable" in text and "−0.0019" in text
 
 
 def test_the_leak_is_measured_on_whole_groups():
@@ -288,6 +317,8 @@ def test_the_future_costs_what_the_voters_changed(demo_pairs):
     assert costs["steady"]["battles"] == costs["changed"]["battles"] == 600
     assert costs["steady"]["low"] < 0.01 and abs(costs["steady"]["cost"]) < 0.01
     assert costs["changed"]["low"] > 0.02
+    assert "not measurably" in effects.describe_future(costs["steady"].to_frame().T)
+    assert "harder, by" in effects.describe_future(costs["changed"].to_frame().T)
     found = costs["changed"]
     assert found["cost"] == pytest.approx(found["future"] - found["other_prompts"])
 
@@ -297,4 +328,5 @@ def test_a_future_with_a_single_vote_is_not_measured(demo_pairs):
     differences = np.ones((len(demo_pairs), 1))
     one = demo_pairs.assign(label=np.where(newest, demo_pairs["label"], 0))
     assert effects.measure_future(one, differences, newest).empty
+    assert "Too few" in effects.describe_future(effects.measure_future(one, differences, newest))
     assert effects.measure_future(demo_pairs, differences, newest & False).empty

@@ -79,7 +79,7 @@ def test_shares_are_laid_out_for_people(pairs):
     assert table["level"].tolist() == ["English", "German", "unknown", "other"]
     assert table["battles"].tolist() == [500, 300, 95, 5]
     share = (pairs["label"][:500] == 0).mean()
-    assert table["A wins"].iloc[0].startswith(f"{100 * share:.1f} % (")
+    assert table["A wins"].iloc[0].startswith(f"{100 * share:.1f}\u00a0% (")
 
 
 def test_every_battle_is_in_one_slice_of_each_kind(pairs):

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from src.utils.models.checkpoints import load_finetuned
-from src.utils.models.predict import LocalReader, predict_pairs, predict_probs
+from src.utils.models.predict import predict_pairs, predict_probs
+from src.utils.models.reading import LocalReader, StateReader
 from src.utils.runs import Stopwatch, find_damage, hash_file, hash_pairs, read_json
 from src.utils.schema import TEXTS, probs_of, probs_table
 from src.utils.stats.scores import log_loss
@@ -24,6 +25,7 @@ from src.utils.training import fit as fitting
 from src.utils.training import trainer
 from src.utils.training.earlier import describe_difference, list_finished
 from src.utils.training.fit import find_checkpoint, fit, prepare_members
+from src.utils.training.frozen_heads import HEAD_COLUMNS
 from src.utils.training.trainer import HISTORY_COLUMNS, FoldTrainer, list_checkpoints
 
 LOSSES = ["step", "train_loss", "log_loss", "learning_rate"]
@@ -137,13 +139,17 @@ def test_warmup_and_cosine_are_really_applied(fitted):
 
 
 @pytest.mark.slow
-def test_the_history_has_a_row_per_validation(fitted):
+def test_the_history_has_rows_between_and_at_validations(fitted):
     _, _, result, run_dir, _ = fitted
     history = result.history
     assert tuple(history.columns) == HISTORY_COLUMNS
-    assert history.groupby("fold").size().to_dict() == {0: 4, 1: 4}
-    assert history["epoch"].max() == 2
-    assert history[["train_loss", "log_loss"]].to_numpy().min() > 0
+    assert history.groupby("fold")["log_loss"].count().to_dict() == {0: 4, 1: 4}
+    assert (history.groupby("fold").size() >= 10).all()
+    assert history["epoch"].max() == 2 and history["reserved_mib"].isna().all()
+    assert (history.groupby("fold")["minutes"].diff().dropna() > 0).all()
+    assert history[["train_loss", "log_loss"]].min(axis=None) > 0
+    assert history[["train_accuracy", "accuracy"]].stack().dropna().between(0, 1).all()
+    assert history["train_accuracy"].mean() > 0 and (history["memory_mib"] > 50).all()
     assert (history["tokens_per_second"] > 0).all() and (history["padding_share"] == 0).all()
     assert result.n_train_pairs == 64
     assert result.seconds > 0 and result.tokens_per_second > 0 and result.n_parameters > 1e5
@@ -309,7 +315,7 @@ def test_a_run_killed_in_its_last_prediction_trains_nothing_again(
     assert list_finished(tmp_path) == []
     monkeypatch.setattr(FoldTrainer, "take_step", None)
     result = fit(pairs, short, tmp_path, tiny_base("modernbert"))
-    assert len(result.history) == 1 and list_finished(tmp_path) == ["fold_0"]
+    assert result.history["log_loss"].count() == 1 and list_finished(tmp_path) == ["fold_0"]
 
 
 def train_and_save_often(pairs, config, run_dir, base):
@@ -379,7 +385,7 @@ def test_seeds_are_different_models_whose_probabilities_are_averaged(many):
     expected = np.concatenate([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2])
     np.testing.assert_allclose(probs_of(result.oof), expected, atol=1e-7)
     assert sorted(result.oof["id"]) == sorted(pairs.loc[pairs["fold"].isin([0, 1]), "id"])
-    rows = result.history.groupby(["fold", "seed"]).size()
+    rows = result.history.groupby(["fold", "seed"])["log_loss"].count()
     seeds = (config.seed, config.seed + 1)
     assert rows.to_dict() == {(fold, seed): 3 for fold in (0, 1) for seed in seeds}
 
@@ -614,3 +620,99 @@ def test_extra_battles_are_trained_on_and_never_held_out(
     n_leaks = extra["group"].isin(pairs["group"][is_heldout]).sum()
     assert result.n_train_pairs == (~is_heldout).sum() + 40 - n_leaks
     assert sorted(result.oof["id"]) == sorted(pairs["id"][is_heldout])
+
+
+# ---- a head on a frozen base -------------------------------------------------
+
+
+@pytest.fixture
+def frozen(encoder):
+    return dataclasses.replace(encoder, train="head", max_tokens=512, predict_tokens=96)
+
+
+@pytest.fixture
+def read_batches(monkeypatch):
+    """A list that fills with the rows of each batch that a frozen base reads."""
+    batches, read = [], StateReader.read
+
+    def count(self, rows):
+        batches.append(len(rows))
+        return read(self, rows)
+
+    monkeypatch.setattr(StateReader, "read", count)
+    return batches
+
+
+def test_heads_hold_out_every_fold_and_serve_what_they_predicted(
+    pairs, frozen, tiny_base, tmp_path, read_batches
+):
+    result = fit(pairs, frozen, tmp_path, tiny_base("modernbert"))
+    assert result.config.folds == (0, 1, 2, 3, 4) and result.config.refit
+    assert sorted(result.oof["id"]) == sorted(pairs["id"])
+    assert tuple(result.history) == HEAD_COLUMNS and result.tokens_per_second > 0
+    assert sum(read_batches) == 2 * len(pairs)
+    assert list_finished(tmp_path) == [*(f"fold_{fold}" for fold in range(5)), "refit"]
+    for fold in (0, 3):
+        folder = tmp_path / "model" / f"fold_{fold}"
+        model, tokenizer = load_finetuned(folder, result.config, tiny_base("modernbert"))
+        heldout = pairs[pairs["fold"] == fold]
+        probs = predict_probs(model, tokenizer, heldout, max_tokens=96, tokens_per_batch=512)
+        table = result.oof[result.oof["fold"] == fold].set_index("id").loc[heldout["id"]]
+        np.testing.assert_allclose(probs, probs_of(table), atol=1e-4)
+
+
+def test_a_finished_base_is_not_read_again_by_other_heads_seeds_or_after_a_kill(
+    pairs, frozen, tiny_base, tmp_path, read_batches, monkeypatch
+):
+    base = tiny_base("modernbert")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        train = fitting.train_head
+
+        def die_at_the_third(states, train_pairs, heldout, member):
+            if member.name == "fold_2":
+                raise Killed
+            return train(states, train_pairs, heldout, member)
+
+        patch.setattr(fitting, "train_head", die_at_the_third)
+        fit(pairs, frozen, tmp_path, base)
+    read_batches.clear()
+    first = fit(pairs, frozen, tmp_path, base)
+    few = dataclasses.replace(frozen, max_pairs=60)
+    other = fit(pairs, few, tmp_path, base)
+    assert not np.allclose(probs_of(first.oof), probs_of(other.oof))
+    assert len([*(tmp_path / "earlier").rglob("head.safetensors")]) == 6
+    monkeypatch.setattr(fitting, "train_head", None)  # what comes back is not trained again
+    again = fit(pairs, frozen, tmp_path, base)
+    pd.testing.assert_frame_equal(again.oof, first.oof)
+    monkeypatch.undo()
+    assert read_batches == []
+    seeds = fit(pairs, dataclasses.replace(frozen, n_seeds=2), tmp_path, base)
+    assert "fold_4_seed_1" in list_finished(tmp_path) and len(seeds.oof) == len(pairs)
+
+
+def test_a_head_reads_no_setting_of_steps_and_those_of_its_states(pairs, frozen, tmp_path):
+    def identity(**changes):
+        config = dataclasses.replace(frozen, **changes)
+        return prepare_members(pairs, config, tmp_path)[0].identity
+
+    for same in (
+        {"learning_rate": 1.0},
+        {"max_tokens": 100},
+        {"head": "contrast"},
+        {"n_epochs": 9},
+    ):
+        assert identity(**same) == identity(), same
+    for other in ({"predict_tokens": 80}, {"state_layers": (1.0,)}, {"seed": 1}):
+        assert identity(**other) != identity(), other
+
+
+def test_a_head_and_a_network_take_turns_in_a_run_folder(
+    pairs, frozen, short, tiny_base, tmp_path, read_batches
+):
+    base = tiny_base("modernbert")
+    first = fit(pairs, frozen, tmp_path, base)
+    fit(pairs, short, tmp_path, base)
+    assert list_finished(tmp_path) == ["fold_0"]
+    read_batches.clear()
+    pd.testing.assert_frame_equal(fit(pairs, frozen, tmp_path, base).oof, first.oof)
+    assert read_batches == []

@@ -147,14 +147,14 @@ def test_it_is_saved_loaded_and_merged(kind, tiny_base, demo_pairs, tmp_path):
     save_model(model, tokenizer, tmp_path / "model")
     options = {"max_tokens": 256, "tokens_per_batch": 2048}
     expected = predict_probs(model, tokenizer, demo_pairs[:20], **options)
-    base = tiny_base(kind) if config.lora_rank else None
+    base = tiny_base(kind) if config.is_frozen else None
     again, _ = load_finetuned(tmp_path / "model", config, base)
     np.testing.assert_allclose(
         predict_probs(again, tokenizer, demo_pairs[:20], **options), expected, atol=1e-6
     )
     merged, _ = merge(tmp_path / "model", config, base)
     save_model(merged, tokenizer, tmp_path / "merged")
-    plain = dataclasses.replace(config, lora_rank=0)
+    plain = dataclasses.replace(config, train="all")
     loaded, _ = load_finetuned(tmp_path / "merged", plain)
     np.testing.assert_allclose(
         predict_probs(loaded, tokenizer, demo_pairs[:20], **options), expected, atol=1e-5
@@ -185,7 +185,7 @@ def test_beside_a_quantised_base_it_is_not_quantised(quantization, tiny_base):
     ],
 )
 def test_what_is_saved_names_a_class_of_transformers(kind, cls, tiny_base, tmp_path):
-    model, tokenizer = load(kind, tiny_base, lora_rank=0)
+    model, tokenizer = load(kind, tiny_base, train="all")
     save_model(model, tokenizer, tmp_path / "model")
     assert isinstance(model, Contrasting) and isinstance(model, cls)
     assert f'"{cls.__name__}"' in (tmp_path / "model" / "config.json").read_text()

@@ -35,7 +35,7 @@ LIGHT = (
     "stats",
     "suite",
     "models.baseline",
-    "models.ablation",
+    "models.insight",
 )
 BLOCK_HEAVY = f"""
 import sys
@@ -249,12 +249,12 @@ def tree_entries(text):
         yield path
 
 
-def test_the_tree_in_the_readme_is_that_of_the_repository():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    entries = list(tree_entries(readme))
+def test_the_documented_tree_is_that_of_the_repository():
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    entries = list(tree_entries(page))
     known = [path for path in entries if path.split("/")[0] not in IGNORED]
     assert not [path for path in known if not (ROOT / path).exists()]
-    tree = next(part for part in readme.split("```")[1::2] if "src/utils/" in part)
+    tree = next(part for part in page.split("```")[1::2] if "src/utils/" in part)
     named = set(re.findall(r"\w+", tree))
     assert not [module for module in MODULES if module.rpartition(".")[2] not in named]
 

@@ -359,7 +359,7 @@ def test_the_kernel_of_all_members_passes_its_rehearsal(baseline_artifacts, tiny
         "tokens_per_batch": 4096,
     }
     networks = {
-        "03_modernbert": DecoderConfig("tiny:modernbert", lora_rank=0, **options),
+        "03_modernbert": DecoderConfig("tiny:modernbert", train="all", **options),
         "04_qwen": DecoderConfig("tiny:qwen3", lora_rank=4, **options),
     }
     for name, config in networks.items():

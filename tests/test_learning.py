@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from src.utils.battles.demo import PHRASES, make_battles
 from src.utils.battles.readers import add_groups_and_folds
 from src.utils.config import DecoderConfig, FinetuneConfig
+from src.utils.models.bases import prepare_base
 from src.utils.models.checkpoints import load_finetuned
 from src.utils.models.predict import predict_probs
-from src.utils.models.tiny import prepare_base
 from src.utils.schema import A_WINS, B_WINS, LABELLED_COLUMNS, TIE, probs_of
 from src.utils.stats.scores import class_prior, log_loss
 from src.utils.training.fit import fit

@@ -1,21 +1,61 @@
 """Figures of models: what is drawn, in which colour and order, and that each title is true."""
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.stats import model_plots, plots
+from src.utils.schema import LABEL_NAMES
+from src.utils.stats import model_plots, plots, scores
 
 
-@pytest.mark.parametrize(("last", "side"), [(1.05, "below"), (1.15, "above")])
-def test_the_ladder_compares_the_last_model_with_the_first(ax, last, side):
-    bounds = [1.09, last - 0.02], [1.11, last + 0.02]
-    model_plots.plot_ladder(ax, ["prior", "blend"], [1.1, last], *bounds, oracle=1.0)
-    assert {"blend", "0.050", side, "prior"} <= set(ax.get_title(loc="left").split())
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["prior", "blend"]
-    assert ax.get_yticks()[0] > ax.get_yticks()[1]  # the first model is at the top
-    assert "1.0000" in ax.get_legend().get_texts()[0].get_text()
+def ladder(*gaps):
+    table = pd.DataFrame(gaps, columns=["model", "difference", "difference_low", "difference_high"])
+    return table.assign(log_loss=1 + table["difference"])
+
+
+def test_the_ladder_is_sorted_and_its_title_is_about_what_is_published(ax):
+    table = ladder(("prior", 0.2, 0.19, 0.21), ("blend", 0.02, 0.01, 0.03), ("net", 0.1, 0, 0.2))
+    model_plots.plot_ladder(ax, table, "the best reachable", "net")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["prior", "net", "blend"]
+    assert "net: no measurable difference to the best reachable" in words(ax)
+    colors = [bars[0].get_color() for bars in ax.containers]
+    assert [color == plots.ACCENT for color in colors] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("gap", "side"), [((0.05, 0.04, 0.06), "above"), ((-0.05, -0.06, -0.04), "below")]
+)
+def test_a_clear_gap_has_its_size_interval_and_side(gap, side):
+    told = model_plots.describe_gap(*gap, "the class prior")
+    assert told == f"0.050 nats (0.040 to 0.060) {side} the class prior"
+
+
+def words(ax):
+    return " ".join(ax.get_title(loc="left").split())
+
+
+def test_ours_stands_among_published_scores_on_real_battles_only(ax):
+    published = pd.DataFrame(
+        {"name": ["a", "b"], "log_loss": [1.05, 0.98], "kind": "cross-validated"}
+    )
+    ours = {"name": "ours", "log_loss": 1.01, "low": 1.0, "high": 1.02, "kind": "here"}
+    model_plots.plot_published(ax, published, ours)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "ours", "b"]
+    assert "1 published scores are below it, 1 above" in words(ax)
+    ax.clear()
+    model_plots.plot_published(ax, published, None)
+    assert "simulated" in words(ax) and len(ax.get_yticklabels()) == 2
+
+
+def test_a_confusion_counts_and_says_how_many_ties_are_called(ax):
+    labels = np.array([0, 0, 1, 2, 2])
+    table = scores.count_confusion(np.eye(3)[[0, 0, 1, 2, 0]] * 0.7 + 0.1, labels)
+    model_plots.plot_confusion(ax, table)
+    cells = {text.get_text() for text in ax.texts}
+    assert {"2\n100\u00a0%", "1\n50\u00a0%", "0\n0\u00a0%"} <= cells
+    assert "50" in words(ax) and "(" in words(ax)
 
 
 def test_reliability_is_drawn_in_the_fixed_colours(ax):
@@ -26,17 +66,10 @@ def test_reliability_is_drawn_in_the_fixed_colours(ax):
     assert [
         matplotlib.colors.to_hex(bars[0].get_color()).upper() for bars in ax.containers
     ] == list(plots.LABEL_COLORS)
-    assert "10.0\u00a0%" in ax.get_title(loc="left")
+    assert "10.0 points" in ax.get_title(loc="left")
 
 
-def test_the_strongest_coefficient_is_named_and_at_the_top(ax):
-    effects = pd.DataFrame({"caption": ["refusal", "words", "lists"], "effect": [-0.5, 0.2, 0.1]})
-    model_plots.plot_coefficients(ax, effects, n_shown=2)
-    assert [bar.get_width() for bar in ax.patches] == [0.2, -0.5]
-    assert "refusal (-0.50)" in ax.get_title(loc="left")
-
-
-def test_preferences_count_where_the_model_is_like_people(ax):
+def test_preferences_name_and_colour_where_the_model_is_unlike_people(ax):
     shares = pd.DataFrame(
         [
             ("longer", "people", 0.6, 0.5, 0.7, 9),
@@ -49,42 +82,64 @@ def test_preferences_count_where_the_model_is_like_people(ax):
         columns=["leaning", "voter", "share", "low", "high", "n"],
     )
     model_plots.plot_preferences(ax, shares)
-    assert ax.get_title(loc="left").startswith("On 1 of 2 leanings")
-    assert [label.get_text() for label in ax.get_yticklabels()] == [
-        "refusal (n = 4)",
-        "longer (n = 9)",
-    ]
+    assert words(ax).endswith("on: refusal")
+    *_, unlike = ax.containers
+    assert unlike[0].get_xdata().tolist() == [0.5]
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["refusal (n = 4)", "longer (n = 9)"]
+    ax.clear()
+    model_plots.plot_preferences(ax, shares[:2])
+    assert "all 1 leanings" in words(ax)
 
 
-def test_an_ablation_has_the_most_valuable_family_at_the_top(ax):
-    worth = pd.DataFrame(
-        [("text", "A against B", 0.02, 0.01, 0.03), ("gaps", "tie", 0.01, -0.01, 0.03)],
-        columns=["family", "of", "difference", "low", "high"],
-    )
-    model_plots.plot_ablation(ax, worth)
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["gaps", "text"]
-    assert "1 of 2" in ax.get_title(loc="left")
+def test_slices_are_sorted_by_loss_and_the_title_names_the_worse(ax):
+    table = pd.DataFrame({"slice": ["a", "b"], "n_pairs": 40, "log_loss": [1.1, 0.9]})
+    table = table.assign(length=1.0, prior=1.1, verdict=["worse", "better"])
+    model_plots.plot_slices(ax, table, ["length", "prior"])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b (n = 40)", "a (n = 40)"]
+    assert "better than length on 1 of 2 slices, worse on: a" in words(ax)
 
 
-def test_a_budget_names_what_it_cuts_and_the_title_what_the_smallest_costs(ax):
-    cost, low, high = (
-        [0.012, 0.003, 0.0, np.nan],
-        [0.008, -0.001, 0.0, np.nan],
-        [0.016, 0.007, 0.0, np.nan],
-    )
-    budgets = pd.DataFrame({"budget": [256, 512, 1024, 4096], "cut_share": [0.6, 0.4, 0.1, 0.0]})
-    model_plots.plot_budgets(ax, budgets.assign(cost=cost, low=low, high=high))
-    assert {"256", "1,024", "+0.0120"} <= set(ax.get_title(loc="left").split())
-    assert ax.get_xticklabels()[0].get_text() == "256\n60.0\u00a0%"
+def history(**columns):
+    table = pd.DataFrame({"fold": [0, 0, 1], "seed": 0, "epoch": [0.5, 1, 1], "train_loss": 1.0})
+    table = table.assign(log_loss=[np.nan, 1.0, 1.02], tokens_per_second=9.0, learning_rate=0.1)
+    return table.assign(**columns)
 
 
-def test_the_learning_curve_names_the_gain_over_the_class_prior(ax):
-    history = pd.DataFrame({"fold": [0, 0, 1], "seed": 0, "epoch": [0.5, 1, 1]})
-    history = history.assign(train_loss=1.0, log_loss=[1.05, 1.0, 1.02])
-    model_plots.plot_learning_curve(ax, history, prior=1.1, oracle=0.9)
-    assert "0.090" in ax.get_title(loc="left") and len(ax.get_legend().get_texts()) == 4
+def test_training_is_drawn_over_minutes_with_validations_where_there_are_some():
+    fig, axes = plt.subplots(2, 2)
+    new = {"minutes": [1, 2, 3], "train_accuracy": 0.5, "accuracy": [np.nan, 0.4, 0.5]}
+    model_plots.plot_training(axes, history(**new, memory_mib=900.0), prior=1.1)
+    assert axes[0, 0].lines[0].get_xdata().tolist() == [2]  # held out, of the first model
+    assert {line.get_label() for line in axes[0, 0].lines} >= {
+        "training",
+        "held out",
+        "class prior",
+    }
+    assert axes[0, 1].get_xlabel().startswith("minutes")
+    assert "no GPU" in axes[1, 1].get_title(loc="left")
+    fig.canvas.draw()
+    plt.close(fig)
+
+
+def test_a_history_of_an_older_version_is_drawn_over_epochs_and_memory_names_the_gpu(ax):
+    fig, axes = plt.subplots(2, 2)
+    model_plots.plot_training(axes, history(), prior=1.1)
+    assert axes[0, 0].get_xlabel() == "epochs"
+    plt.close(fig)
+    model_plots.plot_memory(ax, history(memory_mib=900.0, reserved_mib=1000.0))
+    assert words(ax) == "Memory of the GPU" and len(ax.get_legend().get_texts()) == 2
 
 
 def test_probabilities_above_ninety_percent_are_counted(ax):
     model_plots.plot_probabilities(ax, np.array([[0.95, 0.03, 0.02], [0.4, 0.3, 0.3]]))
     assert "50.0\u00a0%" in ax.get_title(loc="left")
+
+
+def test_a_certain_outcome_lies_in_its_corner_in_its_colour(ax):
+    model_plots.plot_probabilities(ax, np.eye(3), labels=np.array([0, 1, 2]))
+    corners = {text.get_text(): text.get_position() for text in ax.texts}
+    for dots, name, color in zip(ax.collections, LABEL_NAMES, plots.LABEL_COLORS, strict=True):
+        (place,) = dots.get_offsets()
+        assert np.allclose(place, corners[name], atol=0.04)
+        assert matplotlib.colors.to_hex(dots.get_facecolor()[0]).upper() == color

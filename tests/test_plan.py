@@ -76,11 +76,23 @@ def test_what_is_too_long_for_kaggle_comes_with_settings_that_make_it_fit():
     assert "FOLDS=[0] N_SEEDS=1 REFIT=False" in text
 
 
+def test_a_head_costs_one_reading_in_both_orders_and_disk_for_its_states():
+    need = plan_full("04", "2x16", train="head")
+    assert advise(need) == "It fits." and need.n_models == 6
+    assert need.hours < plan_full("04", "2x16", refit=True).hours / 5
+    deeper = plan_full("04", "2x16", train="head", state_layers=(0.5, 0.75, 1.0))
+    assert 1.25 < deeper.hours / need.hours < 1.34  # a quarter of the layers more
+    assert need.output_gb == pytest.approx(2 * 57_477 * 2 * 3 * 2560 * 2 / 1e9, rel=0.02)
+    assert deeper.output_gb == pytest.approx(1.5 * need.output_gb, rel=0.02)
+    assert need.submission_h < plan_full("04", "2x16", refit=False).submission_h
+    assert "set TRAIN=head" in advise(plan_full("04", "16"))
+
+
 def test_what_needs_too_much_memory_comes_with_settings_that_make_it_fit():
     too_large = {"checkpoint": "Qwen/Qwen3-4B-Instruct-2507", "max_tokens": 1024}
     text = advise(plan_full("03", "24", **too_large))
     assert "memory" in text and "QUANTIZATION=4bit" in text
-    change = {"quantization": "4bit", "lora_rank": 32, "gradient_checkpointing": True}
+    change = {"quantization": "4bit", "train": "lora", "gradient_checkpointing": True}
     assert advise(plan_full("03", "24", **too_large, **change)) == "It fits."
     assert sum(plan_full("03", "24", **too_large).memory.values()) > 22
 
@@ -154,14 +166,16 @@ def test_the_command_lists_the_four_machines(without_gpu, tmp_path, capsys):
         assert sum(line.startswith(notebook) for line in lines) == 1, notebook
 
 
-def test_the_readme_shows_what_the_command_prints(without_gpu, tmp_path, monkeypatch, capsys):
+def test_the_page_of_machines_shows_what_the_command_prints(
+    without_gpu, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(
         plan.paths, "find_raw_data", lambda data: plan.paths.RawData("demo", (), None, None)
     )
     assert main(["--artifacts", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    readme = (plan.paths.ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.split("## What the real run needs")[1].split("```")[1].strip()
+    page = (plan.paths.ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
+    shown = page.split("```")[1].strip()
     assert shown in printed and shown.count("\n") > 10
 
 

@@ -16,13 +16,13 @@ def work(number, rendezvous, results):
     processes.copy_from_first(layer.parameters())
     if number == 1:  # the first process has no batch in this step
         layer(torch.tensor([[1.0, 2.0]])).sum().backward()
-    loss_sum = torch.tensor(number + 1.0)
-    processes.sum_gradients(layer.parameters(), loss_sum)
+    sums = torch.tensor([number + 1.0, 5.0])
+    processes.sum_gradients(layer.parameters(), sums)
     results[number] = {
         "world": (processes.rank(), processes.world_size()),
         "weight": layer.weight.tolist(),
         "gradient": layer.weight.grad.tolist(),
-        "loss_sum": loss_sum.item(),
+        "sums": sums.tolist(),
         "rows": processes.gather_rows(np.arange(10).reshape(5, 2)[number::2]).tolist(),
         "first": processes.on_first(processes.rank)(),
     }
@@ -42,7 +42,7 @@ def test_two_processes_share_weights_gradients_rows_and_what_the_first_one_does(
     assert results[0] == {
         "weight": [[0, 0]],
         "gradient": [[1, 2]],
-        "loss_sum": 3,
+        "sums": [3, 10],
         "rows": np.arange(10).reshape(5, 2).tolist(),
         "first": 0,
     }

@@ -1,13 +1,14 @@
 import re
 import sys
 import time
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.utils.runs import measure_peak_mib
 from src.utils.training import progress
-from src.utils.training.progress import Progress
+from src.utils.training.progress import Progress, measure_memory
 
 
 def row(step, loss=1.0):
@@ -29,8 +30,8 @@ def start(tmp_path):
     """A function: start the progress of eight steps."""
     started = []
 
-    def make(labels=(0, 1, 2)):
-        started.append(Progress("fold 0", tmp_path, 2, 8, np.array(labels)))
+    def make():
+        started.append(Progress("fold 0", tmp_path, 2, 8))
         return started[-1]
 
     yield make
@@ -41,7 +42,7 @@ def start(tmp_path):
 def test_without_a_terminal_a_line_has_steps_losses_pace_and_time_left(start, capsys):
     shown = start()
     shown.show_step(row(3))
-    shown.show_validation([row(4, 0.9876)])
+    shown.show_row(row(4, 0.9876))
     *_, line = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
         r"fold 0: 4 of 8 steps, \d+:\d+ elapsed, \d+:\d+ left, train 1\.0876, held out 0\.9876, "
@@ -68,45 +69,30 @@ def test_without_a_terminal_lines_keep_coming_while_no_step_ends(start, capsys, 
 def test_a_terminal_has_one_bar(start, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     shown = start()
-    shown.show_validation([row(4)])
+    shown.show_row(row(4))
     shown.close()
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and re.search(r"\rfold 0: +50%.*4/8 .*held out 1\.0000", out)
 
 
-@pytest.fixture
-def displayed(monkeypatch):
-    """What a notebook displays: (display id, whether it replaces one, bytes)."""
-    import IPython.display
-
-    seen = []
-    monkeypatch.setattr(
-        IPython.display,
-        "display",
-        lambda image, display_id, update: seen.append((display_id, update, image.data)),
-    )
-    return seen
-
-
-def be_in_notebook(monkeypatch):
-    shell = SimpleNamespace(kernel=None)
-    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
-
-
-def test_a_notebook_has_one_figure_that_is_redrawn(start, displayed, monkeypatch):
-    be_in_notebook(monkeypatch)
+def test_rows_without_a_validation_are_logged_and_not_printed(start, capsys, tmp_path):
     shown = start()
-    for n_rows in (1, 2, 3):
-        shown.show_validation([row(step, 1.1 - step / 10) for step in range(1, n_rows + 1)])
-    ids, updates, images = zip(*displayed, strict=True)
-    assert len(set(ids)) == 1 and updates == (False, True, True)
-    assert all(image.startswith(b"\x89PNG") for image in images) and len(set(images)) == 3
+    for step in (3, 4):
+        shown.show_row({key: value for key, value in row(step).items() if key != "log_loss"})
+    shown.show_row(row(5, 0.5))
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [point.step for point in events.Scalars("loss/train")] == [3, 4, 5]
+    assert [point.value for point in events.Scalars("loss/held_out")] == [0.5]
+    assert "cost/peak_mib" in events.Tags()["scalars"]
 
 
-def test_nothing_is_drawn_outside_a_notebook_or_without_held_out_battles(
-    start, displayed, monkeypatch
-):
-    start().show_validation([row(1)])
-    be_in_notebook(monkeypatch)
-    start(labels=()).show_validation([row(1)])
-    assert not displayed
+def test_memory_is_that_of_the_process_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (found,) = measure_memory().values()
+    assert 50 < found <= measure_peak_mib() + 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**21)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**22)
+    assert measure_memory() == {"memory_mib": 2, "reserved_mib": 4}

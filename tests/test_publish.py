@@ -24,6 +24,7 @@ CONFIG = FinetuneConfig(
     checkpoint="tiny:qwen3",
     revision="",
     quantization="4bit",
+    train="lora",
     lora_rank=4,
     max_tokens=160,
     predict_tokens=160,
@@ -106,7 +107,7 @@ def test_a_difference_beyond_the_tolerance_fails(tiny_base, demo_pairs, tmp_path
 
     def merge_badly(*args):
         merged, tokenizer = load_classifier(
-            dataclasses.replace(CONFIG, lora_rank=0, quantization="none"), args[2]
+            dataclasses.replace(CONFIG, train="all", quantization="none"), args[2]
         )
         merged.score.weight.data *= 50
         return merged, tokenizer

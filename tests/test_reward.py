@@ -11,7 +11,7 @@ from src.utils.battles.demo import make_battles
 from src.utils.battles.readers import add_groups_and_folds
 from src.utils.config import BaselineConfig
 from src.utils.delivery.publish import publish_model
-from src.utils.delivery.reward import choose_best, load_published, score_answers
+from src.utils.delivery.reward import choose_best, load_predictor, score_answers
 from src.utils.models.baseline import fit_baseline
 from src.utils.models.checkpoints import load_classifier, save_model
 from src.utils.models.predict import predict_probs
@@ -63,5 +63,5 @@ def test_a_published_model_scores_as_it_predicts(tiny_base, tiny_configs, demo_p
         model, tokenizer, pairs, max_tokens=config.predict_tokens, tokens_per_batch=512
     )
     publish_model(source, config, pairs, probs_table(pairs["id"], expected), tmp_path / "model")
-    found = load_published(tmp_path / "model")(pairs)
+    found = load_predictor(tmp_path / "model")(pairs)
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -81,7 +81,8 @@ def test_metrics_are_written_last_and_have_the_standard_fields(tmp_path):
     metrics = runs.make_metrics(scores, n_pairs=2, seconds=1.234, data_hash="d", config={"seed": 1})
     runs.write_run(tmp_path, config={"seed": 1}, oof=oof, metrics=metrics)
     written = runs.read_json(tmp_path / "metrics.json")
-    standard = "accuracy config_hash data_hash log_loss machine n_pairs peak_mib seconds versions"
+    standard = "accuracy config_hash data_hash log_loss machine n_pairs peak_mib rows_hash seconds "
+    standard += "versions"
     assert sorted(written) == sorted([*standard.split(), "ece"])
     assert written["peak_mib"] > 10 and written["seconds"] == 1.23
     files = [tmp_path / name for name in ("config.json", "oof.parquet", "metrics.json")]
@@ -137,10 +138,43 @@ def test_the_leaderboard_has_every_completed_run_the_best_of_its_data_first(tmp_
     (tmp_path / "04_qwen").mkdir()
     table = runs.write_leaderboard(tmp_path)
     assert table["run"].tolist() == ["search/ridge/0/02_baseline", "02_baseline", "03_modernbert"]
-    assert list(table) == runs.LEADERBOARD_COLUMNS and table["seed"].tolist() == [7] * 3
+    assert table["rank"].tolist() == [1, 2, 1] and table["seed"].tolist() == [7] * 3
     written = pd.read_csv(tmp_path / "leaderboard.csv")
     assert written["log_loss"].tolist() == [1.02, 1.05, 0.9]
     assert written["log_loss_low"].isna().tolist() == [True, False, True]
+
+
+def test_runs_on_other_rows_of_the_same_data_are_ranked_apart(tmp_path):
+    few, many = runs.hash_rows([1, 2]), runs.hash_rows([1, 2, 3])
+    assert few != many and many == runs.hash_rows(np.array([3, 1, 2, 2]))
+    make_run(tmp_path / "02_baseline", 1.0, rows_hash=many)
+    make_run(tmp_path / "03_modernbert", 1.05, rows_hash=few)
+    make_run(tmp_path / "05_ensemble", 0.99, rows_hash=few)
+    table = runs.write_leaderboard(tmp_path).set_index("run")["rank"]
+    assert table.to_dict() == {"02_baseline": 1, "05_ensemble": 1, "03_modernbert": 2}
+
+
+def test_a_run_notes_which_rows_it_scored(tmp_path):
+    oof = probs_table([4, 5], np.full((2, 3), 1 / 3), fold=0)
+    runs.write_run(tmp_path, config={}, oof=oof, metrics={"log_loss": 1.0})
+    assert runs.read_json(tmp_path / "metrics.json")["rows_hash"] == runs.hash_rows([5, 4])
+
+
+def test_a_member_is_named_by_what_it_really_is(tmp_path):
+    for folder, config in {
+        "02_baseline": {"seed": 1},
+        "03_modernbert": {"checkpoint": "tiny:modernbert"},
+        "search/0/04_qwen": {"checkpoint": "Qwen/Qwen3-4B-Instruct-2507"},
+    }.items():
+        runs.write_json(tmp_path / folder / "config.json", config)
+    names = [runs.label_member(tmp_path, run) for run in ("02_baseline", "03_modernbert")]
+    assert names == ["02 CPU baseline", "03 tiny encoder (stand-in)"]
+    assert runs.label_member(tmp_path, "search/0/04_qwen") == "04 Qwen3-4B-Instruct-2507"
+    blend = {"members": ["02_baseline", "03_modernbert"], "weights": [1.0, 0.0]}
+    runs.write_json(tmp_path / "05_ensemble" / "blend.json", blend)
+    assert "02 alone" in runs.label_member(tmp_path, "05_ensemble")
+    runs.write_json(tmp_path / "05_ensemble" / "blend.json", blend | {"weights": [0.5, 0.5]})
+    assert runs.label_member(tmp_path, "05_ensemble") == "05 blend of 02, 03"
 
 
 def test_a_removed_run_disappears_from_the_leaderboard(tmp_path):
@@ -154,3 +188,17 @@ def test_the_columns_of_probabilities_are_checked(tmp_path):
     oof = probs_table([1], np.full((1, 3), 1 / 3))
     with pytest.raises(AssertionError, match=LABELS[0]):
         runs.write_run(tmp_path, config={}, oof=oof, metrics={})
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "expected"),
+    [
+        ("demo", ["train.csv"], "simulated"),
+        ("raw", ["train.csv"], "competition"),
+        ("given", ["a.csv", "b.csv"], "real battles (a.csv, b.csv)"),
+        ("given", list("abcd"), "2 more files"),
+    ],
+)
+def test_a_run_says_whose_battles_it_read(tmp_path, kind, files, expected):
+    runs.write_json(tmp_path / "bias.json", {"source": {"kind": kind, "files": files}})
+    assert expected in runs.read_source(tmp_path)

@@ -5,24 +5,32 @@ import pandas as pd
 import pytest
 import sklearn.metrics
 
-from src.utils.schema import list_votes, probs_of, probs_table, swap_probs
+from src.utils.schema import LABEL_NAMES, list_votes, probs_of, probs_table, swap_pairs, swap_probs
 from src.utils.stats.scores import (
+    MIN_SLICE,
     bootstrap_interval,
+    by_fold,
     class_prior,
     compare_leanings,
     compare_models,
+    compare_runs,
     compare_slices,
-    confident_errors,
+    count_confusion,
+    describe_folds,
     draw_groups,
     held_out_prior,
     log_loss,
     paired_difference,
+    predict_by_length,
+    prior_of,
     proportion_interval,
+    read_published,
     reliability_curve,
     row_losses,
     score,
     summarise,
     swap_gap,
+    worst_battles,
 )
 from tests.votes import blur, make_votes
 
@@ -163,14 +171,72 @@ def test_groups_are_drawn_whole_up_to_the_number_of_battles():
     assert len(draw_groups(groups, 1, seed=1)) == 5 and len(draw_groups([], 9, seed=1)) == 0
 
 
-def test_the_worst_battles_come_first_and_read_safely(ugly_pairs):
-    probs = np.full((len(ugly_pairs), 3), 1 / 3)
-    probs[3] = [0.49, 0.49, 0.02] if ugly_pairs["label"].iloc[3] == 2 else [0.01, 0.01, 0.98]
-    errors = confident_errors(ugly_pairs, probs, n_shown=20, n_chars=40)
-    assert errors["id"].iloc[0] == ugly_pairs["id"].iloc[3]
-    html = errors.to_html()
-    html.encode("utf-8")  # lone surrogates would fail here
-    assert "<script>" not in html and errors["response_b"].str.len().max() <= 42
+def test_the_worst_battles_come_first():
+    probs = np.array([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.05, 0.9, 0.05], [0.4, 0.3, 0.3]])
+    assert worst_battles(probs, np.array([0, 0, 0, 0]), n_shown=2).tolist() == [2, 1]
+
+
+def test_a_confusion_has_recall_by_vote_and_precision_by_prediction():
+    sure = np.eye(3) * 0.7 + 0.1
+    table = count_confusion(sure[[0, 0, 1, 0]], np.array([0, 0, 1, 2]))
+    assert table["vote"].tolist() == list(LABEL_NAMES) and table["n"].tolist() == [2, 1, 1]
+    assert table[list(LABEL_NAMES)].to_numpy().tolist() == [[2, 0, 0], [0, 1, 0], [1, 0, 0]]
+    assert table["recall"].tolist() == [1, 1, 0]
+    assert table["precision"].tolist() == pytest.approx([2 / 3, 1, np.nan], nan_ok=True)
+    assert (table["low"] <= table["recall"]).all() and (table["recall"] <= table["high"]).all()
+
+
+def test_folds_are_scored_one_by_one_and_each_vote_counts():
+    pairs = pd.DataFrame({"id": [1, 2, 3], "label": [0, 2, 1], "fold": [0, 0, 1], "group": 0})
+    pairs = pairs.assign(votes_a=[2, 0, 0], votes_b=[0, 0, 1], votes_tie=[1, 1, 0])
+    probs = np.array([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
+    folds = by_fold(probs_table(pairs["id"], probs)[::-1], pairs)
+    assert " ".join(folds) == "fold n_pairs log_loss accuracy" and folds["n_pairs"].tolist() == [
+        2,
+        1,
+    ]
+    first = -np.log([0.5, 0.5, 0.25, 0.6]).mean()
+    assert folds["log_loss"].tolist() == pytest.approx([first, -np.log(0.8)])
+    assert folds["accuracy"].tolist() == [0.75, 1]
+    told = describe_folds(folds)
+    mean, spread = folds["log_loss"].mean(), folds["log_loss"].std()
+    assert f"{mean:.4f} ± {spread:.4f}" in told and "87.5 ± 17.7" in told
+    assert "2 battles" in describe_folds(folds[:1]) and "nan" not in describe_folds(folds[:1])
+
+
+def test_a_length_model_is_symmetric_and_learns_from_the_other_folds():
+    rng = np.random.default_rng(0)
+    n_chars = rng.integers(1, 200, (600, 2))
+    gaps = np.log(n_chars[:, 0] / n_chars[:, 1])
+    labels = np.where(rng.random(600) < 1 / (1 + np.exp(-2 * gaps)), 0, 1)
+    labels[::7] = 2
+    pairs = pd.DataFrame({"id": np.arange(600), "label": labels, "fold": np.arange(600) % 3})
+    pairs["response_a"] = [("x" * n, None) for n in n_chars[:, 0]]
+    pairs["response_b"] = [("x" * n,) for n in n_chars[:, 1]]
+    probs = predict_by_length(pairs)
+    np.testing.assert_allclose(predict_by_length(swap_pairs(pairs)), swap_probs(probs), atol=1e-4)
+    prior = held_out_prior(labels, pairs["fold"].to_numpy())
+    assert log_loss(probs, labels) < log_loss(prior, labels) - 0.1
+    flipped = pairs.assign(label=np.where(pairs["fold"] == 0, 2, pairs["label"]))
+    first = (pairs["fold"] == 0).to_numpy()
+    np.testing.assert_allclose(predict_by_length(flipped)[first], probs[first])
+    assert predict_by_length(pairs.assign(fold=0)).shape == (600, 3)
+
+
+def test_runs_are_compared_on_shared_battles_with_the_prior_of_all():
+    truth, labels = make_votes(300)
+    pairs = pd.DataFrame({"id": np.arange(300), "label": labels, "fold": np.arange(300) % 2})
+    pairs["group"] = pairs["id"]
+    shared = pairs[pairs["fold"] == 0].reset_index(drop=True)
+    kept = shared["id"].to_numpy()
+    table = compare_runs({"blurred": blur(truth, 0.5)[kept]}, shared, pairs, truth[kept], "blurred")
+    assert table["model"].tolist() == ["the class prior", "blurred", "the best reachable"]
+    assert table["log_loss"].iloc[0] == log_loss(prior_of(pairs)[kept], labels[kept])
+    assert table["difference"].iloc[1] == 0
+    alone = compare_runs(
+        {"blurred": truth[kept]}, shared, pairs, None, "the class prior", n_boot=50
+    )
+    assert alone["model"].tolist() == ["the class prior", "blurred"]
 
 
 def test_slices_name_where_the_model_is_worse():
@@ -179,16 +245,29 @@ def test_slices_name_where_the_model_is_worse():
     first = groups < 200
     reference = losses + np.where(first, -0.2, 0.2) + rng.normal(0, 0.1, 400)
     table = compare_slices(
-        losses, reference, {"first": first, "last": ~first, "one": groups == 0}, groups, 200
+        losses,
+        {"length only": reference, "prior": reference + 1},
+        {"first": first, "last": ~first, "few": groups < MIN_SLICE - 1},
+        groups,
+        200,
     )
     assert table["slice"].tolist() == ["first", "last"] and table["n_pairs"].tolist() == [200, 200]
     assert table["verdict"].tolist() == ["worse", "better"]
     assert table["difference"].to_numpy() == pytest.approx([0.2, -0.2], abs=0.03)
-    assert (table["log_loss"] - table["reference"]).to_numpy() == pytest.approx(
+    assert (table["log_loss"] - table["length only"]).to_numpy() == pytest.approx(
         table["difference"].to_numpy()
     )
-    same = compare_slices(losses, losses, {"all": first | ~first}, groups, 50)
+    assert (table["prior"] - table["length only"]).to_numpy() == pytest.approx([1, 1])
+    same = compare_slices(
+        losses, {"itself": losses}, {"first": first, "all": first | ~first}, groups, 50
+    )
     assert same["verdict"].tolist() == ["no different"]
+
+
+def test_published_scores_are_plausible_and_have_a_source():
+    table = read_published()
+    assert table["log_loss"].between(0.8, 1.1).all() and table["name"].is_unique
+    assert (table["source"].str.len() > 10).all() and len(table) >= 8
 
 
 def test_a_summary_scores_held_out_battles_in_any_order():

@@ -25,17 +25,15 @@ from src.utils.delivery import submit
 from src.utils.delivery.submit import (
     Submission,
     check_submission,
-    choose_devices,
     describe_timing,
-    load_reader,
     make_submission,
-    open_reader,
     order_networks,
     predict_submission,
 )
-from src.utils.models import checkpoints, predict, tiny
+from src.utils.models import bases, checkpoints, predict
 from src.utils.models.baseline import fit_baseline, save_baseline
-from src.utils.models.predict import LocalReader, predict_pairs
+from src.utils.models.predict import predict_pairs
+from src.utils.models.reading import LocalReader, load_reader, open_reader
 from src.utils.schema import LABELS
 from src.utils.stats.blend import Blend, apply_blend
 
@@ -45,7 +43,7 @@ ALL = Blend((BASELINE, ENCODER, DECODER), (0.4, 0.3, 0.3))
 BUDGET = {"max_tokens": 192, "predict_tokens": 192, "tokens_per_batch": 1024}
 CONFIGS = {
     ENCODER: FinetuneConfig(checkpoint="tiny:modernbert", revision="", **BUDGET),
-    DECODER: FinetuneConfig(checkpoint="tiny:qwen3", revision="", lora_rank=4, **BUDGET),
+    DECODER: FinetuneConfig(checkpoint="tiny:qwen3", revision="", train="lora", **BUDGET),
 }
 
 
@@ -438,7 +436,7 @@ def test_an_attached_base_is_found_in_both_layouts_and_checked(
     shutil.copytree(trained[DECODER] / "base", right)
     assert checkpoints.find_base(folder, config) == right
     wrong = tmp_path / "input" / layout / name / "1"
-    tiny.prepare_base(dataclasses.replace(CONFIGS[DECODER], seed=7), pairs, wrong, n_steps=0)
+    bases.prepare_base(dataclasses.replace(CONFIGS[DECODER], seed=7), pairs, wrong, n_steps=0)
     assert checkpoints.find_base(folder, config) == right
     shutil.rmtree(right)
     with pytest.raises(ValueError, match=f"{wrong}.*hash"):
@@ -519,7 +517,7 @@ HURRIED = """
 import functools, multiprocessing, sys, time
 from pathlib import Path
 from src.utils.config import FinetuneConfig
-from src.utils.delivery.submit import load_reader, open_reader
+from src.utils.models.reading import load_reader, open_reader
 from src.utils.runs import read_json
 
 if __name__ == "__main__":
@@ -558,18 +556,3 @@ def test_a_process_ends_when_its_parent_is_killed(trained):
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     pytest.fail(f"process {worker} outlived its parent by 30 s")
-
-
-def test_a_gpu_that_torch_has_no_kernels_for_falls_back_to_the_cpu(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 0))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
-    assert choose_devices(None) == [None]
-    assert "6.0" in caplog.text
-
-
-def test_each_gpu_gets_a_process(monkeypatch):
-    monkeypatch.setattr(submit, "choose_device", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_devices(None) == [0, 1] and choose_devices(3) == [0, 1, 0]

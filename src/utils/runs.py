@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from src.utils.config import name_model
 from src.utils.schema import LABELS, TEXTS, VOTES, probs_of
 
 _MANIFEST = "manifest.json"
 _PACKAGES = "torch transformers peft bitsandbytes scikit-learn lightgbm pandas numpy".split()
 LEADERBOARD_COLUMNS = (
-    "run data_hash config_hash n_pairs seed log_loss log_loss_low log_loss_high accuracy seconds "
-    "peak_mib"
+    "rank run model n_pairs seed log_loss log_loss_low log_loss_high accuracy seconds peak_mib "
+    "data_hash rows_hash config_hash"
 ).split()
 _NOT_RUNS = {"checkpoints", "earlier", "model"}  # folders inside a run
 
@@ -66,12 +67,18 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def move_aside(path: Path, target: Path) -> Path:
-    """Move a file or folder to `target`, or to `target-2` and so on: it replaces nothing."""
+def find_free(target: Path, is_taken: Callable[[Path], bool] = Path.exists) -> Path:
+    """Return the first of `target`, `target-2` and so on that is not taken."""
     free, number = target, 1
-    while free.exists():
+    while is_taken(free):
         number += 1
         free = target.with_name(f"{target.name}-{number}")
+    return free
+
+
+def move_aside(path: Path, target: Path) -> Path:
+    """Move a file or folder to `target`, or to `target-2` and so on: it replaces nothing."""
+    free = find_free(target)
     free.parent.mkdir(parents=True, exist_ok=True)
     os.replace(path, free)
     return free
@@ -110,7 +117,7 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
 def write_figure(path: Path, figure: Any) -> Path:
     """Write a matplotlib figure atomically."""
     with atomic_path(path) as tmp:
-        figure.savefig(tmp, dpi=120, bbox_inches="tight")
+        figure.savefig(tmp, dpi=120)
     return Path(path)
 
 
@@ -136,6 +143,22 @@ def read_truth(eda_dir: Path, ids: pd.Series) -> np.ndarray | None:
     if not path.exists():
         return None
     return probs_of(pd.read_parquet(path).set_index("id").loc[list(ids)])
+
+
+def name_source(kind: str, files: Sequence[str]) -> str:
+    """Name battles for a figure's corner; `kind` is that of `paths.find_raw_data`."""
+    if kind == "demo":
+        return "simulated arena"
+    if kind in ("raw", "kaggle"):
+        return "the competition's data"
+    more = f" and {len(files) - 2} more files" if len(files) > 2 else ""
+    return f"real battles ({', '.join(files[:2])}{more})"
+
+
+def read_source(eda_dir: Path) -> str:
+    """Read from 01's run whose battles they are: "simulated arena", "real battles (a.csv)"."""
+    source = read_json(Path(eda_dir) / "bias.json")["source"]
+    return name_source(source["kind"], source["files"])
 
 
 def hash_file(path: Path) -> str:
@@ -189,6 +212,29 @@ def hash_pairs(pairs: pd.DataFrame) -> str:
         values = [value if isinstance(value, tuple) else str(value) for value in row]
         digest.update(json.dumps(values).encode())
     return digest.hexdigest()
+
+
+def hash_rows(ids: Iterable[Any]) -> str:
+    """BLAKE2b of a set of battles whatever its order: which rows a score is of, 16 hex digits."""
+    return hash_json(sorted({str(each) for each in ids}))
+
+
+def label_member(artifacts: Path, run: str) -> str:
+    """Name what the run folder `artifacts / run` holds: "03 tiny encoder (stand-in)".
+
+    The blend of 05 is named by what it publishes: "05 publishes 02 alone (blend not better)".
+    """
+    folder = Path(artifacts) / run
+    number = folder.name.split("_")[0]
+    if (folder / "blend.json").exists():
+        blend = read_json(folder / "blend.json")
+        weights = zip(blend["members"], blend["weights"], strict=True)
+        kept = [name[:2] for name, weight in weights if weight > 0]
+        if len(kept) == 1 < len(blend["members"]):
+            return f"{number} publishes {kept[0]} alone (blend not better)"
+        return f"{number} blend of {', '.join(kept)}"
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    return f"{number} {name_model(config.get('checkpoint', 'CPU baseline'))}"
 
 
 def measure_versions() -> dict[str, str]:
@@ -256,15 +302,16 @@ def write_run(
     (run_dir / "metrics.json").unlink(missing_ok=True)
     write_json(run_dir / "config.json", config)
     write_table(run_dir / "oof.parquet", oof)
-    write_json(run_dir / "metrics.json", metrics)
+    write_json(run_dir / "metrics.json", {**metrics, "rows_hash": hash_rows(oof["id"])})
 
 
 def write_leaderboard(artifacts: Path) -> pd.DataFrame:
     """Collect the scores of all completed runs below `artifacts` in its `leaderboard.csv`.
 
     Returns:
-        One row per run, `LEADERBOARD_COLUMNS`: `run` is its folder relative to `artifacts`.
-        Sorted by data, then by loss: losses on different battles cannot be compared.
+        One row per run, `LEADERBOARD_COLUMNS`: `run` is its folder relative to `artifacts`,
+        `model` its `label_member`. Losses on different battles cannot be compared, so `rank`
+        counts among the runs on the same data and the same held-out rows alone.
     """
     rows = []
     for path in sorted(artifacts.rglob("metrics.json")):
@@ -273,9 +320,13 @@ def write_leaderboard(artifacts: Path) -> pd.DataFrame:
         if "log_loss" in metrics and _NOT_RUNS.isdisjoint(run.parts):
             config = path.with_name("config.json")
             seed = read_json(config).get("seed") if config.exists() else None
-            rows.append(metrics | {"run": run.as_posix(), "seed": seed})
+            label = label_member(artifacts, run.as_posix())
+            rows.append(metrics | {"run": run.as_posix(), "seed": seed, "model": label})
     table = pd.DataFrame(rows, columns=LEADERBOARD_COLUMNS)
-    table = table.astype({"seed": "Int64", "n_pairs": "Int64"})
-    table = table.sort_values(["data_hash", "log_loss", "run"], ignore_index=True)
+    # Runs of an older version did not note their rows: as many are taken for the same.
+    same = ["data_hash", "rows_hash", "n_pairs"]
+    table["rank"] = table.groupby(same, dropna=False)["log_loss"].rank(method="min")
+    table = table.astype({"seed": "Int64", "n_pairs": "Int64", "rank": "Int64"})
+    table = table.sort_values([*same, "log_loss", "run"], ignore_index=True)
     write_table(artifacts / "leaderboard.csv", table)
     return table

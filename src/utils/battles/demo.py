@@ -90,6 +90,15 @@ def measure_answer(prompt: Turns, answer: Turns) -> np.ndarray:
     )
 
 
+def measure_differences(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Measure what the voters value in both answers of N battles: A − B, a column per measure."""
+    sides = []
+    for answer in ("response_a", "response_b"):
+        measured = map(measure_answer, pairs["prompt"], pairs[answer])
+        sides.append(np.array(list(measured)).reshape(-1, len(MEASURES)))
+    return pd.DataFrame(sides[0] - sides[1], columns=list(MEASURES))
+
+
 def true_probs(prompt: Turns, a: Turns, b: Turns, effects: Effects = EFFECTS) -> np.ndarray:
     """Compute the probabilities by which votes are drawn: (C,) float64 in `LABELS` order."""
     weights = np.array([getattr(effects, name) for name in MEASURES])

@@ -249,7 +249,7 @@ def find_layout(path: Path, columns: Sequence[str], labelled: bool) -> Layout:
     closest = int(np.argmin(shares))  # the one with most of its columns there
     raise ValueError(
         f"{path}: expected columns {LAYOUTS[closest].columns(labelled)} ({LAYOUTS[closest].name}), "
-        f"missing {lacking[closest]}, got {there}; README lists the layouts that are read"
+        f"missing {lacking[closest]}, got {there}; docs/data.md lists the layouts"
     )
 
 

@@ -65,6 +65,12 @@ SCRIPTS = (
 )
 
 WORDS = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text(encoding="utf-8"))
+# An expression runs over several lines of the file; kinds of prompts in the order of the search.
+PROMPT_KINDS = {
+    kind: re.compile(text.replace("| ", "|"), re.IGNORECASE)
+    for kind, text in WORDS["prompts"].items()
+}
+_KIND_WINDOW_CHARS = 400  # of a prompt; further down it quotes what it asks about
 _REFUSAL_WINDOW_CHARS = 300  # of each turn; further down, the same words are a disclaimer
 HEDGES = frozenset(WORDS["hedges"].encode().split())
 STOPWORDS = frozenset(WORDS["stopwords"].encode().split())
@@ -300,6 +306,22 @@ def measure_style(pairs: pd.DataFrame) -> pd.DataFrame:
     columns |= dict(zip(PAIR_FEATURES, shared[:-1], strict=True))
     scripts = pd.Categorical.from_codes(shared[-1].astype(np.int8), pd.Index(SCRIPTS))
     return pd.DataFrame({**columns, "script_prompt": scripts}, index=pairs.index)
+
+
+def classify_prompts(pairs: pd.DataFrame, style: pd.DataFrame) -> pd.Categorical:
+    """Sort prompts into kinds by the first expression of `style.yaml` found in their opening.
+
+    Rules of thumb: of 72 real prompts that were read, four in five were in the right kind.
+    `style` is that of `measure_style`; the kinds are `PROMPT_KINDS`, "other" and "not English".
+    """
+    kinds = []
+    for turns, script in zip(pairs["prompt"], style["script_prompt"], strict=True):
+        opening = join_turns(turns[:1])[:_KIND_WINDOW_CHARS]
+        hits = (kind for kind, rule in PROMPT_KINDS.items() if rule.search(opening))
+        kind = next(hits, "other")
+        # Code is recognised in any language.
+        kinds.append(kind if script == "English" or kind == "code" else "not English")
+    return pd.Categorical(kinds, [*PROMPT_KINDS, "other", "not English"])
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -21,6 +21,7 @@ from src.utils.config import FinetuneConfig, name_model
 from src.utils.models.template import INSTRUCTION, TURN_TEXT
 from src.utils.runs import read_json
 from src.utils.schema import list_votes
+from src.utils.stats.plots import with_interval
 from src.utils.stats.scores import compare_leanings, compare_models, compare_slices, row_losses
 
 _CARD = Path(__file__).with_name("model_card.md")
@@ -28,7 +29,6 @@ _LICENCES = {
     "answerdotai/ModernBERT-base": "apache-2.0",
     "Qwen/Qwen3-4B-Instruct-2507": "apache-2.0",
 }
-_MIN_SLICE = 30  # battles: the loss of fewer says nothing
 _LEANINGS = {
     "n_chars": "the longer answer",
     "n_list_items": "more list items",
@@ -73,35 +73,39 @@ def measure_facts(
     ladder["name"] = ladder["model"].where(
         ladder["model"] != names[chosen], f"**{names[chosen]}: this model**"
     )
+    rows_of_losses = ladder[["log_loss", "low", "high"]].to_numpy()
+    ladder["loss"] = [with_interval(*row, "{:.4f}") for row in rows_of_losses]
     losses = {name: row_losses(probs, labels) for name, probs in models.items()}
     counts = measure_style(pairs)
     parts = {name: mask[rows] for name, mask in slice_battles(counts).items()}
     published = models[names[chosen]]
-    slices = compare_slices(losses[names[chosen]], losses["class prior"], parts, groups, n_boot)
+    references = {"class_prior": losses["class prior"]}
+    slices = compare_slices(losses[names[chosen]], references, parts, groups, n_boot)
     differences, columns = style_differences(counts)
     sides = {text: differences[rows, columns.index(name)] for name, text in _LEANINGS.items()}
     leanings = compare_leanings(published, labels, sides, groups, n_boot)
     return {
         "n_pairs": len(pairs),
         "ladder": ladder.to_dict("records"),
-        "slices": slices[slices["n_pairs"].between(_MIN_SLICE, len(labels) - 1)].to_dict("records"),
+        "slices": slices.to_dict("records"),
         "leanings": _list_leanings(leanings),
         "oracle": None if truth is None else float(row_losses(truth[rows], labels).mean()),
     }
 
 
-def _list_leanings(table: pd.DataFrame) -> list[dict[str, str]]:
+def _list_leanings(table: pd.DataFrame) -> list[dict[Any, Any]]:
     """Put people and model side by side: leaning, people, model, each with its interval."""
     table = table.dropna(subset="share")
-    low, high = (table[name].map("{:.1%}".format) for name in ("low", "high"))
-    cells = table["share"].map("{:.1%}".format) + " (" + low + " to " + high + ")"
-    table = table.assign(cell=cells)
+    rows = table[["share", "low", "high"]].to_numpy()
+    table = table.assign(cell=[with_interval(*row, "{:.1%}") for row in rows])
     wide = table.pivot(index="leaning", columns="voter", values="cell")
     return wide.loc[table["leaning"].unique()].reset_index().to_dict("records")
 
 
-def summarise_check(check: Mapping[str, Any]) -> str:
+def summarise_check(check: Mapping[str, Any] | None) -> str:
     """Say in sentences what `publish.check_card` found."""
+    if check is None:
+        return "A head on a frozen base needs the suite to load: no stranger can run its card."
     largest = "–" if check["within"] is None else f"{check['within']:.1e}"
     text = (
         f"On {check['n_within']} battles within the token budget the card's code, run in a fresh "
@@ -165,12 +169,13 @@ def make_card(
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["human-preferences", "llm-evaluation", "reward-model"],
-        base_model=None if config.is_tiny else config.checkpoint,
-        base_model_relation=None if config.is_tiny else "finetune",
+        base_model=None if config.has_own_base else config.checkpoint,
+        base_model_relation=None if config.has_own_base else "finetune",
         datasets=[data.hub] if data and data.hub else None,
         eval_results=results,
     )
     is_decoder = bool(parity["is_decoder"])
+    trained = {"all": "every weight", "lora": f"LoRA of rank {config.lora_rank} and the head"}
     hours = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
     return ModelCard.from_template(
         front,
@@ -186,6 +191,8 @@ def make_card(
         checked=summarise_check(check) if check else "",
         is_demo=is_demo,
         is_decoder=is_decoder,
+        is_head=config.train == "head",
+        trained=trained.get(config.train, "a head on states of the frozen base"),
         data=data,
         licence=licence,
         n_models=len(config.folds) * config.n_seeds,
@@ -206,11 +213,10 @@ def render_card(card: ModelCard) -> str:
     """Render a card as a page, much as the hub shows it: HTML, with some front matter on top."""
     from nbconvert.filters.markdown import markdown2html
 
-    tags = [card.data.license, card.data.pipeline_tag, card.data.library_name, *card.data.tags]
+    data: Any = card.data
+    tags = [data.license, data.pipeline_tag, data.library_name, *data.tags]
     chips = " ".join(f"<span>{escape(str(tag))}</span>" for tag in tags)
-    return _PAGE.format(
-        title=escape(card.data.model_name), chips=chips, body=markdown2html(card.text)
-    )
+    return _PAGE.format(title=escape(data.model_name), chips=chips, body=markdown2html(card.text))
 
 
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>

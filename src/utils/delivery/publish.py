@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from src.utils.models.predict import PRECISION_TOLERANCE, predict_probs, toleran
 from src.utils.models.template import TURN_TEXT, count_tokens, make_pieces
 from src.utils.runs import atomic_folder
 from src.utils.schema import LABEL_NAMES, LABELS, TEXTS, join_turns, swap_probs
+from src.utils.stats.plots import with_interval
 from src.utils.stats.scores import log_loss, paired_difference, row_losses
 
 _CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -80,11 +82,11 @@ def choose_member(
     parts = [f"{names[chosen]} is published, {why}: {losses[chosen].mean():.4f} nats per battle"]
     for name in losses.keys() - {chosen}:
         gap = paired_difference(losses[chosen], losses[name], groups)
-        word = "no measurable difference from"
+        word = "not measurably different from"
         if gap["low"] > 0 or gap["high"] < 0:
             word = "worse than" if gap["mean"] > 0 else "better than"
-        interval = f"{gap['mean']:+.4f}, {gap['low']:+.4f} to {gap['high']:+.4f}"
-        parts.append(f"{word} {names[name]} ({losses[name].mean():.4f}; {interval})")
+        difference = with_interval(*gap.values(), "{:+.4f}")
+        parts.append(f"{word} {names[name]} ({losses[name].mean():.4f}), by {difference}")
     return chosen, "; ".join([parts[0], *sorted(parts[1:])]) + "."
 
 
@@ -117,7 +119,11 @@ def publish_model(
     release_memory()  # a packing model refers to itself
     dtype = _save_merged(source, config, base, folder)
     release_memory()
-    model, tokenizer = load_finetuned(folder, _complete(config))
+    if config.train == "head":  # its base is not published; one that the suite made is beside
+        base = base or (source.parents[1] / "base" if config.has_own_base else None)
+        model, tokenizer = load_finetuned(folder, unquantized, base)
+    else:
+        model, tokenizer = load_finetuned(folder, _complete(config))
     merged = predict(model, tokenizer)
     difference = float(np.abs(merged - unmerged).max())
     labels = pairs["label"].to_numpy()
@@ -138,7 +144,7 @@ def publish_model(
 
 def _complete(config: FinetuneConfig) -> FinetuneConfig:
     """The settings that read what `_save_merged` wrote: every weight, no adapter."""
-    return dataclasses.replace(config, quantization="none", lora_rank=0)
+    return dataclasses.replace(config, quantization="none", train="all")
 
 
 def write_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -150,6 +156,11 @@ def write_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _save_merged(
     source: Path, config: FinetuneConfig, base: Path | None, folder: Path
 ) -> torch.dtype:
+    if config.train == "head":  # transformers has no such class: the head alone, without base
+        with atomic_folder(folder) as tmp:
+            kept = shutil.ignore_patterns("oof.parquet", "training.json", "manifest.json")
+            shutil.copytree(source, tmp, ignore=kept, dirs_exist_ok=True)
+        return torch.float32
     model, tokenizer = merge(source, config, base)
     model.config.id2label = dict(enumerate(LABEL_NAMES))
     model.config.label2id = {label: index for index, label in enumerate(LABEL_NAMES)}
@@ -169,7 +180,7 @@ def _save_merged(
 
 def check_card(
     card: str, folder: Path, config: FinetuneConfig, pairs: pd.DataFrame
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Run the code of a card in a fresh process that lacks this package; compare with the suite.
 
     The code is that of the page, word for word, with `folder` in place of the name on the hub.
@@ -179,7 +190,10 @@ def check_card(
         largest difference of a probability on each (None: no such battle), and cut_mean, the mean
         of the largest per cut battle; tolerance; passed (of those within); and pipeline, the
         largest difference where one text is classified (None: the card has no such code).
+        None for a head on a frozen base, which needs the suite.
     """
+    if config.train == "head":
+        return None
     here = f"name = {str(Path(folder).resolve())!r}"
     code = _NAME.sub(lambda _: here, "\n".join(_CODE.findall(card)))
     options = {"max_tokens": config.predict_tokens, "tokens_per_batch": config.tokens_per_batch}

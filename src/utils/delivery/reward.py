@@ -22,13 +22,23 @@ from src.utils.stats.scores import MIN_PROB
 Predict = Callable[[pd.DataFrame], np.ndarray]  # battles -> (N, C) float, as in `schema.LABELS`
 
 
-def load_published(folder: Path) -> Predict:
-    """Load the `model/` folder that notebook 07 wrote, to predict battles with."""
-    battle = read_json(Path(folder) / "config.json")["battle"]
-    config = FinetuneConfig(checkpoint=str(folder), revision="", head=battle["head"])
+def load_predictor(folder: Path, config: FinetuneConfig | None = None) -> Predict:
+    """Load a model to predict battles with.
+
+    Without `config`, `folder` is the `model/` that 07 wrote; with it, a fold of 03 or 04.
+    """
+    if config is None:
+        battle = read_json(Path(folder) / "config.json")["battle"]
+        shown = {"head": battle["head"], "predict_tokens": battle["max_tokens"]}
+        config = FinetuneConfig(checkpoint=str(folder), revision="", **shown)
     model, tokenizer = load_finetuned(Path(folder), config)
-    options = {"max_tokens": battle["max_tokens"], "tokens_per_batch": 0}
-    return functools.partial(predict_probs, model, tokenizer, **options)
+    return functools.partial(
+        predict_probs,
+        model,
+        tokenizer,
+        max_tokens=config.predict_tokens,
+        tokens_per_batch=config.tokens_per_batch,
+    )
 
 
 def score_answers(
@@ -44,7 +54,7 @@ def score_answers(
         and reference changes the sign.
 
     Example:
-        >>> score_answers(load_published("artifacts/07_publish/model"), "2 + 2?", ["4", "5"])
+        >>> score_answers(load_predictor("artifacts/07_publish/model"), "2 + 2?", ["4", "5"])
     """
     rows = [(prompt, answer, other) for answer in answers for other in references]
     texts = [tuple((text,) for text in row) for row in rows]

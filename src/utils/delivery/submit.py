@@ -7,44 +7,32 @@ the one worth most per second first. One that fails or runs out of time costs qu
 
 import contextlib
 import functools
-import multiprocessing
-import os
-import threading
 import time
 import traceback
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from src.utils import paths
 from src.utils.config import FinetuneConfig
 from src.utils.models.baseline import load_baseline
-from src.utils.models.checkpoints import find_base, load_finetuned, load_tokenizer
-from src.utils.models.hardware import choose_device
+from src.utils.models.checkpoints import find_base, load_tokenizer
 from src.utils.models.predict import (
-    LocalReader,
     Prediction,
-    ReaderLost,
-    TokenRows,
     choose_least_certain,
     measure_entropy,
     predict_pairs,
 )
+from src.utils.models.reading import load_reader, open_reader
 from src.utils.runs import measure_versions, read_json, write_table
 from src.utils.schema import LABELS, check_probs
 from src.utils.stats.blend import Blend, apply_blend
 
 SUBMISSION_COLUMNS = ("id", *LABELS)
-_GRACE_S = 3.0  # after the deadline, for a process to end by itself
-_LONGEST_S = 1e6  # that is waited for where there is no deadline
 
 Keep = Callable[[Prediction], None]  # is given what a model has predicted so far
 Predict = Callable[[pd.DataFrame, "_Member", Keep], Prediction]
@@ -187,12 +175,14 @@ def order_networks(runs: Mapping[str, Path | None], blend: Blend) -> list[tuple[
         run = runs.get(name)
         if run is None or not _is_network(run):
             continue
-        config = read_json(run / "config.json")
+        config = FinetuneConfig.from_json(read_json(run / "config.json"))
         bases = []
-        if config.get("lora_rank"):
-            bases = [run / "base", *paths.find_checkpoints(config["checkpoint"])[:1]]
+        if config.is_frozen:
+            bases = [run / "base", *paths.find_checkpoints(config.checkpoint)[:1]]
         models = run / "model"
         folders = [*models.glob("refit"), *sorted(models.glob("fold_*"))]
+        if config.train == "head":  # the heads of all folds would read the same base again
+            folders = folders[:1]
         # Where none is found, the first is tried all the same: its error says what is missing.
         for place, folder in enumerate(folders or [models / "fold_0"], start=1):
             files = [file for part in (folder, *bases) for file in part.glob("*.safetensors")]
@@ -351,131 +341,6 @@ def _predict_network(
             uncertainty=member.uncertainty,
             twice_share=member.twice_share,
         )
-
-
-def load_reader(folder: Path, config: FinetuneConfig, base: Path | None) -> LocalReader:
-    """Load a fine-tuned model to read with in this process; arguments as for `load_finetuned`."""
-    model, tokenizer = load_finetuned(folder, config, base)
-    return LocalReader(model, tokenizer.pad_token_id, packing=config.packing)
-
-
-def open_reader(
-    load: Callable[[], LocalReader], deadline: float, n_workers: int | None = None
-) -> "LocalReader | ProcessReader":
-    """Open a reader of one model: in processes of its own, or here where none can be started.
-
-    `n_workers` None takes a process per GPU, or one on the CPU; 0 reads in this process.
-    RuntimeError if the model is not loaded by the deadline, a `time.monotonic()` value.
-    """
-    devices = choose_devices(n_workers)
-    if devices:
-        try:
-            return ProcessReader(load, devices, deadline)
-        except OSError as error:
-            warnings.warn(f"reading in this process, as no other starts: {error}", stacklevel=2)
-    return load()
-
-
-def choose_devices(n_workers: int | None) -> list[int | None]:
-    """Choose the GPU of each process, None for the CPU; `n_workers` as for `open_reader`."""
-    n_gpus = torch.cuda.device_count() if choose_device().type == "cuda" else 0
-    n_workers = max(n_gpus, 1) if n_workers is None else n_workers
-    return [worker % n_gpus if n_gpus else None for worker in range(n_workers)]
-
-
-class ProcessReader:
-    """One model in several processes that take batches from one queue; a `Reader`.
-
-    Each process is an executor of its own, so that when one dies the others read its batches.
-    When all die, often for lack of memory, this process does not try as well.
-    """
-
-    def __init__(
-        self, load: Callable[[], LocalReader], devices: Sequence[int | None], deadline: float
-    ) -> None:
-        """Load the model in a process per device, None for the CPU; OSError if none starts."""
-        left_s = _seconds_until(deadline)
-        # A fork would share the state of CUDA and of threads.
-        context = multiprocessing.get_context("spawn")
-        self._executors = [ProcessPoolExecutor(1, context) for _ in devices]
-        self._failures: dict[ProcessPoolExecutor, str] = {}
-        self._under_way: dict[Future, tuple[int, TokenRows, ProcessPoolExecutor]] = {}
-        try:
-            tasks = [
-                executor.submit(_load, load, device, left_s)
-                for executor, device in zip(self._executors, devices, strict=True)
-            ]
-            if wait(tasks, left_s).not_done:
-                raise RuntimeError("time ran out while the model was being loaded")
-            for executor, task in zip(self._executors, tasks, strict=True):
-                self._note(executor, task.exception())
-            if len(self._failures) == len(devices):
-                raise RuntimeError("; ".join(self._failures.values()))
-        except BaseException:
-            self.close()
-            raise
-        # The second batch of a process is ready while it reads the first.
-        self.capacity = 2 * (len(devices) - len(self._failures))
-
-    def close(self) -> None:
-        """End the processes, which frees their memory."""
-        for executor in self._executors:
-            executor.shutdown(cancel_futures=True)
-
-    def send(self, key: int, rows: TokenRows) -> None:
-        """Hand a batch to the process that has the fewest."""
-        while alive := [each for each in self._executors if each not in self._failures]:
-            n_batches = Counter(executor for _, _, executor in self._under_way.values())
-            executor = min(alive, key=n_batches.__getitem__)
-            try:
-                self._under_way[executor.submit(_read, rows)] = (key, rows, executor)
-                return
-            except BrokenProcessPool as error:
-                self._note(executor, error)
-        raise ReaderLost("; ".join(self._failures.values()))
-
-    def receive(self, deadline: float) -> tuple[int, np.ndarray] | None:
-        """Wait for a batch: its key and (rows, C) float64; None when the deadline passes first."""
-        while done := wait(self._under_way, _seconds_until(deadline), FIRST_COMPLETED).done:
-            task = done.pop()
-            key, rows, executor = self._under_way.pop(task)
-            error = task.exception()
-            if error is None:
-                return key, task.result()
-            self._note(executor, error)
-            self.send(key, rows)
-        return None
-
-    def _note(self, executor: ProcessPoolExecutor, error: BaseException | None) -> None:
-        if error is not None:
-            self._failures.setdefault(executor, f"{type(error).__name__}: {error}")
-
-
-def _seconds_until(deadline: float) -> float:
-    return min(max(0.0, deadline - time.monotonic()), _LONGEST_S)
-
-
-_reader: LocalReader  # of a process that `ProcessReader` started
-
-
-def _end_in_time(left_s: float) -> None:
-    """End this process with its parent or soon after the deadline, whatever it is doing."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join(left_s + _GRACE_S)
-    os._exit(1)
-
-
-def _load(load: Callable[[], LocalReader], device: int | None, left_s: float) -> None:
-    global _reader
-    threading.Thread(target=_end_in_time, args=(left_s,), daemon=True).start()
-    if device is not None:
-        torch.cuda.set_device(device)
-    _reader = load()
-
-
-def _read(rows: TokenRows) -> np.ndarray:
-    return _reader.read(rows)
 
 
 def describe_timing(outcome: Outcome, *, n_pairs: int, seconds: float, deadline_s: float) -> dict:

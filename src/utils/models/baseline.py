@@ -32,7 +32,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from sklearn.feature_extraction.text import HashingVectorizer
 from threadpoolctl import threadpool_limits
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from src.utils.battles.style import STYLE_FEATURES, measure_style, style_differences, style_shared
 from src.utils.config import BaselineConfig
@@ -77,6 +77,7 @@ LINEAR_MEMBERS = {
 # People mind an apology wherever they vote, so its weight is not shrunk with the others.
 _OWN_VARIANCE = {"has_apology": 0.05}
 
+WORD_PATTERN = r"\w+|[^\w\s]"  # words and signs
 _N_GRAMS = (2, 3, 4)  # bytes
 # 2^64 over the golden ratio: Fibonacci hashing, Knuth volume 3, section 6.4.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -116,13 +117,7 @@ class Features:
 def measure_features(pairs: pd.DataFrame, config: BaselineConfig) -> Features:
     """Measure battles for all members; `n_hashed` of the settings is the width of a text block."""
     style = measure_style(pairs)
-    words = HashingVectorizer(
-        n_features=config.n_hashed,
-        token_pattern=r"\w+|[^\w\s]",
-        alternate_sign=False,
-        norm="l1",
-        dtype=np.float32,
-    )
+    words = _hash_words(config.n_hashed)
     texts_a = [join_turns(turns) for turns in pairs["response_a"]]
     texts_b = [join_turns(turns) for turns in pairs["response_b"]]
     texts = {
@@ -130,6 +125,11 @@ def measure_features(pairs: pd.DataFrame, config: BaselineConfig) -> Features:
         "characters": hash_bytes(texts_a, config.n_hashed) - hash_bytes(texts_b, config.n_hashed),
     }
     return Features(style_differences(style)[0], style_shared(style), texts)
+
+
+def _hash_words(n_hashed: int) -> HashingVectorizer:
+    look = {"token_pattern": WORD_PATTERN, "alternate_sign": False, "norm": "l1"}
+    return HashingVectorizer(n_features=n_hashed, dtype=np.float32, **look)
 
 
 def hash_bytes(texts: list[str], n_hashed: int) -> sparse.csr_matrix:
@@ -342,16 +342,19 @@ class Baseline:
             probs.append(apply_blend(self.blend, self.ensemble.predict(features)))
         return np.concatenate(probs)
 
-    def style_effects(self) -> pd.DataFrame:
-        """Report the weight of each style feature in the style member, the largest first.
+    def word_weights(self, words: list[str], member: str = "words") -> np.ndarray:
+        """Look up in a member the log-odds of A per share of each word: (N,) float64.
 
-        Columns: name, caption, effect (log-odds of A against B when A has one standard deviation
-        more of it, all else equal).
+        `member` is "words" or "text", which read words.
         """
-        table = pd.DataFrame(STYLE_FEATURES.items(), columns=["name", "caption"])
-        scales = style_scales(LINEAR_MEMBERS["style"])
-        table["effect"] = self.ensemble.linear["style"].differences * scales
-        return table.sort_values("effect", key=np.abs, ascending=False, ignore_index=True)
+        columns = _hash_words(self.config.n_hashed).transform(words).tocoo()
+        variance = LINEAR_MEMBERS[member].texts["words"]
+        scale = np.sqrt(variance) / self.ensemble.units["words"]
+        # The columns of words follow those of style.
+        weights = self.ensemble.linear[member].differences[len(STYLE_FEATURES) :]
+        found = np.zeros(len(words))
+        found[columns.row] = weights[columns.col] * scale
+        return found
 
 
 def cross_fit(

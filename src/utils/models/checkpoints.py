@@ -1,6 +1,6 @@
 """Load, quantise, save and merge classifiers, with a new head and LoRA.
 
-A base is a checkpoint of the hub at a pinned revision, a folder, or a tiny checkpoint (`tiny`).
+A base is a checkpoint of the hub at a pinned revision, a folder, or made by `bases`.
 Trained weights are always 32-bit; frozen ones have the dtype that suits the hardware. Only
 safetensors are read, and no remote code is run.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import safe_open
 from torch import nn
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from src.utils.config import FinetuneConfig
+from src.utils.models.frozen import FrozenClassifier, load_head, save_head
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.heads import add_contrast
 from src.utils.models.template import TEMPLATE_VERSION, make_pieces
@@ -58,12 +60,12 @@ def load_classifier(config: FinetuneConfig, base: Path | None = None) -> Classif
     `config.seed` is the seed of both. `base` is a folder in place of `config.checkpoint`.
 
     Raises:
-        OSError: the checkpoint is neither in the cache nor reachable, or a tiny one is not made.
+        OSError: the checkpoint is neither in the cache nor reachable, or `bases` did not make it.
         ValueError: the checkpoint lacks weights besides those of the head.
     """
     torch.manual_seed(config.seed)
     model, tokenizer = _load_base(config, base)
-    if config.lora_rank:
+    if config.uses_lora:
         model = _add_lora(model, config)
     if config.gradient_checkpointing:
         # A reentrant checkpoint would lose the gradient behind frozen embeddings.
@@ -76,6 +78,26 @@ def load_classifier(config: FinetuneConfig, base: Path | None = None) -> Classif
     return model, tokenizer
 
 
+def load_frozen(
+    config: FinetuneConfig, base: Path | None = None
+) -> tuple[FrozenClassifier, PreTrainedTokenizerBase]:
+    """Load a base to read its states; arguments and errors as for `load_classifier`."""
+    # Its own head is not used, whatever HEAD says.
+    model, tokenizer = _load_base(dataclasses.replace(config, head="joint"), base)
+    frozen = FrozenClassifier(model, make_pieces(tokenizer), config.state_layers)
+    return frozen.eval(), tokenizer
+
+
+def find_base_folder(config: FinetuneConfig, base: Path | None = None) -> Path:
+    """Find the folder of a base's weights, downloaded if need be."""
+    source, revision = _locate(config, base)
+    if Path(source, "config.json").exists():
+        return Path(source)
+    with _naming(source):
+        files = ["*.safetensors", "*.json"]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=files))
+
+
 def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Classifier:
     device = choose_device()
     source, revision = _locate(config, base)
@@ -83,6 +105,11 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
     safely: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     tokenizer = load_base_tokenizer(config, base)
     skeleton = make_skeleton(read_architecture(config, base), config.head)
+    # With dropout inside attention the fused kernels cannot be used, and a pass of BERT takes
+    # several times as long (notebooks/LOG.md).
+    for name in ("attention_dropout", "attention_probs_dropout_prob"):
+        if hasattr(skeleton.config, name):
+            options[name] = 0.0
     with _naming(source):
         if config.quantization != "none":
             options["device_map"] = {"": device}
@@ -99,7 +126,7 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
             source,
             num_labels=len(LABELS),
             # The default is the checkpoint's dtype, and bf16 weights do not move in training.
-            dtype=dtype or (choose_dtype(device) if config.lora_rank else torch.float32),
+            dtype=dtype or (choose_dtype(device) if config.is_frozen else torch.float32),
             attn_implementation="sdpa" if skeleton._supports_sdpa else "eager",
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # a reward model's head of one score is replaced
@@ -123,7 +150,7 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
             module.support_avx512bf16_for_cpu = False
     if config.head == "contrast":
         model.pieces = make_pieces(tokenizer)
-    return (model if options else model.to(device)), tokenizer
+    return (model if config.quantization != "none" else model.to(device)), tokenizer
 
 
 def load_base_tokenizer(
@@ -157,7 +184,7 @@ def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
     folder = Path(base or config.checkpoint).expanduser()
     if (folder / "config.json").exists():
         return str(folder), "main"
-    if base is not None or config.is_tiny:
+    if base is not None or config.has_own_base:
         raise FileNotFoundError(
             f"{base}: expected the folder of {config.checkpoint}; call prepare_base() first"
         )
@@ -317,6 +344,30 @@ def write_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
         file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
+def write_head(
+    head: nn.Sequential,
+    config: FinetuneConfig,
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write a head on the states of a frozen base: its weights, tokenizer and `origin.json`.
+
+    `base` is from `find_base_folder`; `load_finetuned` puts the head onto it again.
+    """
+    save_head(head, folder)
+    tokenizer.save_pretrained(folder)
+    is_hub = not Path(config.checkpoint).expanduser().is_dir() and not config.has_own_base
+    origin = {
+        "base": config.checkpoint if is_hub else base.name,
+        "commit": base.name if is_hub else None,  # the cache names its folders so
+        "template_version": TEMPLATE_VERSION,
+        "base_hash": hash_base(base),
+        "state_layers": list(config.state_layers),
+    }
+    write_json(folder / "origin.json", origin)
+
+
 def hash_base(folder: Path) -> str:
     """Hash a base's vectors and the first row of each matrix, in 16 hex digits.
 
@@ -346,25 +397,29 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = None) -> Classifier:
     """Load what `save_model` saved, e.g. `run_dir / "model" / "fold_0"`, to predict with.
 
-    A model without LoRA gets the dtype that it was saved in. Adapters go onto `base`; without it
-    onto `run_dir / "base"` if the checkpoint is tiny, else on what `config.checkpoint` names, at
-    the commit of training.
+    A model without LoRA gets the dtype that it was saved in. Adapters and heads on a frozen base go
+    onto `base`; without it onto `run_dir / "base"` if the suite made it, else on what
+    `config.checkpoint` names, at the commit of training.
 
     Raises:
         FileNotFoundError: the folder has no model.
         ValueError: it was trained with another template, or on another base than `base`.
     """
     origin = _read_origin(folder)
-    if not config.lora_rank:
+    if not config.is_frozen:
         # Complete, whatever its base was; a merged decoder would take twice the memory in 32 bit.
         model, tokenizer = _load_base(config, folder, dtype="auto")
         return model.eval(), tokenizer
     if base is not None:
         check_base(folder, base)
-    elif config.is_tiny:
+    elif config.has_own_base:
         base = Path(folder).parents[1] / "base"
     if origin["commit"]:
         config = dataclasses.replace(config, revision=origin["commit"])
+    if config.train == "head":
+        frozen, tokenizer = load_frozen(config, base)
+        frozen.head = load_head(folder, frozen.n_states).to(choose_device())
+        return frozen.eval(), tokenizer
     model, tokenizer = _load_base(config, base)
     with quiet_transformers():
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=False)
@@ -424,7 +479,7 @@ def find_base(folder: Path, config: FinetuneConfig) -> Path | None:
     Raises:
         ValueError: checkpoints of its name are attached, and all have other weights.
     """
-    if not config.lora_rank or config.is_tiny:
+    if not config.is_frozen or config.has_own_base:
         return None
     attached = find_checkpoints(config.checkpoint)
     for base in attached:

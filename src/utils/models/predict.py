@@ -4,8 +4,6 @@ Validation, the submission and publishing all use it, so what is scored at home 
 runs on Kaggle. A `Reader` runs the model, in this process or in others.
 """
 
-import contextlib
-import functools
 import math
 import sys
 import time
@@ -22,13 +20,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.batches import collate, is_canonical, make_batches
-from src.utils.models.checkpoints import hidden_size, in_float32
+from src.utils.models.batches import is_canonical, make_batches
+from src.utils.models.checkpoints import hidden_size
 from src.utils.models.hardware import choose_device, choose_dtype
-from src.utils.models.packing import can_pack, collate_packed, enable_packing
-from src.utils.models.template import Encoded, count_tokens, encode_battles
+from src.utils.models.reading import LocalReader, Reader, ReaderLost
+from src.utils.models.template import Encoded, encode_battles
 from src.utils.schema import LABELS, swap_pairs, swap_probs
-from src.utils.stats.scores import paired_difference, row_losses
 
 MIN_TOKENS = 256  # a battle is never cut below this for lack of time
 _N_WARMUP = 3  # batches before the pace is trusted; the first one also warms the hardware up
@@ -46,8 +43,6 @@ PRECISION_TOLERANCE: dict[torch.dtype | str, float] = {
     torch.bfloat16: 2e-2,
     "8bit": 5e-2,
 }
-
-TokenRows = Sequence[np.ndarray]  # token ids of each battle
 
 
 @dataclass(frozen=True)
@@ -71,95 +66,6 @@ class Prediction:
     # (N, C) float64, the first reading alone, with A and B as in the given battles; `swap` reads
     # a battle in canonical order first
     first_probs: np.ndarray | None = None
-
-
-class ReaderLost(Exception):
-    """No process is left that could read; what was read before is kept."""
-
-
-class Reader(Protocol):
-    """Turns token rows into probabilities, one or several batches at a time."""
-
-    capacity: int  # batches that may be under way at once
-
-    def send(self, key: int, rows: TokenRows) -> None:
-        """Start to read a batch."""
-
-    def receive(self, deadline: float) -> tuple[int, np.ndarray] | None:
-        """Wait for a batch: its key and (rows, C) float64; None when the deadline passes first."""
-
-
-class LocalReader:
-    """A classifier in this process, one batch at a time; a `Reader`.
-
-    With `packing` a batch is one row without padding, where `can_pack` knows the model.
-    """
-
-    capacity = 1
-
-    def __init__(self, model: nn.Module, pad_id: int, *, packing: bool = True) -> None:
-        self.model, self.pad_id = model, pad_id
-        self.is_packed = packing and can_pack(model)
-        if self.is_packed:
-            enable_packing(model)
-        self._done: deque[tuple[int, np.ndarray]] = deque()
-        self._too_many_tok = math.inf  # that memory did not hold, padding included
-
-    def send(self, key: int, rows: TokenRows) -> None:
-        """Read a batch at once."""
-        self._done.append((key, self.read(rows)))
-
-    def receive(self, deadline: float) -> tuple[int, np.ndarray]:
-        """Return the batch that was read."""
-        return self._done.popleft()
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-    def read(self, rows: TokenRows) -> np.ndarray:
-        """Predict each row: (rows, C) float64.
-
-        A batch that does not fit into memory is halved until it does, and so are later ones
-        of as many tokens, untried. NaN where a single row does not fit, or where logits are
-        not finite even in 32 bit.
-        """
-        lengths = [len(row) for row in rows]
-        n_tok = sum(lengths) if self.is_packed else len(rows) * max(lengths)
-        if len(rows) == 1 or n_tok < self._too_many_tok:
-            try:
-                return self._predict(rows)
-            except torch.OutOfMemoryError:
-                self._too_many_tok = min(self._too_many_tok, n_tok)
-            # Outside of `except`, where the failed pass no longer holds its memory.
-            torch.cuda.empty_cache()  # does nothing without a GPU
-            if len(rows) == 1:
-                return np.full((1, len(LABELS)), np.nan)
-        half = len(rows) // 2
-        return np.concatenate([self.read(rows[:half]), self.read(rows[half:])])
-
-    @torch.no_grad()
-    def _predict(self, rows: TokenRows) -> np.ndarray:
-        device = next(self.model.parameters()).device
-        logits = self._logits(rows, device, choose_dtype(device, hidden_size(self.model)))
-        overflowed = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
-        if overflowed:
-            # Where 32 bit do not fit into memory, smaller batches would not help: NaN remains.
-            with contextlib.suppress(torch.OutOfMemoryError), in_float32(self.model):
-                for row in overflowed:
-                    logits[row] = self._logits([rows[row]], device, torch.float32)[0]
-        logits[~torch.isfinite(logits).all(dim=1)] = torch.nan
-        return torch.softmax(logits, dim=1).numpy()
-
-    def _logits(self, rows: TokenRows, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        batch = collate_packed(rows) if self.is_packed else collate(rows, self.pad_id)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                return self.model(**batch).logits.double().cpu()
-        finally:
-            self.model.train(was_training)
 
 
 def reading_budget(tokens_per_batch: int, device: torch.device) -> int:
@@ -224,18 +130,54 @@ def predict_pairs(
         uncertainty: (N,) float, e.g. `measure_entropy` of other members; only its order counts.
         twice_share: share of the battles, 0 to 1, that get a second reading: the least certain.
     """
-    tokens_per_batch = reading_budget(tokens_per_batch, choose_device())
     readings = _Readings(pairs, tokenizer, max_tokens, swap, uncertainty, twice_share)
-    n_tok = int(readings.lengths.sum()) * len(readings.orders)
+    note = read_battles(
+        reader, readings, tokens_per_batch, deadline=deadline, progress=progress, keep=keep
+    )
+    return readings.result(note)
+
+
+class Readings(Protocol):
+    """The token rows of N battles in one or both orders, and what was read of them."""
+
+    orders: Sequence[int]  # in which battles are read, one after the other
+    lengths: np.ndarray  # (N,) int, tokens of each battle
+    n_tok: int  # of all that is to be read, about
+
+    def wanted(self, order: int) -> np.ndarray:
+        """Battles to read in this order, indices."""
+
+    def row(self, order: int, battle: int) -> np.ndarray:
+        """(tokens,) int32, what the model reads of a battle in this order."""
+
+    def put(self, order: int, battles: np.ndarray, values: np.ndarray) -> None:
+        """Take what was read of these battles: one row of values each."""
+
+
+def read_battles(
+    reader: Reader,
+    readings: Any,
+    tokens_per_batch: int,
+    *,
+    deadline: float = math.inf,
+    progress: str = "",
+    keep: Callable[[Prediction], None] | None = None,
+) -> str:
+    """Read batch by batch what `readings` want; return what went wrong, or an empty text.
+
+    Options are those of `predict_pairs`. `readings` are `Readings`; with a deadline or `keep` they
+    also say what may be given up, as those of `predict_pairs` do.
+    """
+    tokens_per_batch = reading_budget(tokens_per_batch, choose_device())
     style: dict[str, Any] = {"unit": "tok", "unit_scale": True, "file": sys.stdout}
-    with tqdm(total=n_tok, desc=progress, disable=not progress, **style) as bar:
+    with tqdm(total=readings.n_tok, desc=progress, disable=not progress, **style) as bar:
         loop = _Loop(reader, readings, tokens_per_batch, deadline, bar, keep)
         try:
             for order in readings.orders:
                 loop.read(order)
         except ReaderLost as error:
-            return readings.result(str(error))
-    return readings.result()
+            return str(error)
+    return ""
 
 
 def measure_entropy(probs: np.ndarray) -> np.ndarray:
@@ -272,7 +214,8 @@ class _Readings:
         self.probs = np.full((2, n_pairs, len(LABELS)), np.nan)
         self.is_cut = np.zeros(n_pairs, dtype=bool)
         self._encoded = encode_battles(self.pairs, self.tokenizer, self.max_tokens)
-        self.lengths = self._encoded.lengths  # (N,) int, tokens of each battle
+        self.lengths = self._encoded.lengths
+        self.n_tok = int(self.lengths.sum()) * len(self.orders)
         self._cut_rows: dict[int, tuple[Encoded, int]] = {}  # battle -> where its cut row is
         # Two equal answers need no second reading to be made symmetric.
         self._is_same = np.zeros(n_pairs, dtype=bool)
@@ -290,6 +233,10 @@ class _Readings:
             return np.arange(len(self.pairs))
         chosen = choose_least_certain(self.uncertainty(order), self.twice_share)
         return chosen[~self._is_same[chosen]]
+
+    def put(self, order: int, battles: np.ndarray, values: np.ndarray) -> None:
+        """Take the probabilities of these battles."""
+        self.probs[order, battles] = values
 
     def uncertainty(self, order: int) -> np.ndarray:
         """(N,) float, from the first reading once it is there; shortness where nothing is known."""
@@ -346,7 +293,7 @@ class _Loop:
     """Sends batches to a reader and collects them, replanning by the measured pace."""
 
     reader: Reader
-    readings: _Readings
+    readings: Any  # `Readings`
     tokens_per_batch: int
     deadline: float
     bar: tqdm
@@ -436,9 +383,9 @@ class _Loop:
         if received is None:
             self._under_way.clear()
             return False
-        key, probs = received
+        key, values = received
         batch = self._under_way.pop(key)
-        self.readings.probs[order, batch] = probs
+        self.readings.put(order, batch, values)
         self.bar.update(int(self.readings.lengths[batch].sum()))
         now = time.monotonic()
         self._measured.append((now - self._received_at, self._padded(batch)))
@@ -453,49 +400,3 @@ class _Loop:
 
     def _padded(self, batch: np.ndarray) -> int:
         return len(batch) * int(self.readings.lengths[batch].max())
-
-
-BUDGETS = (128, 256, 512, 1024, 2048, 3072, 4096)
-
-
-def measure_budgets(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: pd.DataFrame,
-    *,
-    max_tokens: int,
-    tokens_per_batch: int,
-    budgets: Sequence[int] = BUDGETS,
-    n_pairs: int = 500,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Score a trained model on held-out battles at smaller token budgets.
-
-    Args:
-        pairs: battles that the model has not seen, with label and group; at most `n_pairs` of
-            them, drawn at random, are read.
-        max_tokens: budget that the model predicts with; costs are relative to it.
-        budgets: tokens of one battle; above `max_tokens` only `cut_share` is measured.
-
-    Returns:
-        One row per budget, `max_tokens` included: cut_share (of the battles), log_loss in nats
-        per battle, cost (increase against `max_tokens`), low and high (its 95 % interval).
-    """
-    pairs = pairs.sample(min(n_pairs, len(pairs)), random_state=seed).reset_index(drop=True)
-    n_tok, labels = count_tokens(pairs, tokenizer), pairs["label"].to_numpy()
-    predict = functools.partial(predict_probs, model, tokenizer, tokens_per_batch=tokens_per_batch)
-    uncut = row_losses(predict(pairs, max_tokens=max_tokens), labels)
-    table = []
-    for budget in sorted({*budgets, max_tokens}):
-        losses, is_cut = uncut.copy(), n_tok > budget
-        row = {"budget": budget, "cut_share": float(is_cut.mean())}
-        # Only the battles that this budget cuts further are read again.
-        if budget < max_tokens and is_cut.any():
-            probs = predict(pairs[is_cut], max_tokens=budget)
-            losses[is_cut] = row_losses(probs, labels[is_cut])
-        if budget <= max_tokens:
-            gap = paired_difference(losses, uncut, pairs["group"].to_numpy(), seed=seed)
-            row |= {"log_loss": losses.mean(), "cost": gap["mean"]}
-            row |= {"low": gap["low"], "high": gap["high"]}
-        table.append(row)
-    return pd.DataFrame(table, columns=["budget", "cut_share", "log_loss", "cost", "low", "high"])

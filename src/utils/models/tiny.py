@@ -7,9 +7,7 @@ answers differ in length, layout, use of the prompt's words, and in the words th
 
 import itertools
 import math
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -31,7 +29,7 @@ from transformers import (
 )
 
 from src.utils.battles.style import measure_style, style_differences
-from src.utils.config import TINY, FinetuneConfig
+from src.utils.config import TINY
 from src.utils.models.batches import collate, make_batches
 from src.utils.models.hardware import choose_device
 from src.utils.models.heads import Pieces, contrast_weights
@@ -39,12 +37,10 @@ from src.utils.models.template import (
     CUT_TEXT,
     ENCODER_HEADINGS,
     INSTRUCTION,
-    TEMPLATE_VERSION,
     TURN_TEXT,
     encode_battles,
     make_pieces,
 )
-from src.utils.runs import atomic_folder, hash_json, hash_pairs, move_aside, read_json, write_json
 from src.utils.schema import TEXTS, clean_text
 
 N_STEPS = {"modernbert": 700, "qwen3": 1500}  # optimiser steps of pretraining
@@ -52,7 +48,7 @@ STYLE_TARGETS = (
     "n_chars n_lines n_list_items n_headers n_bold n_code_blocks punctuation_per_char "
     "share_non_ascii lexical_diversity prompt_overlap is_refusal"
 ).split()  # names of STYLE_FEATURES whose differences are predicted
-_VERSION = 3  # increase with every change of the task or the models: an up-to-date base is kept
+VERSION = 3  # increase with every change of the task or the models: an up-to-date base is kept
 _N_WORD_TARGETS = 8  # directions in which the words of two answers differ most
 _N_BATTLES = 4000  # battles that tokenizer and model learn from at most
 _MAX_TOKENS = 256  # of one battle
@@ -61,60 +57,30 @@ _LEARNING_RATE = 3e-3
 _VOCABULARY = 3072
 
 
-def prepare_base(
-    config: FinetuneConfig, pairs: pd.DataFrame, folder: Path, n_steps: int | None = None
-) -> Path | None:
-    """Make the tiny checkpoint that a config names in a folder, unless it is up to date.
-
-    "tiny:modernbert" has local and global attention, "tiny:qwen3" grouped-query attention and a
-    chat template. The texts of the battles, not the votes, train tokenizer and model, in `n_steps`
-    (`N_STEPS`) optimiser steps; 0 keeps the weights random.
-
-    Returns:
-        The folder, or None if `checkpoint` is a real one.
-    """
-    if not config.is_tiny:
-        return None
-    kind = config.checkpoint.removeprefix(TINY)
+def find_kind(checkpoint: str) -> str:
+    """Find which architecture "tiny:KIND" names; ValueError for one that is not known here."""
+    kind = checkpoint.removeprefix(TINY)
     if kind not in _SPECIAL_TOKENS:
         names = " or ".join(TINY + name for name in _SPECIAL_TOKENS)
-        raise ValueError(f"checkpoint: expected {names}, got {config.checkpoint}")
-    n_steps = N_STEPS[kind] if n_steps is None else n_steps
-    made_from = [kind, config.seed, n_steps, _VERSION, TEMPLATE_VERSION]
-    key = hash_json([*made_from, hash_pairs(pairs[["id", *TEXTS]])])
-    if swap_base(folder, key):
-        return folder
+        raise ValueError(f"checkpoint: expected {names}, got {checkpoint}")
+    return kind
+
+
+def make_tiny(
+    kind: str, pairs: pd.DataFrame, seed: int, n_steps: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Make a tiny model and its tokenizer from the texts of battles, in `n_steps` optimiser steps.
+
+    "modernbert" has local and global attention, "qwen3" grouped queries and a chat template.
+    """
     some = pairs[:: math.ceil(len(pairs) / _N_BATTLES)]
     tokenizer = _make_tokenizer(kind, some)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         model = _make_model(kind, tokenizer)
         if n_steps:
-            pretrain(model, tokenizer, some, config.seed, n_steps)
-    with atomic_folder(folder) as tmp:
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
-        write_json(tmp / "made_from.json", key)
-    return folder
-
-
-def swap_base(folder: Path, key: str) -> bool:
-    """Let a folder hold the checkpoint made from `key`, if there is one; return whether it does.
-
-    Another one that is in the way is kept in `earlier/` beside it: adapters were trained on it.
-    """
-
-    def place_of(one: str) -> Path:
-        return folder.parent / "earlier" / f"{folder.name}-{one}"
-
-    made_from = folder / "made_from.json"
-    found = read_json(made_from) if made_from.exists() else ""
-    if folder.exists() and found != key:
-        move_aside(folder, place_of(found or "damaged"))
-    if found != key and place_of(key).exists():
-        os.replace(place_of(key), folder)
-        found = key
-    return found == key
+            pretrain(model, tokenizer, some, seed, n_steps)
+    return model, tokenizer
 
 
 _SPECIAL_TOKENS = {

@@ -57,25 +57,35 @@ class Blend(Config):
 
 
 def read_members(
-    runs: Mapping[str, Path | None], battles: pd.DataFrame, data_hash: str
+    runs: Mapping[str, Path | None],
+    battles: pd.DataFrame,
+    data_hash: str,
+    own: Mapping[str, pd.DataFrame] | None = None,
 ) -> tuple[dict[str, np.ndarray], pd.DataFrame, list[str]]:
     """Read the predictions of all complete runs, on the battles that all of them held out.
 
     `runs` is name -> run folder, None where there is no complete run; one whose `data_hash`
-    differs was made from other battles and is skipped.
+    differs was made from other battles and is skipped. `own`, name -> predictions of a run that is
+    not yet complete, is compared on all its battles: runs that lack some of them are skipped, too.
 
     Returns:
         `members`, the battles that they predict, and a line per run: read, or why skipped.
     """
     tables, notes = {}, []
+    own = {name: oof.set_index("id") for name, oof in (own or {}).items()}
     for name, folder in runs.items():
         if folder is None:
             notes.append(f"{name}: skipped, no complete run")
         elif read_json(folder / "metrics.json")["data_hash"] != data_hash:
             notes.append(f"{name}: skipped, made from other battles or folds")
         else:
-            tables[name] = pd.read_parquet(folder / "oof.parquet").set_index("id")
+            table = pd.read_parquet(folder / "oof.parquet").set_index("id")
+            if not all(rows.index.isin(table.index).all() for rows in own.values()):
+                notes.append(f"{name}: skipped, held out other battles")
+                continue
+            tables[name] = table
             notes.append(f"{name}: {len(tables[name]):,} held-out battles")
+    tables |= own
     if not tables:
         raise ValueError(f"members: expected a complete run of one of {list(runs)}, got {notes}")
     shared = [battles["id"].isin(table.index) for table in tables.values()]
@@ -147,21 +157,26 @@ def cross_fit_blend(
 
 
 def choose_blend(
-    members: Members, labels: np.ndarray, blended: np.ndarray
+    members: Members,
+    labels: np.ndarray,
+    blended: np.ndarray,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[Blend, np.ndarray, str]:
     """Choose what `cross_fit_blend` made where it is no worse than the best member, else that.
 
     Returns:
         The blend to publish, which knows every member; its probabilities, (N, C), none of them
-        from a fit to its own row; and a sentence that gives the choice and why.
+        from a fit to its own row; and a sentence that gives the choice and why, with `names`
+        in place of the members' own.
     """
     losses = {name: log_loss(probs, labels) for name, probs in members.items()}
     best, loss = min(losses, key=lambda name: losses[name]), log_loss(blended, labels)
-    scores = f"cross-fitted blend {loss:.4f}, best member {best} alone {losses[best]:.4f} nats"
+    name = (names or {}).get(best, best)
+    scores = f"cross-fitted blend {loss:.4f}, best member {name} alone {losses[best]:.4f} nats"
     if loss <= losses[best]:
         return fit_blend(members, labels), blended, f"The blend is published: {scores}."
     alone = Blend(tuple(members), tuple(float(name == best) for name in members))
-    return alone, members[best], f"The blend is no better, so {best} is published: {scores}."
+    return alone, members[best], f"The blend is no better, so {name} is published: {scores}."
 
 
 def make_soft_labels(

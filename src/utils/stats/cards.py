@@ -9,13 +9,38 @@ from html import escape
 import pandas as pd
 from IPython.display import HTML
 
-from src.utils.schema import LABEL_NAMES, TEXTS, clean_text
+from src.utils.schema import LABEL_NAMES, MODELS, TEXTS, TIE, UNKNOWN_MODEL, clean_text
 from src.utils.stats.plots import LABEL_COLORS
 
 _SHOWN = 500  # characters of a text; the rest is folded
 _BOX = "border:1px solid #8884;border-radius:6px;padding:8px;overflow-wrap:anywhere;"
 _TEXT = "white-space:pre-wrap;text-align:left;"
 _COLUMN = "flex:1 1 280px;min-width:0;"
+
+
+def choose_example(pairs: pd.DataFrame, style: pd.DataFrame) -> pd.Series:
+    """Choose a battle that is quickly read: English, one turn, decided, short, in plain prose.
+
+    `style` is that of `style.measure_style`. Where no battle is all of this, most of it counts.
+    """
+    n_chars = style["n_chars_a"] + style["n_chars_b"]
+    lines = style["n_lines_a"] + style["n_lines_b"]
+    wishes = [
+        style["script_prompt"] == "English",
+        style["n_turns"] == 1,
+        pairs["label"] != TIE,
+        (pairs[list(MODELS)] != UNKNOWN_MODEL).all(axis=1),
+        style["n_chars_prompt"].between(40, 150),
+        n_chars.between(300, 700) & (lines < 8),
+        style["share_non_ascii_a"] + style["share_non_ascii_b"] == 0,
+        style["is_refusal_a"] + style["is_refusal_b"] == 0,
+        style["has_code_prompt"] == 0,
+        style["prompt_overlap_a"] + style["prompt_overlap_b"] > 0.6,
+    ]
+    n_met = sum(wish.to_numpy().astype(int) for wish in wishes)
+    # Among equals, the first by length, so that the choice depends on no order of rows.
+    order = pd.DataFrame({"met": -n_met, "n": n_chars.to_numpy(), "id": pairs["id"].astype(str)})
+    return pairs.iloc[order.reset_index(drop=True).sort_values(["met", "n", "id"]).index[0]]
 
 
 def show_battle(battle: pd.Series, probs: Sequence[float] | None = None, title: str = "") -> HTML:

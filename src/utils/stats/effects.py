@@ -20,20 +20,24 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, KFold, cross_val_predict
 from sklearn.preprocessing import SplineTransformer
+from statsmodels.stats.multitest import multipletests
 
 from src.utils.schema import A_WINS, LABEL_NAMES, TEXTS, TIE, join_turns
 from src.utils.stats import scores
+from src.utils.stats.plots import with_interval
 from src.utils.stats.ranking import MAX_STANDARD_ERROR, MIN_SUPPORT, group_codes
 
 # What a modeller should do about an effect, by its name.
 ADVICE = {
     "position A": "publish the average over the swap, so that no position is favoured",
-    "n_words": "show the model both lengths: cut both answers by one rule",
-    "n_punctuation": "counts follow length: trust the rate per character instead",
+    "more words": "show the model both lengths: cut both answers by one rule",
+    "more punctuation": "counts follow length: trust the rate per character instead",
     "punctuation_per_char": "a style cue of its own: keep the text as written, strip nothing",
+    "n_lines": "keep line breaks in the model's input",
     "n_list_items": "keep line breaks and list marks in the model's input",
     "n_headers": "keep markdown in the model's input",
     "n_bold": "keep markdown in the model's input",
+    "has_apology": "never cut the start of an answer: that is where apologies are",
     "is_refusal": "never cut the start of an answer: that is where refusals are",
     "prompt_overlap": "keep the prompt beside both answers when cutting to a budget",
 }
@@ -64,6 +68,37 @@ def win_share(labels: np.ndarray, values: np.ndarray | None = None) -> dict[str,
     test = stats.binomtest(int(hits[kept].sum()), n)
     found["low"], found["high"] = test.proportion_ci(method="exact")
     return found | {"share": test.statistic, "p_value": test.pvalue, "n": n, "reason": None}
+
+
+def correct(p_values: Sequence[float]) -> np.ndarray:
+    """Correct p-values for their number by Holm's method; NaN stays NaN, (N,) -> (N,) float.
+
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
+    """
+    corrected = np.asarray(p_values, dtype=np.float64).copy()
+    known = ~np.isnan(corrected)
+    if known.any():
+        corrected[known] = multipletests(corrected[known], method="holm")[1]
+    return corrected
+
+
+def win_share_grid(
+    rows: pd.Categorical, columns: pd.Categorical, labels: np.ndarray, values: np.ndarray
+) -> pd.DataFrame:
+    """Split the share of `win_share` by two properties of the battle at once, (N,) each.
+
+    Returns:
+        One row per cell: row, column, what `win_share` returns, and p_holm, its p-value corrected
+        for the number of cells.
+    """
+    cells = []
+    for row, row_name in enumerate(rows.categories):
+        for column, column_name in enumerate(columns.categories):
+            inside = (rows.codes == row) & (columns.codes == column)
+            cell = {"row": row_name, "column": column_name}
+            cells.append(cell | win_share(labels[inside], values[inside]))
+    table = pd.DataFrame(cells)
+    return table.assign(p_holm=correct(table["p_value"]))
 
 
 def _decided(labels: np.ndarray, values: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -134,17 +169,27 @@ def length_curves(
 
     Returns:
         "longer" and "ties", smooth curves (`smooth_rate`) of P(the longer answer wins | decided)
-        and P(tie) by the absolute log ratio; "longer_bins" and "ties_bins", the same in bins.
+        and P(tie) by the absolute log ratio; "longer_bins" and "ties_bins", the same in bins;
+        "trends", the p_value of Spearman's correlation with the log ratio, `what` by `what`.
     """
     gap, codes = np.abs(length_ratio), group_codes(groups, len(labels))
     n_bins = int(np.clip(len(labels) // 150, 4, 16))
     kept, won = _decided(labels, length_ratio)
+    tests = {"longer": (gap[kept], won[kept]), "ties": (gap, labels == TIE)}
+    trends = [(name, _test_trend(*values)) for name, values in tests.items()]
     return {
+        "trends": pd.DataFrame(trends, columns=["what", "p_value"]),
         "longer": smooth_rate(gap[kept], won[kept], codes[kept]),
         "longer_bins": _rate_by_bin(gap[kept], won[kept], n_bins),
         "ties": smooth_rate(gap, labels == TIE, codes),
         "ties_bins": _rate_by_bin(gap, labels == TIE, n_bins),
     }
+
+
+def _test_trend(values: np.ndarray, hits: np.ndarray) -> float:
+    if len(np.unique(values)) < 2 or len(np.unique(hits)) < 2:
+        return np.nan  # nothing varies
+    return float(stats.spearmanr(values, hits).pvalue)
 
 
 _CURVE_SUPPORT = 50  # hits and misses that a curve needs
@@ -299,10 +344,10 @@ def describe_leak(leak: pd.DataFrame) -> str:
     if leak.empty:
         return "too few battles to measure what a random split leaks"
     found = leak.iloc[0]
-    numbers = f"{found['leak']:+.4f} nats, {found['low']:+.4f} to {found['high']:+.4f}"
+    numbers = with_interval(found["leak"], found["low"], found["high"], "{:+.4f}")
     if found["low"] > 0:
-        return f"a random split flatters a simple model ({numbers})"
-    return f"a random split gives a simple model no measurable advantage ({numbers})"
+        return f"a random split flatters a simple model by {numbers} nats"
+    return f"a random split gives a simple model no measurable advantage: {numbers} nats"
 
 
 def measure_future(
@@ -344,6 +389,22 @@ def measure_future(
     return pd.DataFrame([(len(places), means[1], means[0], *gap.values())], columns=columns)
 
 
+def describe_future(future: pd.DataFrame) -> str:
+    """Say in one sentence what `measure_future` found."""
+    if future.empty:
+        return "Too few battles to measure how much harder the newest are."
+    found = future.iloc[0]
+    cost = with_interval(found["cost"], found["low"], found["high"], "{:+.4f}")
+    text = (
+        f"The newest {found['battles']:,.0f} battles: a simple model of the past scores "
+        f"{found['future']:.4f} nats, one of other prompts of all times "
+        f"{found['other_prompts']:.4f}"
+    )
+    if found["low"] > 0:
+        return f"{text}. The future is harder, by {cost}."
+    return f"{text}: the future is not measurably harder ({cost})."
+
+
 def _leak_features(pairs: pd.DataFrame, differences: np.ndarray) -> sparse.csr_matrix:
     words = HashingVectorizer(n_features=2**14, alternate_sign=False)
     openings = pairs[list(TEXTS)].map(lambda turns: join_turns(turns)[:_LEAK_CHARS])
@@ -357,21 +418,25 @@ def make_verdict(shares: dict[str, dict[str, Any]], effects: pd.DataFrame) -> pd
     """Put results of `win_share`, by name, and rows of `effect_sizes` into one table.
 
     Returns:
-        One row per effect: effect, measure, size, low, high (95 %), n (decided battles), found
-        ("yes": the interval excludes no effect, "no", or "cannot be estimated"), advice.
+        `shares` first, then the effects, those found and the largest before others: effect,
+        measure, size, low, high (95 %), n (decided battles), p_value, p_holm (corrected for all
+        that were estimated), found ("yes" where p_holm is below 0.05, "no", or "cannot be
+        estimated"), advice (of what was found).
     """
     half = pd.DataFrame(shares.values()).rename(columns={"share": "size"})
-    half = half.assign(effect=list(shares), measure="share of decided", null=0.5)
-    odds = effects.rename(columns={"log_odds": "size"}).assign(measure="log-odds per SD", null=0.0)
-    columns = ["effect", "measure", "size", "low", "high", "n", "null"]
+    half = half.assign(effect=list(shares), measure="share of decided")
+    odds = effects.rename(columns={"log_odds": "size"}).assign(measure="log-odds per SD")
+    columns = ["effect", "measure", "size", "low", "high", "n", "p_value"]
     table = pd.concat([half[columns], odds[columns]], ignore_index=True)
-    excludes = (table["low"] > table["null"]) | (table["high"] < table["null"])
-    table["found"] = np.where(excludes, "yes", "no")
+    table["p_holm"] = correct(table["p_value"])
+    table["found"] = np.where(table["p_holm"] < 0.05, "yes", "no")
     table.loc[table["size"].isna(), "found"] = "cannot be estimated"
     # Averaging over the swap is right whatever the evidence.
     acted = (table["found"] == "yes") | (table["effect"] == "position A")
-    table["advice"] = table["effect"].map(ADVICE).where(acted, "no reason to act in these battles")
-    return table.drop(columns="null")
+    table["advice"] = table["effect"].map(ADVICE).where(acted)
+    rest = table[len(half) :].assign(is_found=table["found"] == "yes", reach=table["size"].abs())
+    rest = rest.sort_values(["is_found", "reach"], ascending=False)[table.columns]
+    return pd.concat([table[: len(half)], rest], ignore_index=True)
 
 
 def to_records(table: pd.DataFrame) -> list[dict[str, Any]]:

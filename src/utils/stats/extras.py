@@ -10,6 +10,7 @@ from scipy import stats
 
 from src.utils.schema import A_WINS, B_WINS, BOTH_BAD, LABEL_NAMES
 from src.utils.stats import effects, scores
+from src.utils.stats.plots import with_interval
 
 _MIN_SLICE = 20  # battles of a language that has a level of its own
 _BATTLES_PER_PERIOD = 150
@@ -119,14 +120,13 @@ def measure_drift(
 
 def summarise_shares(shares: pd.DataFrame) -> pd.DataFrame:
     """Lay `vote_shares` out for people: a row per level, "31.2 % (28.9–33.5)" per outcome."""
-    columns = ["share", "low", "high"]
-    bounds = zip(*(100 * shares[name].to_numpy() for name in columns), strict=True)
-    cells = [f"{share:.1f} % ({low:.1f}–{high:.1f})" for share, low, high in bounds]
-    table = shares.assign(cell=cells)
+    rows = shares[["share", "low", "high"]].itertuples(index=False)
+    table = shares.assign(cell=[with_interval(*row, "{:.1%}") for row in rows])
     wide = table.pivot(index="level", columns="outcome", values="cell")
     first = table[table["outcome"] == table["outcome"].iloc[0]]
     wide = wide.loc[first["level"], pd.unique(table["outcome"])]
-    return wide.rename_axis(columns=None).reset_index().assign(battles=first["n"].tolist())
+    wide = wide.rename_axis(columns=None).reset_index().assign(battles=first["n"].tolist())
+    return wide[wide["battles"] > 0]
 
 
 def slice_extras(pairs: pd.DataFrame) -> dict[str, np.ndarray]:

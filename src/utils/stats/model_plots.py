@@ -3,67 +3,157 @@
 Style, colours and helpers are those of `stats.plots`.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from src.utils.schema import LABEL_NAMES, TIE
 from src.utils.stats.plots import (
     ACCENT,
     BLACK,
     LABEL_COLORS,
-    MUTED,
     draw_intervals,
     draw_rows,
     label_axes,
+    make_figure,
+    number,
     percent,
+    place_legend,
+    with_interval,
 )
 
-
-def plot_probabilities(ax: Axes, probs: np.ndarray) -> Axes:
-    """Show how the predicted probabilities of A, B and tie, (N, C) float, are distributed."""
-    look: dict[str, Any] = {"bins": np.linspace(0, 1, 26), "histtype": "step", "linewidth": 2}
-    for name, color, column in zip(LABEL_NAMES, LABEL_COLORS, probs.T, strict=True):
-        ax.hist(column, color=color, label=f"P({name})", **look)
-    ax.set_xlim(0, 1)
-    ax.legend(frameon=False)
-    confident = percent((probs.max(axis=1) > 0.9).mean() if len(probs) else np.nan)
-    title = f"{confident} of the battles get a probability above 0.9"
-    return label_axes(ax, title, "predicted probability", "battles")
+_OTHER, _ALARM = "#777777", "#CC79A7"
+_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncol": 3}
+_BELOW["frameon"] = False
+_PANELS = ("Log loss", "Accuracy", "Speed and learning rate")
+_HISTORY = ("fold", "seed", "minutes", "epoch")
 
 
-def plot_ladder(
-    ax: Axes, names: list[str], means: Any, lows: Any, highs: Any, oracle: float | None = None
-) -> Axes:
-    """Compare the log losses of K models, the first at the top, the last accented.
+def plot_probabilities(ax: Axes, probs: np.ndarray, labels: np.ndarray | None = None) -> Axes:
+    """Show predicted probabilities as points of a triangle, whose corners are certain outcomes.
 
     Args:
-        means, lows, highs: (K,) float, log loss and bounds of its interval.
-        oracle: log loss of the true probabilities of simulated battles.
+        probs: (N, C) float, rows sum to 1.
+        labels: (N,) int, the votes, which colour the points where they are known.
     """
-    table = pd.DataFrame({"loss": list(means), "low": list(lows), "high": list(highs)})
-    white = {"facecolor": "white", "linewidth": 0, "pad": 1}
-    look: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "bbox": white}
-    for row, loss in enumerate(table["loss"]):
-        color = ACCENT if row == len(names) - 1 else MUTED
-        draw_intervals(ax, table[row : row + 1], "loss", [-row], color=color, markersize=8)
-        ax.annotate(f"{loss:.4f}", (loss, -row), xytext=(0, 9), **look)
-    if oracle is not None:
-        label = f"oracle {oracle:.4f} (simulated battles)"  # else nobody knows the truth
-        ax.axvline(oracle, color="black", linestyle="--", label=label)
-        ax.legend(loc="lower right")
-    ax.set_yticks(-np.arange(len(names)), names)
-    ax.set_ylim(0.4 - len(names), 0.7)
-    title = f"{names[-1]} is {_gain(table['loss'].iloc[0], table['loss'].iloc[-1])} {names[0]}"
-    return label_axes(
-        ax, title, "log loss, nats per battle (95 % interval), lower is better", "model"
+    height = np.sqrt(3) / 2
+    corners = np.array([[0, 0], [1, 0], [0.5, height]])
+    middle, edges = corners.mean(axis=0), (corners + np.roll(corners, -1, axis=0)) / 2
+    ax.plot(*np.vstack([corners, corners[:1]]).T, **BLACK)
+    for edge in edges:  # beyond these lines another outcome is the likeliest
+        ax.plot(*np.vstack([middle, edge]).T, color=MUTED, linewidth=1)
+    look: dict[str, Any] = {"s": 14, "alpha": 0.6, "linewidths": 0, "zorder": 3}
+    points = probs @ corners
+    if labels is None:
+        ax.scatter(*points.T, color=ACCENT, **look)
+    for label, name in enumerate(LABEL_NAMES if labels is not None else ()):
+        chosen = points[labels == label]
+        ax.scatter(*chosen.T, color=LABEL_COLORS[label], label=f"vote: {name}", **look)
+    if labels is not None:
+        ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), markerscale=2)
+    places = ((-0.03, 0, "right"), (1.03, 0, "left"), (0.5, height + 0.03, "center"))
+    for (x, y, side), name, color in zip(places, LABEL_NAMES, LABEL_COLORS, strict=True):
+        ax.text(x, y, name, color=color, ha=side, va="bottom", fontweight="bold")
+    ax.set_aspect("equal")
+    ax.set_axis_off()
+    likeliest, sure = probs.argmax(axis=1), probs.max(axis=1) > 0.9
+    shares = [float(rows.mean()) if len(rows) else np.nan for rows in (likeliest == TIE, sure)]
+    title = f"A tie is the likeliest in {percent(shares[0])} of battles; "
+    title += f"{percent(shares[1])} get a probability above 0.9"
+    return label_axes(ax, title, "", "")
+
+
+def plot_ladder(ax: Axes, table: pd.DataFrame, reference: str, published: str = "") -> Axes:
+    """Compare models by their paired differences to a reference, the best at the top.
+
+    Args:
+        table: of `scores.compare_models`.
+        reference: whom the differences are to, for the title: "the class prior".
+        published: the model that is coloured and named in the title; empty: the best one.
+    """
+    rows = table.sort_values("log_loss", ascending=False).reset_index(drop=True)
+    rows = rows.assign(low=rows["difference_low"], high=rows["difference_high"])
+    published = published or rows["model"].iloc[-1]
+    for place in range(len(rows)):
+        color = ACCENT if rows["model"][place] == published else _OTHER
+        row = rows[place : place + 1]
+        draw_intervals(ax, row, "difference", [place], color=color, markersize=8)
+        loss, right = f"{rows['log_loss'][place]:.3f}", ax.get_yaxis_transform()
+        weight = "bold" if color == ACCENT else "normal"
+        ax.text(1.02, place, loss, transform=right, va="center", color=color, weight=weight)
+    ax.text(1.02, len(rows) - 0.4, "log loss", transform=ax.get_yaxis_transform(), fontsize=9)
+    ax.axvline(0, **BLACK)
+    ax.set_yticks(range(len(rows)), rows["model"])
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    gap = rows[rows["model"] == published].iloc[0]
+    title = f"{published}: {describe_gap(gap['difference'], gap['low'], gap['high'], reference)}"
+    x = f"log loss minus that of {reference}, nats per battle (paired 95 % interval)"
+    return label_axes(ax, title, x, "")
+
+
+def describe_gap(gap: float, low: float, high: float, reference: str) -> str:
+    """Say how far a loss is from a reference, or that the interval (low, high) holds 0; nats."""
+    if low <= 0 <= high:
+        found = with_interval(gap, low, high, "{:+.3f}")
+        return f"no measurable difference to {reference} ({found.replace(' (', ', ', 1)}"
+    near, far = sorted((abs(low), abs(high)))
+    side = "above" if gap > 0 else "below"
+    return f"{abs(gap):.3f} nats ({near:.3f} to {far:.3f}) {side} {reference}"
+
+
+def plot_published(ax: Axes, published: pd.DataFrame, ours: Mapping[str, float] | None) -> Axes:
+    """Draw published scores of this competition as a strip, and ours among them.
+
+    Args:
+        published: name, log_loss, kind; of `scores.read_published`.
+        ours: name, log_loss, low, high on real battles; None: simulated ones, not comparable.
+    """
+    rows = published.assign(low=np.nan, high=np.nan, color=_OTHER)
+    title = "What others reached on real battles (this run's are simulated: not comparable)"
+    if ours is not None:
+        rows = pd.concat([rows, pd.DataFrame([{**ours, "color": ACCENT}])], ignore_index=True)
+        n_worse = int((published["log_loss"] > ours["high"]).sum())
+        n_better = int((published["log_loss"] < ours["low"]).sum())
+        interval = f"{ours['log_loss']:.3f} ({ours['low']:.3f} to {ours['high']:.3f})"
+        title = f"Ours: {interval}; {n_better} published scores are below it, {n_worse} above"
+    rows = rows.sort_values("log_loss", ascending=False).reset_index(drop=True)
+    for place, row in enumerate(rows.to_dict("records")):
+        mark = "s" if "leaderboard" in str(row["kind"]) else "o"
+        ax.plot(row["log_loss"], place, mark, color=row["color"], markersize=8)
+        ax.plot([row["low"], row["high"]], [place, place], color=row["color"], linewidth=2)
+        ax.annotate(
+            f"{row['log_loss']:.3f}",
+            (1.02, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color=row["color"],
+        )
+    ax.set_yticks(range(len(rows)), rows["name"])
+    x = "log loss, nats per battle (circle: cross-validated, square: a leaderboard)"
+    return label_axes(ax, title, x, "")
+
+
+def plot_confusion(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Show how often each vote was the most probable one, from `scores.count_confusion`."""
+    counts = table[list(LABEL_NAMES)].to_numpy()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    ax.imshow(shares, cmap="Greens", vmin=0, vmax=1, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        text = f"{counts[row, column]:,}\n{number(share, '{:.0%}')}"
+        ax.text(column, row, text, ha="center", va="center", color="w" if share > 0.6 else "k")
+    ax.set_xticks(range(len(LABEL_NAMES)), LABEL_NAMES)
+    ax.set_yticks(
+        range(len(LABEL_NAMES)), [f"{row.vote} ({row.n:,})" for row in table.itertuples()]
     )
-
-
-def _gain(before: float, after: float) -> str:
-    return f"{abs(before - after):.3f} nats {'below' if after <= before else 'above'}"
+    ax.grid(visible=False)
+    tie = table.iloc[TIE]
+    found = with_interval(tie["recall"], tie["low"], tie["high"], "{:.0%}")
+    return label_axes(ax, f"Of the ties it calls {found}", "most probable", "vote (votes)")
 
 
 def plot_reliability(ax: Axes, curve: pd.DataFrame, ece: float) -> Axes:
@@ -76,20 +166,9 @@ def plot_reliability(ax: Axes, curve: pd.DataFrame, ece: float) -> Axes:
         draw_intervals(ax, bins, "observed", bins["predicted"], vertical=True, **look)
     ax.set(xlim=(0, end), ylim=(0, end))
     ax.legend()
-    title = f"Confidence and accuracy differ by {percent(ece)} on average"
+    title = f"Confidence and accuracy differ by {100 * ece:.1f} points"
     y = "observed share (95 % interval)"
     return label_axes(ax, title, "predicted probability", y, percent_on="xy")
-
-
-def plot_coefficients(ax: Axes, effects: pd.DataFrame, n_shown: int = 15) -> Axes:
-    """Show what a model learned: caption, effect (log-odds per SD), the strongest first."""
-    shown = effects.head(n_shown)[::-1]
-    ax.barh(shown["caption"], shown["effect"], color=np.where(shown["effect"] > 0, ACCENT, MUTED))
-    ax.axvline(0, **BLACK)
-    first = effects.iloc[0]
-    title = f"Strongest, all else equal: {first['caption']} ({first['effect']:+.2f})"
-    x = "log-odds of winning per standard deviation more than the other answer"
-    return label_axes(ax, title, x, "more of …")
 
 
 def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
@@ -99,64 +178,136 @@ def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:
     shares = shares.assign(name=names)
     people, model = (shares[shares["voter"] == voter] for voter in ("people", "model"))
     order = model["name"].tolist()[::-1]
-    series = {"people": ("black", people), "model": (ACCENT, model)}
+    is_inside = model["share"].between(people["low"].to_numpy(), people["high"].to_numpy())
+    series = {"people": ("black", people), "model, as people": (ACCENT, model[is_inside])}
+    series["model, unlike people"] = (_ALARM, model[~is_inside])
     draw_rows(ax, series, "share", "name", order, null=0.5)
-    ax.set_ylim(-0.5, len(order) - 0.5)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    low, high = people["low"].to_numpy(), people["high"].to_numpy()
-    n_inside = int(model["share"].between(low, high).sum())
-    title = f"On {n_inside} of {len(order)} leanings the model is within people's interval"
+    outside = ", ".join(model["leaning"][~is_inside])
+    title = f"The model is outside people's interval on: {outside}"
+    if not outside:
+        title = f"On all {len(order)} leanings the model is within people's interval"
     x = "share of decided votes (95 % interval)"
-    return label_axes(ax, title, x, "votes for … (battles that differ in it)", percent_on="x")
+    return label_axes(ax, title, x, "votes for …", percent_on="x")
 
 
-def plot_budgets(ax: Axes, budgets: pd.DataFrame) -> Axes:
-    """Show what token budgets cost against the longest with a cost, and how many battles each cuts.
+def plot_slices(ax: Axes, slices: pd.DataFrame, references: Sequence[str]) -> Axes:
+    """Show the loss on each slice of `scores.compare_slices`, the hardest at the top.
+
+    `references` are its columns to draw beside the model; differences are to the first.
+    """
+    rows = slices.sort_values("log_loss").reset_index(drop=True)
+    names = [f"{row.slice} (n = {row.n_pairs:,})" for row in rows.itertuples()]
+    places = np.arange(len(rows))
+    marks = zip(references, ("|", "x", "v"), ("black", _OTHER, _ALARM), strict=False)
+    for name, mark, color in marks:
+        ax.plot(rows[name], places, mark, color=color, markersize=9, label=name)
+    ax.plot(rows["log_loss"], places, "o", color=ACCENT, markersize=7, label="published")
+    ax.set_yticks(places, names)
+    place_legend(ax)
+    n_better, first = int((rows["verdict"] == "better").sum()), references[0]
+    title = f"Measurably better than {first} on {n_better} of {len(rows)} slices"
+    worse = rows.loc[rows["verdict"] == "worse", "slice"]
+    title += f", worse on: {', '.join(worse)}" if len(worse) else ", worse on none"
+    return label_axes(ax, title, "log loss, nats per battle", "")
+
+
+def draw_training(history: pd.DataFrame, prior: float) -> Figure:
+    """Open a figure of a training history; of a frozen base it shows the heads that were tried."""
+    if "penalty" in history.columns:
+        fig, ax = make_figure(tall=True)
+        plot_heads(ax, history, prior)
+        return fig
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6.2), layout="constrained")
+    plot_training(axes, history, prior)
+    return fig
+
+
+def plot_training(axes: np.ndarray, history: pd.DataFrame, prior: float = np.nan) -> np.ndarray:
+    """Draw a history on 2 × 2 axes: loss, accuracy, speed and learning rate, memory.
 
     Args:
-        budgets: budget, cut_share, cost (NaN where not measured), low, high.
+        history: `trainer.HISTORY_COLUMNS`; each model's minutes start at 0.
+        prior: log loss of the class prior, nats per battle.
     """
-    places = np.arange(len(budgets))
-    draw_intervals(ax, budgets, "cost", places, vertical=True, fmt="o-", color=ACCENT)
-    ax.axhline(0, **BLACK)
-    cut = zip(budgets["budget"], budgets["cut_share"].map(percent), strict=True)
-    ax.set_xticks(places, [f"{budget:,}\n{share}" for budget, share in cut])
-    ax.set_xlim(-0.5, len(budgets) - 0.5)
-    read = budgets.dropna(subset=["cost"])
-    least, own, cost = read["budget"].iloc[0], read["budget"].iloc[-1], read["cost"].iloc[0]
-    title = f"{least:,} tokens instead of {own:,} cost {cost:+.4f} nats per battle"
-    x = "tokens of a battle at most, and the share of battles that this cuts"
-    return label_axes(ax, title, x, "log loss added, nats per battle (95 % interval)")
+    loss, accuracy, speed, memory = np.ravel(axes)
+    plot_history(
+        loss, history, {"training": "train_loss", "held out": "log_loss"}, "log loss, nats"
+    )
+    loss.axhline(prior, linestyle="--", label="class prior", **BLACK)
+    loss.legend(**_BELOW)
+    seen = {"training": "train_accuracy", "held out": "accuracy"}
+    plot_history(accuracy, history, seen, "accuracy", percent_on="y")
+    plot_history(speed, history, {"tokens per second": "tokens_per_second"}, "tokens per second")
+    speed.set_ylim(0, None)
+    rate = speed.twinx()
+    plot_history(rate, history, {"learning rate": "learning_rate"}, "learning rate")
+    rate.lines[0].set(color=_ALARM, linestyle="--")
+    rate.grid(visible=False)
+    speed.legend(handles=[speed.lines[0], rate.lines[0]], **_BELOW)
+    plot_memory(memory, history)
+    for place, title in zip((loss, accuracy, speed), _PANELS, strict=True):
+        place.set_title(title, loc="left")
+    rate.set_title("")
+    return axes
 
 
-def plot_learning_curve(
-    ax: Axes, history: pd.DataFrame, prior: float, oracle: float | None = None
+def plot_memory(ax: Axes, history: pd.DataFrame) -> Axes:
+    """Show memory over the minutes of training: of the GPU, else of the process, and say which."""
+    has_gpu = "reserved_mib" in history and history["reserved_mib"].notna().any()
+    used = {"most used so far": "memory_mib", "most reserved so far": "reserved_mib"}
+    title = "Memory of the GPU"
+    if not has_gpu:
+        used, title = {"resident": "memory_mib"}, "Memory of the process (no GPU)"
+    plot_history(ax, history, used, "MiB", title=title)
+    most = np.nanmax(history.reindex(columns=[*used.values()]).to_numpy(float), initial=0)
+    ax.set_ylim(0, 1.2 * most or None)
+    return ax
+
+
+def plot_history(
+    ax: Axes,
+    history: pd.DataFrame,
+    shown: Mapping[str, str],
+    y: str,
+    title: str = "",
+    **options: Any,
 ) -> Axes:
-    """Show how the loss fell; `history`: fold, seed, epoch, train_loss, log_loss by validation."""
-    models = history.groupby(["fold", "seed"])
-    for place, (_, rows) in enumerate(models):
-        hidden = "_" if place else ""  # one entry in the legend is enough
-        ax.plot(rows["epoch"], rows["log_loss"], "o-", color=ACCENT, label=f"{hidden}held out")
-        ax.plot(rows["epoch"], rows["train_loss"], ".:", color=MUTED, label=f"{hidden}training")
-    ax.axhline(prior, linestyle="--", label=f"class prior {prior:.3f}", **BLACK)
-    if oracle is not None:
-        ax.axhline(oracle, linestyle="-.", label=f"oracle {oracle:.3f}", **BLACK)
+    """Draw columns of a history, label -> column, over the minutes of training of each model."""
+    history = history.reindex(
+        columns=[*dict.fromkeys([*history.columns, *_HISTORY, *shown.values()])]
+    )
+    # Runs of an older version noted no minutes.
+    x = "minutes" if history["minutes"].notna().all() else "epoch"
+    looks = ((ACCENT, "o-"), (_ALARM, "-")) if len(shown) > 1 else ((ACCENT, "-"),)
+    for (label, column), (color, mark) in zip(list(shown.items())[::-1], looks, strict=True):
+        for place, (_, rows) in enumerate(history.groupby(["fold", "seed"])):
+            rows = rows[rows[column].notna()]
+            hidden = "_" if place else ""  # one entry in the legend is enough
+            look: dict[str, Any] = {"markersize": 4, "linewidth": 1.5 if mark == "o-" else 1}
+            ax.plot(rows[x], rows[column], mark, color=color, label=f"{hidden}{label}", **look)
     ax.set_xlim(0, None)
-    ax.legend(frameon=False)
-    last = float(models["log_loss"].last().mean())
-    title = f"Held-out battles: {_gain(prior, last)} the class prior"
-    return label_axes(ax, title, "epochs", "log loss (nats per battle)")
+    if len(shown) > 1:
+        ax.legend(**_BELOW)
+    unit = "minutes of training" if x == "minutes" else "epochs"
+    return label_axes(ax, title, unit, y, **options)
 
 
-def plot_ablation(ax: Axes, worth: pd.DataFrame) -> Axes:
-    """Show what each family of features is worth, from `ablation.ablate`, the best at the top."""
-    order = worth["family"].tolist()[::-1]
-    series = {
-        "in the odds of A or B": (ACCENT, worth[worth["of"] == "A against B"]),
-        "in the odds of a tie": (LABEL_COLORS[TIE], worth[worth["of"] == "tie"]),
-    }
-    draw_rows(ax, series, "difference", "family", order)
-    n_sure = int((worth["low"] > 0).sum())
-    title = f"Missed by more than chance: {n_sure} of {len(worth)} families"
-    x = "log loss added by leaving it out, nats per battle (95 % interval)"
-    return label_axes(ax, title, x, "family of features")
+def plot_heads(ax: Axes, history: pd.DataFrame, prior: float) -> Axes:
+    """Show what the heads lost that were tried inside the training folds, the mean over models.
+
+    `history`: head, penalty, train_loss, log_loss.
+    """
+    for (head, rows), marker in zip(history.groupby("head"), "os^D", strict=False):
+        means = rows.groupby("penalty")[["log_loss", "train_loss"]].mean()
+        ax.plot(means.index, means["log_loss"], f"{marker}-", color=ACCENT, label=f"{head}, unseen")
+        ax.plot(
+            means.index, means["train_loss"], f"{marker}:", color=_OTHER, label=f"{head}, training"
+        )
+    ax.axhline(prior, linestyle="--", label=f"class prior {prior:.3f}", **BLACK)
+    ax.set_xscale("log")
+    ax.set_ylim(None, prior + 0.5 * (prior - history["train_loss"].min()))
+    place_legend(ax)
+    best = history.groupby(["head", "penalty"])["log_loss"].mean()
+    gain = prior - float(best.min())
+    title = f"On prompts not seen, the best head is {gain:+.3f} nats better than the class prior"
+    return label_axes(ax, title, "penalty of squared weights", "log loss (nats per battle)")

@@ -16,6 +16,8 @@ from scipy import sparse
 from scipy.optimize import minimize
 from scipy.sparse.csgraph import connected_components
 from scipy.special import log_softmax
+from scipy.stats import binomtest
+from statsmodels.stats.multitest import multipletests
 
 from src.utils.schema import A_WINS, B_WINS, TIE, UNKNOWN_MODEL
 from src.utils.stats.scores import Z_95, proportion_interval
@@ -62,6 +64,42 @@ def model_records(
     table["tie_share"] = table["n_tied"] / table["n"]
     table = table.drop(columns=["n_won", "n_tied"])
     return table.sort_values("n", ascending=False, kind="stable", ignore_index=True)
+
+
+def head_to_head(
+    model_a: Sequence[str], model_b: Sequence[str], labels: np.ndarray, n_shown: int = 10
+) -> pd.DataFrame:
+    """Count who beats whom among the `n_shown` most frequent chatbots, the best first.
+
+    Returns:
+        One row per ordered pair that met: model, opponent, n (decided battles), share won by
+        model, low, high (Clopper and Pearson), p_value of the binomial test against one half, and
+        p_holm, corrected for the number of pairs.
+    """
+    records = model_records(model_a, model_b, labels).head(n_shown)
+    order = records.sort_values("win_share", ascending=False)["model"].tolist()
+    battles = pd.DataFrame({"a": np.asarray(model_a), "b": np.asarray(model_b), "label": labels})
+    battles = battles[battles["label"] != TIE]
+    rows = []
+    for place, model in enumerate(order):
+        for opponent in order[place + 1 :]:
+            first = battles[(battles["a"] == model) & (battles["b"] == opponent)]
+            second = battles[(battles["a"] == opponent) & (battles["b"] == model)]
+            n = len(first) + len(second)
+            if n:
+                won = int((first["label"] == A_WINS).sum() + (second["label"] == B_WINS).sum())
+                rows.append((model, opponent, n, won))
+    table = pd.DataFrame(rows, columns=["model", "opponent", "n", "won"])
+    tests = [binomtest(won, n).pvalue for n, won in table[["n", "won"]].itertuples(index=False)]
+    table = table.assign(p_value=np.array(tests, dtype=float))
+    table["p_holm"] = multipletests(tests, method="holm")[1] if tests else []
+    mirrored = table.rename(columns={"model": "opponent", "opponent": "model"})
+    table = pd.concat([table, mirrored.assign(won=table["n"] - table["won"])], ignore_index=True)
+    table["share"] = table["won"] / table["n"]
+    counts = table["won"].to_numpy(), table["n"].to_numpy()
+    table["low"], table["high"] = proportion_interval(*counts, exact=True)
+    table["model"] = pd.Categorical(table["model"], order)
+    return table.sort_values("model", kind="stable", ignore_index=True).astype({"model": object})
 
 
 @dataclass(frozen=True)

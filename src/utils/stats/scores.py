@@ -7,26 +7,33 @@ with rows that sum to 1 and columns in the order of `schema.LABELS`, `labels` (N
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, norm
+from sklearn.linear_model import LogisticRegression
 
+from src.utils.runs import read_json
 from src.utils.schema import (
     A_WINS,
     B_WINS,
     LABEL_NAMES,
     LABELS,
     TEXTS,
+    average_over_swap,
     check_probs,
     join_turns,
     list_votes,
     probs_of,
+    swap_labels,
     swap_probs,
 )
 
 MIN_PROB = 1e-15  # the competition clips here
 Z_95 = float(norm.ppf(0.975))  # half the width of a 95 % interval, in standard errors
+MIN_SLICE = 30  # battles of which the loss is worth a look
+_PUBLISHED = Path(__file__).with_name("published_scores.json")
 _MIN_BIN = 40  # battles in a bin of a reliability curve
 _ECE_BINS = 15
 
@@ -208,31 +215,59 @@ def compare_models(
     return pd.DataFrame(rows, columns=columns)
 
 
+def compare_runs(
+    members: Mapping[str, np.ndarray],
+    shared: pd.DataFrame,
+    pairs: pd.DataFrame,
+    truth: np.ndarray | None,
+    reference: str,
+    **bootstrap: int,
+) -> pd.DataFrame:
+    """Compare members on the battles that all of them held out, as `compare_models` does.
+
+    `members`, name -> (N, C), predict the N battles `shared`; `truth`, (N, C), are their true
+    probabilities. All `pairs` give the class prior. Each vote counts once.
+    """
+    rows, labels = list_votes(shared)
+    prior = prior_of(pairs)[pd.Index(pairs["id"]).get_indexer(shared["id"])]
+    models = {"the class prior": prior, **members}
+    if truth is not None:
+        models["the best reachable"] = truth
+    models = {name: probs[rows] for name, probs in models.items()}
+    groups = shared["group"].to_numpy()[rows]
+    return compare_models(models, labels, groups, reference, **bootstrap)
+
+
 def compare_slices(
     losses: np.ndarray,
-    reference: np.ndarray,
+    references: Mapping[str, np.ndarray],
     slices: Mapping[str, np.ndarray],
     groups: np.ndarray,
     n_boot: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare a model's `row_losses` with those of a reference, (N,) float each, on slices.
+    """Compare a model's `row_losses` with those of references, (N,) float each, on slices.
 
     `slices` are name -> (N,) bool, the battles of that slice.
 
     Returns:
-        One row per slice that holds at least two groups: slice, n_pairs, log_loss, reference,
-        difference with its 95 % bounds low and high (paired; below 0 the model is better),
-        and verdict: better, worse or no different, by whether the interval excludes 0.
+        One row per slice of at least `MIN_SLICE` battles, not all: slice, n_pairs, log_loss,
+        the loss of each reference by its name, difference to the first with its 95 % bounds low
+        and high (paired; below 0 the model is better), and verdict: better, worse or no
+        different, by whether the interval excludes 0.
     """
+    first = next(iter(references))
     rows = []
     for name, mask in slices.items():
         inside = np.asarray(groups)[mask]
-        if len(pd.unique(inside)) > 1:
-            gap = paired_difference(losses[mask], reference[mask], inside, n_boot, seed)
-            means = losses[mask].mean(), reference[mask].mean()
-            rows.append((name, len(inside), *means, *gap.values()))
-    columns = ["slice", "n_pairs", "log_loss", "reference", "difference", "low", "high"]
+        is_small = len(inside) < MIN_SLICE or len(pd.unique(inside)) < 2
+        if is_small or len(inside) == len(losses):
+            continue
+        gap = paired_difference(losses[mask], references[first][mask], inside, n_boot, seed)
+        row = {"slice": name, "n_pairs": len(inside), "log_loss": losses[mask].mean()}
+        row |= {other: values[mask].mean() for other, values in references.items()}
+        rows.append(row | {"difference": gap["mean"], "low": gap["low"], "high": gap["high"]})
+    columns = ["slice", "n_pairs", "log_loss", *references, "difference", "low", "high"]
     table = pd.DataFrame(rows, columns=columns)
     excludes = [table["high"] < 0, table["low"] > 0]
     return table.assign(verdict=np.select(excludes, ["better", "worse"], "no different"))
@@ -272,26 +307,97 @@ def compare_leanings(
     return pd.DataFrame(rows, columns=["leaning", "voter", "share", "low", "high", "n"])
 
 
-def confident_errors(
-    pairs: pd.DataFrame, probs: np.ndarray, n_shown: int = 8, n_chars: int = 300
-) -> pd.DataFrame:
-    """List `n_shown` of the battles whose vote got the lowest probability, texts cut to `n_chars`.
+def worst_battles(probs: np.ndarray, labels: np.ndarray, n_shown: int = 4) -> np.ndarray:
+    """Find the battles whose vote got the lowest probability: (n_shown,) positions, worst first."""
+    return np.argsort(-row_losses(probs, labels), kind="stable")[:n_shown]
+
+
+def count_confusion(probs: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    """Count votes by what was voted and what was most probable, with recall and precision.
 
     Returns:
-        One row per battle, the worst first: id, vote, predicted, p(vote), prompt, response_a,
-        response_b, with ‖ between turns. Not escaped, which `DataFrame.to_html` does by default.
+        One row per class: vote, one column per predicted class (counts), n (votes), recall (share
+        of these votes that were predicted) with its 95 % interval low and high, precision (share
+        of the predictions of this class that were right; NaN: never predicted).
     """
-    labels = pairs["label"].to_numpy(dtype=int)
-    worst = np.argsort(-row_losses(probs, labels), kind="stable")[:n_shown]
-    names = np.array(LABEL_NAMES)
-    table = pd.DataFrame({"id": pairs["id"].to_numpy()[worst], "vote": names[labels[worst]]})
-    table["predicted"] = names[probs[worst].argmax(axis=1)]
-    table["p(vote)"] = probs[worst, labels[worst]].round(3)
-    for name in TEXTS:
-        joined = [join_turns(turns, " ‖ ") for turns in pairs[name].iloc[worst]]
-        texts = pd.Series(joined).str.split().str.join(" ")
-        table[name] = texts.where(texts.str.len() <= n_chars, texts.str[:n_chars] + " …")
-    return table
+    predicted = np.asarray(probs).argmax(axis=1)
+    counts = np.zeros((len(LABELS), len(LABELS)), dtype=int)
+    np.add.at(counts, (np.asarray(labels), predicted), 1)
+    hits, n = counts.diagonal(), counts.sum(axis=1)
+    low, high = proportion_interval(hits, n)
+    table = pd.DataFrame(counts, columns=list(LABEL_NAMES))
+    table.insert(0, "vote", list(LABEL_NAMES))
+    with np.errstate(invalid="ignore"):
+        rates = {"recall": hits / n, "low": low, "high": high}
+        return table.assign(n=n, **rates, precision=hits / counts.sum(axis=0))
+
+
+def by_fold(oof: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """Score each held-out fold, from `oof` and `pairs` as `summarise` takes them.
+
+    Returns:
+        One row per fold: fold, n_pairs, log_loss (nats per vote), accuracy.
+    """
+    places, rows, labels = _votes_on(oof, pairs)
+    probs = probs_of(oof)[rows]
+    votes = pd.DataFrame({"fold": pairs["fold"].to_numpy()[places], "id": places})
+    votes["log_loss"] = row_losses(probs, labels)
+    votes["accuracy"] = (probs.argmax(axis=1) == labels).astype(float)
+    folds = votes.groupby("fold")
+    table = folds[["log_loss", "accuracy"]].mean()
+    table.insert(0, "n_pairs", folds["id"].nunique())
+    return table.reset_index()
+
+
+def describe_folds(folds: pd.DataFrame) -> str:
+    """Say in one sentence how far the folds of `by_fold` differ."""
+    if len(folds) == 1:
+        return (
+            f"One fold was held out ({folds['n_pairs'].iloc[0]:,} battles): no spread over folds."
+        )
+    mean, spread = folds["log_loss"].mean(), folds["log_loss"].std()
+    hits, around = 100 * folds["accuracy"].mean(), 100 * folds["accuracy"].std()
+    return (
+        f"Over {len(folds)} folds: log loss {mean:.4f} ± {spread:.4f}, accuracy {hits:.1f} ± "
+        f"{around:.1f} % (mean ± standard deviation of a fold)."
+    )
+
+
+def predict_by_length(pairs: pd.DataFrame) -> np.ndarray:
+    """Predict each battle by its answers' lengths alone, from the votes of the other folds.
+
+    A logistic regression on the log ratio of their characters learns from each battle in both
+    orders, and the mean over both is symmetric. Where there is a single fold, it learns from that
+    one. Returns (N, C) float64, rows sum to 1.
+    """
+    rows, labels = list_votes(pairs)
+    folds = pairs["fold"].to_numpy()
+    n_chars = [pairs[name].map(join_turns).str.len() for name in TEXTS[1:]]
+    gaps = np.log1p(n_chars[0].to_numpy()) - np.log1p(n_chars[1].to_numpy())
+    inputs = np.column_stack([gaps, np.abs(gaps)])
+    mirrored = inputs * [-1, 1]
+    probs = np.empty((len(pairs), len(LABELS)))
+    for fold in np.unique(folds):
+        kept = folds[rows] != fold
+        kept |= kept.sum() == 0
+        both = np.vstack([inputs[rows[kept]], mirrored[rows[kept]]])
+        votes = np.concatenate([labels[kept], swap_labels(labels[kept])])
+        model = LogisticRegression(C=10.0).fit(both, votes)
+        orders = [model.predict_proba(each[folds == fold]) for each in (inputs, mirrored)]
+        probs[folds == fold] = average_over_swap(*orders)
+    return probs
+
+
+def read_published() -> pd.DataFrame:
+    """Read scores that others published for this competition: name, log_loss, kind, source."""
+    return pd.DataFrame(read_json(_PUBLISHED)["scores"])
+
+
+def _votes_on(oof: pd.DataFrame, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row of `pairs`, row of `oof` and label of each vote on the battles of `oof`, (V,) each."""
+    places = pd.Series(np.arange(len(pairs)), index=pairs["id"]).loc[list(oof["id"])].to_numpy()
+    rows, labels = list_votes(pairs.iloc[places])
+    return places[rows], rows, labels
 
 
 def summarise(
@@ -311,9 +417,7 @@ def summarise(
         What `score` returns; log_loss_low and log_loss_high, a 95 % interval; prior_log_loss, of
         the class prior of the other folds; with `truth` oracle_log_loss and excess_log_loss.
     """
-    places = pd.Series(np.arange(len(pairs)), index=pairs["id"]).loc[list(oof["id"])].to_numpy()
-    rows, labels = list_votes(pairs.iloc[places])
-    places = places[rows]
+    places, rows, labels = _votes_on(oof, pairs)
     prior, groups = prior_of(pairs)[places], pairs["group"].to_numpy()[places]
     probs = probs_of(oof)[rows]
     truth = None if truth is None else truth[rows]

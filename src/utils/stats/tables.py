@@ -4,14 +4,21 @@ A chatbot's name or a text may hold HTML (`<img …>`), or dollars that a page w
 formula. This is the only place where a notebook turns a table into HTML.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 from pandas.io.formats.style import Styler
 
+from src.utils.stats.plots import number, with_interval
+
 _NAMES = {"id": "{}", "row": "{}", "seed": "{}"}  # numbers that name something: 20240501
 _NO_FORMULAS = 'class="tex2jax_ignore mathjax_ignore"'  # for MathJax 2 and 3 or later
+_HEADERS = {"n": "battles", "n_pairs": "battles", "log_odds": "log-odds", "p_value": "p"}
+_HEADERS |= {"ece": "calibration error", "p_holm": "p (Holm)"}
+_IDENTIFIER = re.compile("[a-z][a-z0-9_]*")  # of ours, which no chatbot's name is changed for
 
 
 def show(
@@ -19,23 +26,63 @@ def show(
     formats: Mapping[str, str] | None = None,
     digits: int = 4,
     index: bool = False,
+    intervals: Mapping[str, tuple[str, str]] | None = None,
+    headers: Mapping[str, str] | None = None,
+    best: str = "",
 ) -> Styler:
-    """Style a table for people: cells and headers escaped, thousands separated, missing as "–".
+    """Style a table for people: escaped, thousands separated, missing as "–", no empty column.
 
     Args:
-        formats: column -> format, e.g. "{:.1%}"; the others get `digits` decimals.
+        formats: column -> format, e.g. "{:.1%}" or "{:+.3f}"; others get `digits` decimals.
         index: show the index, which is escaped, too.
+        intervals: column -> the columns of its bounds, shown with it as "0.920 (0.910–0.928)".
+        headers: column -> header; the others lose their underscores.
+        best: column whose smallest value makes its row bold.
     """
     table = table if index else table.reset_index(drop=True)
-    styler = table.style.format(escape="html", precision=digits, na_rep="–", thousands=",")
-    named = {name: text for name, text in _NAMES.items() if name in table}
-    for column, text in (named | dict(formats or {})).items():
-        styler = styler.format(text, subset=[column], na_rep="–", escape="html")
+    is_best = table[best] == table[best].min() if best else np.zeros(len(table), dtype=bool)
+    intervals, formats = intervals or {}, _NAMES | dict(formats or {})
+    bounds = {name for pair in intervals.values() for name in pair}
+    cells, texts = {}, []
+    for name in table.columns:
+        column = table[name]
+        is_empty = len(column) > 0 and (column.isna() | column.astype(str).eq("")).all()
+        if name in bounds or is_empty:
+            continue
+        title = _name_column(name, headers or {})
+        text = formats.get(name) or _choose_format(column, digits)
+        if name in intervals:
+            rows = table[[name, *intervals[name]]].itertuples(index=False)
+            cells[title] = [with_interval(*row, text) for row in rows]
+        else:
+            cells[title] = [number(value, text) for value in column]
+        if not pd.api.types.is_numeric_dtype(column):
+            texts.append(title)
+    styler = pd.DataFrame(cells, index=table.index, dtype=object).style.format(escape="html")
     styler = styler.format_index(escape="html", axis=1)
     styler = styler.format_index(escape="html", axis=0) if index else styler.hide(axis="index")
-    texts = pd.Index([n for n in table.columns if not pd.api.types.is_numeric_dtype(table[n])])
-    styler = styler.set_properties(subset=texts, **{"text-align": "left"})
+    styler = styler.set_properties(subset=pd.Index(texts), **{"text-align": "left"})
+    left = [f"th.col{place}" for place, title in enumerate(cells) if title in texts]
+    if left:
+        props = "text-align: left"
+        styler = styler.set_table_styles([{"selector": ", ".join(left), "props": props}])
+    if best:
+        styler = styler.apply(lambda _: np.where(is_best, "font-weight: bold", ""))
     return styler.set_table_attributes(_NO_FORMULAS)
+
+
+def _choose_format(column: pd.Series, digits: int) -> str:
+    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return "{}"
+    is_count = (column.dropna() % 1 == 0).all()  # also 12,000.0, which a missing value made
+    return "{:,.0f}" if is_count else f"{{:,.{digits}f}}"
+
+
+def _name_column(name: str, headers: Mapping[str, str]) -> str:
+    known = _HEADERS | dict(headers)
+    if name in known or not _IDENTIFIER.fullmatch(str(name)):
+        return known.get(name, name)
+    return name.replace("_", " ")
 
 
 class Findings:

@@ -40,13 +40,14 @@ from src.utils.runs import (
     write_json,
     write_text,
 )
+from src.utils.stats.explorer import STATIC
 from src.utils.suite.pipeline import EARLIER, RECORD, Pipeline, Stage, files_under, measure_states
 
 SAMPLE_S = 0.5  # between two measurements of memory
 LINE_S = 30.0  # between two lines of progress
-# Kernels print warnings about these although nothing is wrong.
-QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "TOKENIZERS_PARALLELISM": "true"}
-_DIGITS = {"seconds": 1, "peak_mib": 0, "log_loss": 4, "accuracy": 3, "oracle": 4}
+# Kernels print warnings about the first two although nothing is wrong; a page has no widgets.
+QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "TOKENIZERS_PARALLELISM": "true", STATIC: "1"}
+_SUMMARY = ("seconds", "peak_mib", "log_loss", "accuracy")
 _NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\|[█▏▎▍▌▋▊▉ ]*\|")  # colours and bars
 
 
@@ -132,7 +133,8 @@ def _read_metrics(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _hash_library() -> str:
+def hash_library() -> str:
+    """Hash every file of the package."""
     library = Path(__file__).resolve().parents[1]
     suffixes = (".py", ".yaml", ".md", ".json")
     files = sorted(path for path in library.rglob("*") if path.suffix in suffixes)
@@ -171,7 +173,7 @@ def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     copy.parent.mkdir(exist_ok=True)
     record: dict[str, Any] = {
-        "library": _hash_library(),
+        "library": hash_library(),
         "parameters": pipeline.all_parameters(stage.name),
         "inputs": measure_states(pipeline.inputs(stage)),
     }
@@ -219,33 +221,73 @@ def run_suite(
             run_notebook(pipeline, stage, stream)
         record = pipeline.read_record(stage)
         state = f"done in {record['seconds']:.0f} s" if reason else "up to date"
-        if record.get("library") != _hash_library():
+        if record.get("library") != hash_library():
             state += ", but the library changed since (FORCE=1 rebuilds)"
         print(f"{title}: {state}", file=stream, flush=True)
         folder = pipeline.artifacts / stage.name
         known = _read_metrics(folder) | record
         row: dict[str, Any] = {"notebook": stage.name, "status": "ran" if reason else "skipped"}
-        row |= {name: known.get(name) for name in _DIGITS}
-        rows.append(row | {"oracle": known.get("oracle_log_loss"), "output": str(folder)})
+        row |= {name: known.get(name) for name in _SUMMARY}
+        rows.append(row | {"output": str(folder)})
     return rows
 
 
-def format_results(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format the closing table, and below it each notebook's ladder with 95 % intervals."""
-    table = pd.DataFrame(rows, columns=["notebook", "status", *_DIGITS, "output"])
-    for name, digits in _DIGITS.items():
-        values = table[name].astype(float)
-        table[name] = ["–" if np.isnan(value) else f"{value:.{digits}f}" for value in values]
-    table["output"] = [os.path.relpath(path) for path in table["output"]]
-    table.columns = [str(name).replace("_mib", " MiB").replace("_", " ") for name in table]
-    texts = [table.to_string(index=False)]
+def name_models(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Name what each notebook trained: 03_modernbert -> "03 tiny encoder (stand-in)"."""
+    names = {"02_baseline": "02 CPU baseline"}
     for row in rows:
-        metrics = _read_metrics(Path(row["output"]))
-        if "ladder" in metrics:
-            ladder = pd.DataFrame(metrics["ladder"])[["model", "log_loss", "low", "high"]]
-            title = f"{row['notebook']}: log loss on {metrics['n_pairs']:,} held-out battles"
-            texts.append(f"{title}\n{ladder.to_string(index=False, float_format='%.4f')}")
+        path = Path(row["output"]) / RECORD
+        checkpoint = read_json(path)["parameters"].get("CHECKPOINT") if path.exists() else None
+        if checkpoint:
+            names[row["notebook"]] = f"{row['notebook'][:2]} {config.name_model(checkpoint)}"
+    return names
+
+
+def format_results(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format the closing tables: what ran, and the models' scores on the same battles.
+
+    Only 05 scores all models on the same battles. Without it, each score names its own number.
+    """
+    table = pd.DataFrame(rows, columns=["notebook", "status", "seconds", "peak_mib"])
+    table["peak_mib"] = [f"{value:,.0f}" if value else "–" for value in table["peak_mib"]]
+    table = table.rename(columns={"peak_mib": "peak memory, MiB"})
+    texts = [table.to_string(index=False)]
+    metrics = {row["notebook"]: _read_metrics(Path(row["output"])) for row in rows}
+    blend, scored = metrics.get("05_ensemble", {}), []
+    for name, own in metrics.items():
+        if "log_loss" in own:
+            bounds = {side: own.get(f"log_loss_{side}") for side in ("low", "high")}
+            scored.append({"model": name, "battles": own["n_pairs"], **own, **bounds})
+    title = "Log loss in nats, 95 % interval, on different battles"
+    if "ladder" in blend:
+        scored = [{"battles": blend["n_pairs"], **rung} for rung in blend["ladder"]]
+        title = f"Log loss in nats, 95 % interval, on the same {blend['n_pairs']:,} battles"
+        oracle = blend.get("oracle_log_loss")
+        if oracle and oracle not in [rung["log_loss"] for rung in blend["ladder"]]:
+            true = {"model": "oracle (true probabilities)", "log_loss": oracle}
+            scored.append({"battles": blend["n_pairs"], **true})
+    if scored:
+        texts.append(f"{title}, all held out\n{_format_scores(scored, rows, blend)}")
     return "\n\n".join(texts)
+
+
+def _format_scores(
+    scored: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], blend: Mapping[str, Any]
+) -> str:
+    """Format a line per model, and mark the one whose score is the blend's: it is published."""
+    names, lines = name_models(rows), []
+    for score in scored:
+        loss, low, high = (score.get(name) for name in ("log_loss", "low", "high"))
+        line = {"model": names.get(score["model"], score["model"]), "log loss": f"{loss:.3f}"}
+        line["95 % interval"] = f"({low:.3f}–{high:.3f})" if low else ""
+        line["battles"] = f"{score['battles']:,}"
+        is_published = abs(loss - blend.get("log_loss", np.inf)) < 1e-9
+        lines.append(line | {"": "published" if is_published else ""})
+    width = max(len(line["model"]) for line in lines)
+    for line in lines:
+        line["model"] = line["model"].ljust(width)
+    table = pd.DataFrame(lines).rename(columns={"model": "model".ljust(width)})
+    return table.to_string(index=False)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -156,7 +156,7 @@ def run_trial(
     try:
         while process.poll() is None and not is_pruned:
             time.sleep(POLL_S)
-            losses = list(pd.read_csv(history)["log_loss"]) if history.exists() else []
+            losses = list(pd.read_csv(history)["log_loss"].dropna()) if history.exists() else []
             for step in range(n_reported, len(losses)):
                 trial.report(losses[step], step)
             n_reported = max(n_reported, len(losses))  # a run that starts again has fewer

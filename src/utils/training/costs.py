@@ -18,6 +18,7 @@ from transformers import ModernBertConfig, Qwen3Config
 
 from src.utils.config import FinetuneConfig, SuiteError
 from src.utils.models.checkpoints import head_names, make_skeleton, read_architecture
+from src.utils.models.frozen import N_STATES, choose_layers
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack
 
@@ -114,10 +115,16 @@ class Shape:
     is_packed: bool
 
     def n_trained(self, config: FinetuneConfig) -> int:
-        """Weights that are trained: all, or those of LoRA and the head."""
-        if not config.lora_rank:
+        """Weights that are trained: all, those of LoRA and the head, or a head's on states."""
+        if config.train == "all":
             return self.n_weights
+        if config.train == "head":
+            return 64 * self.n_states(config)  # the network of two layers; the other has 3 each
         return config.lora_rank * (self.linear_in + self.linear_out) + self.n_head
+
+    def n_states(self, config: FinetuneConfig) -> int:
+        """States that a head reads of a battle, in one order."""
+        return N_STATES * len(choose_layers(config.state_layers, self.n_layers)) * self.hidden
 
 
 _QWEN = {"vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128}
@@ -176,7 +183,7 @@ def count_memory(
 
     Trained weights are 32-bit, activations 16-bit under autocast, norms and their inputs 32-bit.
     """
-    trained, is_lora = shape.n_trained(config), config.lora_rank > 0
+    trained, is_lora = shape.n_trained(config), config.uses_lora
     frozen = count_frozen(shape, config.quantization) if is_lora else 0.0
     # Autocast keeps a 16-bit copy of every trained matrix until the pass is over.
     copies = 2.0 * (trained if is_lora else shape.n_linear)
@@ -209,7 +216,7 @@ def count_kept(shape: Shape, config: FinetuneConfig, has_kernel: bool) -> float:
     if not config.gradient_checkpointing:
         return outside + shape.n_layers * count_layer(shape, config, has_kernel)
     # The state that each layer starts from; in 16 bit where the frozen base is.
-    return outside + shape.n_layers * shape.hidden * (2 if config.lora_rank else 4)
+    return outside + shape.n_layers * shape.hidden * (2 if config.uses_lora else 4)
 
 
 def count_layer(shape: Shape, config: FinetuneConfig, has_kernel: bool) -> float:
@@ -218,7 +225,7 @@ def count_layer(shape: Shape, config: FinetuneConfig, has_kernel: bool) -> float
     # Of each linear layer a 16-bit copy of its input. LoRA reads a copy after dropout, and a byte
     # per number says what was dropped. LLM.int8 keeps an input for two layers of three, about.
     bytes_per_input = 2.0
-    if config.lora_rank:
+    if config.uses_lora:
         bytes_per_input += config.lora_dropout > 0
         bytes_per_input += 4 / 3 * (config.quantization == "8bit")
     inputs = bytes_per_input * shape.linear_in / shape.n_layers
@@ -250,9 +257,10 @@ def count_flops(
     reads one state of a battle, are left out.
     """
     linear, attention = 2.0 * shape.n_linear, count_attention(shape, lengths, has_kernel)
-    lora = 2.0 * config.lora_rank * (shape.linear_in + shape.linear_out)
+    rank = config.lora_rank if config.uses_lora else 0
+    lora = 2.0 * rank * (shape.linear_in + shape.linear_out)
     forward = linear + lora + attention
     # Backward, each layer needs one product for its input and one for its weights, if they are
     # trained; attention needs four for its inputs, and its scores once more.
-    backward = linear * (1 if config.lora_rank else 2) + 2 * lora + 2.5 * attention
+    backward = linear * (1 if config.uses_lora else 2) + 2 * lora + 2.5 * attention
     return forward * (2 if config.gradient_checkpointing else 1) + backward, forward

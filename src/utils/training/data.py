@@ -97,6 +97,13 @@ def loss_of(
     return loss.sum(), reported.sum()
 
 
+def count_hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Count rows whose most probable class is the commonest of `targets`, both as in `loss_of`."""
+    votes, soft = targets.unbind(1)
+    wanted = torch.where(votes.any(1, keepdim=True), votes, soft)
+    return (logits.argmax(1) == wanted.argmax(1)).sum().float()
+
+
 def find_file(name: str) -> Path:
     """The path of a file that a setting names; `~` is the home folder. It must exist."""
     path = Path(name).expanduser()

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from src.utils.config import FinetuneConfig
+from src.utils.config import FinetuneConfig, upgrade_settings
 from src.utils.models.template import TEMPLATE_VERSION
-from src.utils.runs import find_damage, hash_file, hash_json, hash_pairs, read_json
+from src.utils.runs import find_damage, find_free, hash_file, hash_json, hash_pairs, read_json
 
 Identity = Mapping[str, Mapping[str, Any]]  # "settings" and "data"
 
@@ -29,8 +29,11 @@ _NOT_IDENTITY = frozenset(
     "folds n_seeds refit n_processes predict_tokens tokens_per_batch gradient_checkpointing "
     "n_evals eval_pairs save_minutes train_hours allow_cpu".split()
 )
-
-
+_OF_LORA = frozenset({"lora_rank", "lora_alpha", "lora_dropout"})
+_OF_STEPS = frozenset(  # of optimizer steps through the base
+    "head max_tokens tokens_per_step n_epochs both_orders learning_rate warmup_share weight_decay "
+    "optimizer".split()
+)
 _NAME = re.compile(r"fold_\d+(_seed_\d+)?|refit")
 
 
@@ -39,13 +42,21 @@ def identify(config: FinetuneConfig, pairs: Any, files: list[Path]) -> Identity:
 
     `pairs` are the battles, or their `hash_pairs`; `files` hold extra battles and soft labels.
     """
-    settings = {k: v for k, v in config.to_json().items() if k not in _NOT_IDENTITY}
+    unread = _find_unread(config)
+    settings = {k: v for k, v in config.to_json().items() if k not in unread}
     data = {
         "battles": pairs if isinstance(pairs, str) else hash_pairs(pairs),
         "template": TEMPLATE_VERSION,
         "files": [hash_file(file) for file in files],
     }
     return {"settings": settings, "data": data}
+
+
+def _find_unread(config: FinetuneConfig) -> frozenset[str]:
+    """Name the settings that do not shape the weights."""
+    if config.train == "head":  # its states were read with the budget of prediction
+        return _NOT_IDENTITY - {"predict_tokens"} | _OF_LORA | _OF_STEPS
+    return _NOT_IDENTITY | {"state_layers"} | (frozenset() if config.uses_lora else _OF_LORA)
 
 
 def describe_difference(found: Identity | None, asked: Identity) -> str:
@@ -55,7 +66,7 @@ def describe_difference(found: Identity | None, asked: Identity) -> str:
     """
     if found is None:
         return "its settings are unknown"
-    before = FinetuneConfig().to_json() | dict(found["settings"])
+    before = FinetuneConfig().to_json() | upgrade_settings(found["settings"])
     changes = []
     for name, value in asked["settings"].items():
         if before[name] != value:
@@ -117,10 +128,10 @@ def _list_models(folder: Path) -> list[str]:
 
 
 def _set_aside(run_dir: Path, name: str, key: str) -> Path:
-    place, number = run_dir / EARLIER / key, 1
-    while any((place / kind / name).exists() for kind in KINDS):  # never onto another model
-        number += 1
-        place = run_dir / EARLIER / f"{key}-{number}"
+    def has_another(place: Path) -> bool:
+        return any((place / kind / name).exists() for kind in KINDS)
+
+    place = find_free(run_dir / EARLIER / key, has_another)
     _move(run_dir, place, name)
     return place
 

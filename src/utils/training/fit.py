@@ -18,20 +18,25 @@ import pandas as pd
 from accelerate.utils import release_memory
 from torch import nn
 
+from src.utils.battles.time_split import PAST
 from src.utils.config import FinetuneConfig
 from src.utils.models.checkpoints import (
     load_classifier,
     load_finetuned,
     longest_row,
+    make_skeleton,
     quiet_transformers,
+    read_architecture,
 )
-from src.utils.models.predict import LocalReader
+from src.utils.models.reading import LocalReader
 from src.utils.runs import find_damage, read_json, write_json, write_table
 from src.utils.schema import FROZEN_COLUMNS, check_pairs, probs_of, probs_table
 from src.utils.training.data import add_extra_battles, find_file
 from src.utils.training.earlier import BEGUN, RECORD, arrange_models, identify, list_finished
+from src.utils.training.frozen_heads import HEAD_COLUMNS, train_head, write_member
 from src.utils.training.heldout import Member, predict_heldout
-from src.utils.training.processes import on_first
+from src.utils.training.processes import on_first, world_size
+from src.utils.training.states import States, read_pace, read_states
 from src.utils.training.trainer import HISTORY_COLUMNS, FoldTrainer, list_checkpoints
 
 
@@ -41,12 +46,13 @@ class FitResult:
 
     config: FinetuneConfig  # with every fold that has a model, also of earlier runs
     oof: pd.DataFrame  # id, fold, one float32 column per label; every battle of `config.folds`
-    history: pd.DataFrame  # one row per validation, `HISTORY_COLUMNS`; losses in nats per battle
+    # One row per validation, `HISTORY_COLUMNS`, or per head tried, `HEAD_COLUMNS`; losses in nats.
+    history: pd.DataFrame
     swap_gap: float  # of whole folds, mean; see `scores.swap_gap`
     n_train_pairs: int  # mean over the folds, without the refit
     n_parameters: int  # that were trained
     seconds: float  # of training all models, without validation
-    tokens_per_second: float  # of training, without padding
+    tokens_per_second: float  # of training, or of reading a frozen base's states, without padding
     padding_share: float  # of the tokens of training
 
 
@@ -65,18 +71,29 @@ def fit(
     `run_dir` also gets `checkpoints/`, `tensorboard/` and `history.csv`, and `earlier/` where
     models of other settings were in the way.
 
+    With TRAIN `head` every fold is held out, whatever FOLDS says, and the refit is always there:
+    all heads share the states of the frozen base (`states`), so that they cost minutes.
+
     ValueError if a fold is empty or holds all battles, FloatingPointError if a validation loses
     more than one in a hundred battles to logits that are not finite.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
+    is_head = config.train == "head"
+    if is_head:
+        config = _take_all_folds(config, pairs)
     deadline = time.monotonic() + config.train_hours * 3600 if config.train_hours else math.inf
     members = prepare_members(pairs, config, run_dir)
     finished = on_first(list_finished)(run_dir)
     to_train = [member.name for member in members if member.name not in finished]
     records: dict[str, dict] = {}
     rows: list[dict] = []  # of all validations so far
+    states = None
+    if is_head and to_train:
+        states = _read_states(pairs, config, run_dir, base)
     for member in members:
-        if member.name in to_train:
+        if member.name in to_train and states is not None:
+            _train_head(pairs, member, run_dir, base, states)
+        elif member.name in to_train:
             n_left = len(to_train) - to_train.index(member.name)
             left_s = (deadline - time.monotonic()) / n_left
             _train_member(pairs, member, run_dir, base, rows, time.monotonic() + left_s)
@@ -87,18 +104,52 @@ def fit(
     of_folds = [records[member.name] for member in folds]
     history = [row for record in of_folds for row in record["history"]]
     seconds = sum(row["seconds"] for row in rows)
-    n_tok = sum(row["n_tok"] for row in rows)
+    n_tok, n_padded = (sum(row.get(name, 0) for row in rows) for name in ("n_tok", "n_padded"))
     numbers = sorted({member.fold for member in members if member.fold is not None})
     return FitResult(
         config=dataclasses.replace(config, folds=tuple(numbers), refit=len(folds) < len(members)),
         oof=pd.concat([_read_oof(run_dir, folds, k) for k in numbers], ignore_index=True),
-        history=pd.DataFrame(history, columns=list(HISTORY_COLUMNS)),
+        history=pd.DataFrame(history, columns=list(HEAD_COLUMNS if is_head else HISTORY_COLUMNS)),
         swap_gap=float(np.mean([record["swap_gap"] for record in of_folds])),
         n_train_pairs=round(np.mean([record["n_train_pairs"] for record in of_folds])),
         n_parameters=of_folds[0]["n_parameters"],
         seconds=seconds,
-        tokens_per_second=n_tok / max(seconds, 1e-9),
-        padding_share=1 - n_tok / sum(row["n_padded"] for row in rows),
+        tokens_per_second=of_folds[0].get("tokens_per_second", n_tok / max(seconds, 1e-9)),
+        padding_share=(n_padded - n_tok) / max(n_padded, 1),
+    )
+
+
+def _take_all_folds(config: FinetuneConfig, pairs: pd.DataFrame) -> FinetuneConfig:
+    if world_size() > 1:
+        raise RuntimeError(
+            f"train: head needs one process, got {world_size()}; its readers use every GPU of a "
+            "machine: run the notebook without torchrun"
+        )
+    folds = sorted({int(fold) for fold in pairs["fold"]} - {PAST})
+    return dataclasses.replace(config, folds=tuple(folds), refit=True)
+
+
+def _read_states(
+    pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None
+) -> States:
+    skeleton = make_skeleton(read_architecture(config, base), "joint")
+    _check_length(skeleton, config)
+    nobody = np.zeros(len(pairs), dtype=bool)
+    return read_states(add_extra_battles(pairs, nobody, config), config, run_dir, base)
+
+
+def _train_head(
+    pairs: pd.DataFrame, member: Member, run_dir: Path, base: Path | None, states: States
+) -> None:
+    train_pairs, heldout = _split(pairs, member.fold, member.config)
+    head, probs, record = train_head(states, train_pairs, heldout, member)
+    record["tokens_per_second"] = read_pace(states)
+    write_member(head, probs, record, heldout, member, run_dir, base)
+    best = record["history"][0]
+    print(
+        f"{member.name}: {best['head']}, penalty {best['penalty']:,g}, chosen at "
+        f"{best['log_loss']:.4f} of {len(record['history'])} heads, {record['seconds']:.0f} s",
+        flush=True,
     )
 
 
@@ -172,7 +223,7 @@ def _read_predicted(pairs: pd.DataFrame, member: Member, run_dir: Path, base: Pa
         return record
     print(f"{member.name}: predicts its fold again, at PREDICT_TOKENS {n_tok:,}", flush=True)
     heldout = pairs[pairs["fold"] == member.fold].reset_index(drop=True)
-    base = base if member.config.lora_rank else None
+    base = base if member.config.is_frozen else None
     model, tokenizer = load_finetuned(folder, member.config, base)
     reader = LocalReader(model, tokenizer.pad_token_id, packing=member.config.packing)
     prediction = predict_heldout(reader, tokenizer, heldout, member)
@@ -216,8 +267,9 @@ def _split(
 
 
 def _check_length(model: nn.Module, config: FinetuneConfig) -> None:
-    limit = longest_row(model.get_base_model() if config.lora_rank else model)
-    for name in ("max_tokens", "predict_tokens"):
+    limit = longest_row(model.get_base_model() if config.uses_lora else model)
+    names = ("predict_tokens",) if config.train == "head" else ("max_tokens", "predict_tokens")
+    for name in names:
         if limit and getattr(config, name) > limit:
             raise ValueError(
                 f"{name}: expected at most {limit}, the longest input of {config.checkpoint}, "

@@ -9,7 +9,8 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.predict import LocalReader, predict_pairs
+from src.utils.models.predict import predict_pairs
+from src.utils.models.reading import LocalReader
 from src.utils.training import processes
 from src.utils.training.earlier import Identity
 from src.utils.training.processes import rank, world_size

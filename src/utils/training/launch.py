@@ -24,8 +24,8 @@ from accelerate.utils import release_memory
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from src.utils.config import FinetuneConfig, read_finetuning
+from src.utils.models.bases import prepare_base
 from src.utils.models.hardware import choose_device
-from src.utils.models.tiny import prepare_base
 from src.utils.paths import ROOT, choose_profile
 from src.utils.runs import read_json, read_pairs, write_json, write_pairs
 from src.utils.training.fit import FitResult, fit
@@ -46,7 +46,7 @@ def fit_launched(
     """
     check_device(config, pairs, base)
     n_processes = count_processes(config)
-    if n_processes > 1:
+    if n_processes > 1 and config.train != "head":  # the readers of a frozen base start their own
         release_memory()
         folder = run_dir / "launch"
         write_pairs(folder / "pairs.parquet", pairs)

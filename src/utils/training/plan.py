@@ -28,9 +28,12 @@ from src.utils.config import (
     FinetuneConfig,
     SuiteError,
     choose_names,
+    name_model,
     read_finetuning,
 )
+from src.utils.models.frozen import choose_layers
 from src.utils.models.hardware import choose_device
+from src.utils.models.predict import reading_budget
 from src.utils.runs import read_pairs
 from src.utils.training import costs
 from src.utils.training.costs import CARDS, CONTEXT_GIB, GIB, Machine, Shape
@@ -42,6 +45,7 @@ SESSION_H, OUTPUT_GB, SUBMISSION_H = 12.0, 20.0, 9.0
 MARGIN = 0.9  # share of a limit in hours that an estimate may fill
 USABLE = 0.95  # of a GPU's memory: the rest is lost between the allocator's blocks
 N_CHECKPOINTS = 3  # two are kept while the next one is written
+HEAD_MINUTES = 4.0  # to train one head for `N_BATTLES` on two cores, an estimate
 MAX_CPU_H = 0.5  # training on a CPU up to which nobody is asked
 # Tokens of the texts of 1,384 battles of the competition, by percent of the battles: the mean of
 # Qwen's and ModernBERT's tokenizers, which are within 3 % of it.
@@ -49,7 +53,7 @@ PERCENT = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 100)
 TEXT_TOK = (7, 31, 81, 127, 220, 328, 440, 552, 684, 812, 979, 1342, 1721, 2412, 3406, 4191, 6525)
 TEMPLATE_TOK = {False: 12, True: 68}  # of an encoder, of a decoder
 PADDING = 1.04  # tokens read for each of a battle, where rows sorted by length are padded
-TINY_TEXT = "a stand-in of 0.25 million weights, which trains within minutes on a CPU"
+SMALL_TEXT = "small enough to train on a CPU"
 # For `N_BATTLES`: benchmarks/results/eda.json and baseline.json.
 ON_CPU = {
     "01_eda": "45 s and 1.1 GiB on two cores, no GPU",
@@ -93,6 +97,8 @@ def plan_training(
     config: FinetuneConfig, text_tok: np.ndarray, machine: Machine, shape: Shape
 ) -> Need:
     """Plan the training of all models of a notebook; `text_tok` is from `measure_texts`."""
+    if config.train == "head":
+        return _plan_head(config, text_tok, machine, shape)
     given = text_tok + TEMPLATE_TOK[shape.is_causal]
     trained = np.minimum(given, config.max_tokens)
     predicted = np.minimum(given, config.predict_tokens)
@@ -142,16 +148,63 @@ def plan_training(
         memory={name: n_bytes / GIB for name, n_bytes in parts.items()},
         most_tokens=most_tokens,
         micro_batch=micro_batch,
-        download_gb=shape.n_weights * (2 if config.lora_rank else 4) / 1e9,
+        download_gb=shape.n_weights * (2 if config.is_frozen else 4) / 1e9,
         output_gb=N_CHECKPOINTS * checkpoint_gb + n_models * weights_gb,
         submission_h=machine.hours(2 * N_TEST * n_models * reading_flops),
+    )
+
+
+def _plan_head(
+    config: FinetuneConfig, text_tok: np.ndarray, machine: Machine, shape: Shape
+) -> Need:
+    """Plan to read every battle once in each order, and to train the heads of all folds."""
+    given = text_tok + TEMPLATE_TOK[shape.is_causal]
+    read = np.minimum(given, config.predict_tokens)
+    # Layers above the last one that is read are not run.
+    depth = max(choose_layers(config.state_layers, shape.n_layers)) / shape.n_layers
+    flops = depth * costs.count_flops(shape, config, read, machine.has_kernel)[1]
+    reading_flops = float(read.mean()) * (1.0 if shape.is_packed else PADDING) * flops
+    n_folds, n_given = EdaConfig().n_folds, len(given)
+    n_models = n_folds * config.n_seeds + 1
+    head_hours = n_models * HEAD_MINUTES / 60 * n_given / N_BATTLES
+    reading_hours = machine.hours(2 * n_given * reading_flops)
+    parts = {
+        "weights": costs.count_frozen(shape, config.quantization),  # all, until they are loaded
+        "CUDA": CONTEXT_GIB * GIB * (machine.n_gpus > 0),
+    }
+    per_token = costs.count_layer(shape, config, machine.has_kernel) + 8.0 * shape.hidden
+    room = machine.gib * USABLE * GIB - sum(parts.values())
+    most_tokens = max(0, int(room / per_token))
+    wanted = reading_budget(config.tokens_per_batch, torch.device("cuda"))
+    micro_batch = max(config.predict_tokens, min(wanted, most_tokens))
+    parts["activations"] = micro_batch * per_token
+    states_gb = 2 * 2 * n_given * shape.n_states(config) / 1e9
+    return Need(
+        config,
+        machine,
+        shape,
+        text_tok,
+        n_train=n_given - round(n_given / n_folds),
+        n_models=n_models,
+        hours=reading_hours + head_hours,
+        steps_share=1.0,
+        valid_share=0.0,
+        train_cut=float((given > config.predict_tokens).mean()),
+        predict_cut=float((given > config.predict_tokens).mean()),
+        memory={name: n_bytes / GIB for name, n_bytes in parts.items()},
+        most_tokens=most_tokens,
+        micro_batch=micro_batch,
+        download_gb=shape.n_weights * 2 / 1e9,
+        output_gb=states_gb + n_models * 4 * shape.n_trained(config) / 1e9,
+        submission_h=machine.hours(2 * N_TEST * reading_flops),  # one head serves
     )
 
 
 def find_problem(need: Need) -> str:
     """Name what a training lacks on its machine; empty if it fits. T4s are taken for Kaggle's."""
     on_kaggle = need.machine.tflops == CARDS["T4"].tflops
-    if need.most_tokens < need.config.max_tokens:
+    is_head = need.config.train == "head"
+    if need.most_tokens < (need.config.predict_tokens if is_head else need.config.max_tokens):
         return "Too little memory"
     if not need.machine.n_gpus and need.hours > MAX_CPU_H:
         return "Too long without a GPU"
@@ -168,7 +221,7 @@ def advise(need: Need) -> str:
     if not problem:
         return "It fits."
     config = need.config
-    lora = {"lora_rank": config.lora_rank or 32}
+    lora = {"train": "lora"}
     one_model: dict[str, Any] = {"folds": config.folds[:1], "n_seeds": 1, "refit": False}
     changes: list[dict[str, Any]] = [
         {"gradient_checkpointing": True},
@@ -178,6 +231,7 @@ def advise(need: Need) -> str:
         one_model,
         one_model | {"max_tokens": max(config.max_tokens // 2, 256)},
     ]
+    changes.append({"train": "head"})
     if problem.startswith("Too long"):  # a schedule that ends in time: fewer steps
         changes.append(one_model | {"train_hours": float(int(SESSION_H * MARGIN))})
     ways = []
@@ -196,14 +250,19 @@ def describe(need: Need, notebook: str) -> str:
     """Write a plan as a table for people, with the advice if it does not fit."""
     config, machine = need.config, need.machine
     memory = ", ".join(f"{name} {gib:.1f}" for name, gib in need.memory.items())
+    hours = f"{need.hours:,.1f} for {need.steps_share:.0%} of the steps; "
+    hours += f"{need.valid_share:.0%} of them validation"
+    cut = f"{need.train_cut:.1%} are cut to {config.max_tokens:,} tokens in training, "
+    cut += f"{need.predict_cut:.1%} to {config.predict_tokens:,} in prediction"
+    if config.train == "head":
+        hours = f"{need.hours:,.1f} to read every battle in both orders and train the heads"
+        cut = f"{need.predict_cut:.1%} are cut to {config.predict_tokens:,} tokens"
     rows = {
         "models": f"{need.n_models}, each learns from {need.n_train:,} battles or more; "
         f"{need.shape.n_trained(config) / 1e6:,.1f} of {need.shape.n_weights / 1e6:,.1f} million "
         "weights are trained",
-        "hours": f"{need.hours:,.1f} for {need.steps_share:.0%} of the steps; "
-        f"{need.valid_share:.0%} of them validation",
-        "battles": f"{need.train_cut:.1%} are cut to {config.max_tokens:,} tokens in training, "
-        f"{need.predict_cut:.1%} to {config.predict_tokens:,} in prediction",
+        "hours": hours,
+        "battles": cut,
         "memory": f"{sum(need.memory.values()):.1f} of {machine.gib:.1f} GiB: {memory}",
         "micro-batch": f"{need.micro_batch:,} tokens; memory holds {need.most_tokens:,}",
         "disk": f"{need.download_gb:.1f} GB download, {need.output_gb:.1f} GB output",
@@ -233,8 +292,8 @@ def describe_others(needs: Sequence[Need], on_kaggle: Sequence[Need]) -> dict[st
 
 def plan_here(config: FinetuneConfig, pairs: pd.DataFrame) -> str:
     """Describe what a notebook's training needs on the device that it finds, before it starts."""
-    if config.is_tiny:
-        return f"{config.checkpoint}: {TINY_TEXT}"
+    if config.has_own_base:
+        return f"{config.checkpoint}, {name_model(config.checkpoint)}: {SMALL_TEXT}"
     return describe(_plan_here(config, pairs, None), "this notebook")
 
 
@@ -249,7 +308,7 @@ def check_device(config: FinetuneConfig, pairs: pd.DataFrame, base: Path | None 
     Raises:
         SuiteError: there is no usable GPU; the text has the projected hours.
     """
-    if config.is_tiny or config.allow_cpu or choose_device().type != "cpu":
+    if config.has_own_base or config.allow_cpu or choose_device().type != "cpu":
         return
     hours = _plan_here(config, pairs, base).hours
     if hours > MAX_CPU_H:
@@ -302,7 +361,7 @@ def make_plan(options: argparse.Namespace) -> str:
     chosen = choose_names(options.only, sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
     configs = read_finetuning(options.profile, options.set)
     texts, source = read_texts(options.data, Path(options.artifacts or paths.artifacts_dir()))
-    shapes = {name: costs.read_shape(c) for name, c in configs.items() if not c.is_tiny}
+    shapes = {name: costs.read_shape(c) for name, c in configs.items() if not c.has_own_base}
 
     def plan_on(machine: Machine) -> dict[str, Need]:
         return {name: plan_training(configs[name], texts, machine, shapes[name]) for name in shapes}
@@ -315,7 +374,7 @@ def make_plan(options: argparse.Namespace) -> str:
         if name not in configs:
             lines.append(f"{name:20} {others[name]}")
         elif name not in shapes:
-            lines.append(f"{name:20} {configs[name].checkpoint}, {TINY_TEXT}")
+            lines.append(f"{name:20} {configs[name].checkpoint}, {SMALL_TEXT}")
         elif len(machines) == 1:
             lines.append(f"\n{describe(needs[0][name], name)}\n")
         else:

@@ -78,14 +78,14 @@ def gather_rows(rows: np.ndarray) -> np.ndarray:
     return joined
 
 
-def sum_gradients(weights: Iterable[nn.Parameter], loss_sum: torch.Tensor) -> None:
-    """Sum gradients and a loss over all processes, in place; once per step, after its last batch.
+def sum_gradients(weights: Iterable[nn.Parameter], sums: torch.Tensor) -> None:
+    """Sum gradients and counts over all processes, in place; once per step, after its last batch.
 
     Unlike with `DistributedDataParallel`, processes may read different numbers of batches in a
     step, and each may split its own where memory runs out.
     """
     if world_size() > 1:
-        tensors = [loss_sum]
+        tensors = [sums]
         for weight in weights:
             if weight.grad is None:  # this process had no batch in this step
                 weight.grad = torch.zeros_like(weight)

@@ -1,20 +1,23 @@
-"""Show and log how training goes: progress, TensorBoard, and a live learning curve."""
+"""Show and log how training goes: lines or a bar of progress, TensorBoard, memory."""
 
 import io
 import sys
 import threading
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-from matplotlib.figure import Figure
+import psutil
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from src.utils.stats.model_plots import plot_learning_curve
-from src.utils.stats.scores import class_prior, log_loss
-
 LINE_S = 30.0  # from one line of progress to the next, where there is no bar
+# Column of the history -> its name in TensorBoard; what is not named here is a cost.
+_TAGS = {
+    "train_loss": "loss/train",
+    "log_loss": "loss/held_out",
+    "train_accuracy": "accuracy/train",
+    "accuracy": "accuracy/held_out",
+}
 _LINE = "{desc}: {n_fmt} of {total_fmt} steps, {elapsed} elapsed, {remaining} left{postfix}"
 
 
@@ -22,17 +25,13 @@ class Progress:
     """Shows and logs the training of one model.
 
     Steps, time left, losses and throughput are a bar in a terminal or a notebook; elsewhere a new
-    line every `LINE_S` seconds, also during a validation. Each validation is written as an event
-    for `tensorboard --logdir FOLDER`, and a notebook shows the learning curve, redrawn.
+    line every `LINE_S` seconds, also during a validation. Each row of the history is written as
+    events for `tensorboard --logdir FOLDER`.
 
     `step` of `n_steps` are taken already; what a killed run logged after them becomes void.
-    `labels` are the held-out votes, (N,) int; without any there is no curve.
     """
 
-    def __init__(
-        self, title: str, folder: Path, step: int, n_steps: int, labels: np.ndarray
-    ) -> None:
-        self.title, self.labels = title, labels
+    def __init__(self, title: str, folder: Path, step: int, n_steps: int) -> None:
         self._has_bar = sys.stdout.isatty() or is_notebook()
         self._bar = tqdm(
             desc=title,
@@ -43,7 +42,6 @@ class Progress:
             bar_format=None if self._has_bar else _LINE,
         )
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-        self._is_drawn = False
         self._held_out = ""
         self._closed = threading.Event()
         if not self._has_bar:
@@ -63,39 +61,32 @@ class Progress:
         )
         self._bar.update(row["step"] - self._bar.n)
 
-    def show_validation(self, history: list[dict]) -> None:
-        """Show and log the last row of `FoldTrainer.history`, and draw all."""
-        row = history[-1]
+    def show_row(self, row: dict) -> None:
+        """Log a row of `FoldTrainer.history`, and show it if it is of a validation."""
         if "log_loss" in row:
             self._held_out = f"held out {row['log_loss']:.4f}, "
         self.show_step(row)
-        self._bar.refresh()
-        if not self._has_bar:
-            print(self._bar, flush=True)
+        if "log_loss" in row:
+            self._bar.refresh()
+            if not self._has_bar:
+                print(self._bar, flush=True)
         for name in sorted(row.keys() - {"fold", "seed", "step"}):
-            shown = "held_out" if name == "log_loss" else name
-            self._writer.add_scalar(shown, row[name], row["step"])
+            self._writer.add_scalar(_TAGS.get(name, f"cost/{name}"), row[name], row["step"])
         self._writer.flush()
-        if is_notebook() and len(self.labels):
-            self._draw(pd.DataFrame(history))
-
-    def _draw(self, history: pd.DataFrame) -> None:
-        from IPython.display import Image, display
-
-        prior = log_loss(np.tile(class_prior(self.labels), (len(self.labels), 1)), self.labels)
-        figure = Figure(figsize=(6, 3.2), layout="constrained")
-        ax = plot_learning_curve(figure.subplots(), history, prior)
-        ax.set_xlabel(f"epochs; {self.title} is at {history['epoch'].iloc[-1]:.2f}")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        display(Image(buffer.getvalue()), display_id=str(id(self)), update=self._is_drawn)
-        self._is_drawn = True
 
     def close(self) -> None:
         """Close the bar and the event file."""
         self._closed.set()
         self._bar.close()
         self._writer.close()
+
+
+def measure_memory() -> dict[str, float]:
+    """Measure memory, MiB: most that was used and reserved on the GPU, else what is resident."""
+    if torch.cuda.is_available():
+        used, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"memory_mib": used / 2**20, "reserved_mib": reserved / 2**20}
+    return {"memory_mib": psutil.Process().memory_info().rss / 2**20}
 
 
 def is_notebook() -> bool:

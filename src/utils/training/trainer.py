@@ -18,29 +18,32 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from src.utils.config import FinetuneConfig
+from src.utils.config import FinetuneConfig, name_model
 from src.utils.models.batches import collate
 from src.utils.models.checkpoints import hidden_size, write_model
 from src.utils.models.hardware import choose_device, choose_precision
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
-from src.utils.models.predict import LocalReader
+from src.utils.models.reading import LocalReader
 from src.utils.runs import atomic_folder, measure_peak_mib, write_json, write_manifest, write_table
 from src.utils.schema import probs_table
 from src.utils.stats.scores import log_loss
 from src.utils.training import processes
-from src.utils.training.data import Examples, loss_of, plan_steps, split_step
+from src.utils.training.data import Examples, count_hits, loss_of, plan_steps, split_step
 from src.utils.training.earlier import RECORD
 from src.utils.training.heldout import HeldOut, Member, predict_heldout, sample_groups
 from src.utils.training.processes import rank, world_size
-from src.utils.training.progress import Progress
+from src.utils.training.progress import Progress, measure_memory
 from src.utils.training.schedule import Schedule
 
 MAX_GRAD_NORM = 1.0
 N_CHECKPOINTS = 2  # that are kept: should the newest be damaged, the one before it serves
+# Rows without a validation have no log_loss and accuracy; without a GPU nothing is reserved.
 HISTORY_COLUMNS = (
-    *("fold", "seed", "step", "epoch", "train_loss", "log_loss", "learning_rate"),
-    *("tokens_per_second", "padding_share", "peak_mib"),
+    *("fold", "seed", "step", "epoch", "minutes", "train_loss", "train_accuracy"),
+    *("log_loss", "accuracy", "learning_rate", "tokens_per_second", "padding_share"),
+    *("memory_mib", "reserved_mib", "peak_mib"),
 )
+N_LOGS = 40  # rows of the history, beside those of validations
 CPU_TOKENS = 4096  # of one pass on a CPU: larger ones leave its cache and are slower
 _MEMORY_SHARE = 0.95  # of a GPU's memory that a pass may take; the rest is lost to fragments
 _CLOCK_STEPS = 10  # between two looks at the clock, for checkpoints and the deadline
@@ -51,10 +54,11 @@ class FoldTrainer:
     """Trains one model, and predicts the held-out battles of its fold at the end.
 
     `run_dir` gets, at the end and at once, `model/NAME` with the last weights, the predictions of
-    `heldout` and how training went; before that `checkpoints/NAME`, `tensorboard/NAME` and, at
-    every validation, `history.csv` (whose earlier rows are `earlier`). A validation reads a fixed
-    sample of whole prompts, in one order. It chooses nothing: the schedule ends at a rate of zero,
-    and the weights that it ends with are kept, so that a score is of battles that had no say.
+    `heldout` and how training went; before that `checkpoints/NAME`, `tensorboard/NAME` and
+    `history.csv` (whose earlier rows are `earlier`), with `N_LOGS` rows and one per validation. A
+    validation reads a fixed sample of whole prompts, in one order. It chooses nothing: the schedule
+    ends at a rate of zero, and the weights that it ends with are kept, so that a score is of
+    battles that had no say.
     """
 
     def __init__(
@@ -92,6 +96,8 @@ class FoldTrainer:
         ends = np.linspace(0, len(self.steps), n_validations + 1)[1:-1].round()
         # The last step is followed by a prediction of the whole fold.
         self.validation_steps = set(ends.astype(int).tolist() if len(heldout) else [])
+        logs = np.linspace(0, len(self.steps), min(N_LOGS, len(self.steps)) + 1)[1:-1].round()
+        self.log_steps = set(logs.astype(int).tolist()) - self.validation_steps
         self.sample = sample_groups(heldout, config.eval_pairs)
         # One for all validations: it remembers what memory did not hold.
         self.reader = LocalReader(model, tokenizer.pad_token_id, packing=config.packing)
@@ -100,9 +106,10 @@ class FoldTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.tokens_per_batch = config.tokens_per_batch  # lower once memory has run out
         self.step = 0  # optimizer steps taken so far
-        self.history: list[dict] = []  # per validation: `describe_interval` and log_loss
-        # Since the last validation.
+        self.history: list[dict] = []  # `describe_interval`, with the scores of a validation
+        # Since the last row of the history.
         self._loss_sum = 0.0  # of the rows
+        self._n_hits = 0.0  # rows whose vote was the most probable
         self._n_padded = 0  # tokens with padding that this process read
         self._seconds = 0.0  # of steps
 
@@ -133,6 +140,8 @@ class FoldTrainer:
                 is_saved = self.step in self.validation_steps
                 if is_saved:
                     self._validate(progress)
+                elif self.step in self.log_steps:
+                    self._close_interval(progress, None)
                 if n_steps % _CLOCK_STEPS == 0:
                     is_saved |= self._watch_clock(saved_at, deadline, n_steps / seconds)
                 saved_at = time.monotonic() if is_saved else saved_at
@@ -155,15 +164,16 @@ class FoldTrainer:
             passes = self._split(items)
             torch.manual_seed(int(seed))
             try:
-                loss_sum = self._add_gradients(passes)
+                sums = self._add_gradients(passes)
                 break
             except torch.OutOfMemoryError as error:
                 message = str(error)
             # Not in the except block: there the error still holds the failed pass's memory.
             self.optimizer.zero_grad()
             self._read_less(passes, message)
-        processes.sum_gradients(self.weights, loss_sum)
-        self._loss_sum += loss_sum.item()
+        processes.sum_gradients(self.weights, sums)
+        self._loss_sum += sums[0].item()
+        self._n_hits += sums[1].item()
         self._n_padded += sum(self._count_padded(each) for each in passes)
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.weights, MAX_GRAD_NORM)
@@ -181,19 +191,19 @@ class FoldTrainer:
         return int(lengths.sum() if self.is_packed else len(items) * lengths.max())
 
     def _add_gradients(self, passes: list[list[int]]) -> torch.Tensor:
-        """Add the gradients of a step's passes; returns the sum of the losses to report."""
+        """Add the gradients of a step's passes; returns the sums of losses to report and hits."""
         # The mean loss of a step's own rows would give a battle in a small step (of long battles)
         # more weight than one in a large step: divide by the mean rows per step.
         is_mixed = self.dtype != torch.float32
-        loss_sum = torch.zeros((), device=self.device)
+        sums = torch.zeros(2, device=self.device)
         for items in passes:
             inputs, targets = self._collate(items)
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed):
                 logits = self.model(**inputs).logits
             loss, reported = loss_of(logits.float(), targets, self.config)
             self.scaler.scale(loss / self._rows_per_step).backward()
-            loss_sum += reported.detach()
-        return loss_sum
+            sums += torch.stack([reported.detach(), count_hits(logits.detach(), targets)])
+        return sums
 
     def _collate(self, items: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         rows, targets = zip(*(self.examples[item] for item in items), strict=True)
@@ -309,14 +319,16 @@ class FoldTrainer:
         self._write_model(prediction)
 
     def _close_interval(self, progress: Progress | None, probs: np.ndarray | None) -> None:
-        """Add a row to the history: training since the last one, and the score of the sample."""
+        """Add a row to the history: training since the last one, and the scores of the sample."""
         row = self.describe_interval()
         if probs is not None:
-            row["log_loss"] = log_loss(probs, self.sample["label"].to_numpy())
+            labels = self.sample["label"].to_numpy()
+            row["log_loss"] = log_loss(probs, labels)
+            row["accuracy"] = float((probs.argmax(axis=1) == labels).mean())
         self.history.append(row)
-        self._loss_sum, self._n_padded, self._seconds = 0.0, 0, 0.0
+        self._loss_sum, self._n_hits, self._n_padded, self._seconds = 0.0, 0.0, 0, 0.0
         if progress:
-            progress.show_validation(self.history)
+            progress.show_row(row)
         if len(self.heldout) and not rank():
             table = pd.DataFrame(self.earlier + self.history, columns=list(HISTORY_COLUMNS))
             write_table(self.run_dir / "history.csv", table)
@@ -342,20 +354,24 @@ class FoldTrainer:
             write_json(folder / RECORD, record)
 
     def describe_interval(self) -> dict:
-        """Describe training since the last validation: losses in nats, the next learning rate."""
+        """Describe training since the last row: losses in nats, the next learning rate."""
         last_step = self.history[-1]["step"] if self.history else 0
         n_rows, n_tok = self._totals[self.step] - self._totals[last_step]
         n_padded = n_tok if self.is_packed else self._n_padded * world_size()
         seconds = max(self._seconds, 1e-9)
+        before = sum(row["seconds"] for row in self.history)
         return {
             "fold": self.member.fold,
             "seed": self.config.seed,
             "step": self.step,
             "epoch": self.step / len(self.steps) * self.config.n_epochs,
+            "minutes": (before + seconds) / 60,
             "train_loss": float(self._loss_sum / max(n_rows, 1)),
+            "train_accuracy": float(self._n_hits / max(n_rows, 1)),
             "learning_rate": self.config.learning_rate * self.schedule.rate(self.step),
             "tokens_per_second": float(n_tok / seconds),
             "padding_share": float(1 - n_tok / max(n_padded, n_tok, 1)),
+            **measure_memory(),
             "peak_mib": measure_peak_mib(),
             "seconds": seconds,
             "n_tok": int(n_tok),
@@ -363,16 +379,17 @@ class FoldTrainer:
         }
 
     def _start_progress(self) -> Progress:
-        title = self.member.name.replace("_", " ")
+        model = name_model(self.config.checkpoint)
+        title = f"{self.member.name.replace('_', ' ')}, {model}"
         print(
             f"{title}: {self.device}, {str(self.dtype).removeprefix('torch.')} "
             f"({self._dtype_reason}), {'packed' if self.is_packed else 'padded'} passes of at most "
             f"{self.tokens_per_batch:,} tokens, {self.config.tokens_per_step:,} per step, "
             f"{self.schedule.last_step:,} steps"
         )
-        folder = self.run_dir / "tensorboard" / self.member.name
-        labels = self.sample["label"].to_numpy()
-        return Progress(title, folder, self.step, self.schedule.last_step, labels)
+        # TensorBoard calls a run by its folder.
+        folder = self.run_dir / "tensorboard" / self.member.name / model
+        return Progress(title, folder, self.step, self.schedule.last_step)
 
     @processes.on_first
     def _save(self) -> None:
@@ -385,6 +402,7 @@ class FoldTrainer:
             "step": self.step,
             "schedule": self.schedule.state(),
             "interval": (self._loss_sum, self._n_padded, self._seconds),
+            "n_hits": self._n_hits,
             "history": self.history,
         }
         parent = self.run_dir / "checkpoints" / self.member.name
@@ -409,6 +427,7 @@ class FoldTrainer:
         self.step = state["step"]
         self.schedule.load(state["schedule"])
         self._loss_sum, self._n_padded, self._seconds = state["interval"]
+        self._n_hits = state.get("n_hits", 0.0)
         self.history = state["history"]
         # The same passes make the same weights to the bit. A smaller one was found out to fit.
         self.tokens_per_batch = self.config.tokens_per_batch or state["tokens_per_batch"]

@@ -1,0 +1,95 @@
+"""Draw the pictures of training in `assets/` from a finished run of notebooks 03 and 04.
+
+    python benchmarks/results/pictures.py artifacts
+
+`train_accuracy.png`, `validation_accuracy.png` and `gpu_usage.png` show both models over the
+minutes of training, `llm_report.png` the scalars that TensorBoard shows of 04. Each says which
+model and whose battles they are, and whether a GPU was there.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.utils.runs import label_member, read_json, read_source, write_figure
+from src.utils.stats import model_plots, plots
+
+ROOT = Path(__file__).resolve().parents[2]
+NETWORKS = ("03_modernbert", "04_qwen")
+CURVES = {"train_accuracy": "train_accuracy", "validation_accuracy": "accuracy"}
+SCALARS = (
+    *("loss/train", "loss/held_out", "accuracy/train", "accuracy/held_out"),
+    *("cost/learning_rate", "cost/tokens_per_second", "cost/memory_mib", "cost/reserved_mib"),
+)
+ORANGE = "#E8710A"  # as TensorBoard draws a single run
+
+
+def read_scalars(folder: Path) -> dict[str, list[Any]]:
+    """Read the scalars of the first model below a `tensorboard/` folder: tag -> its points."""
+    first = min(path.parent for path in folder.rglob("events.out.tfevents.*"))
+    events = EventAccumulator(str(first))
+    events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def draw_scalars(scalars: dict[str, list[Any]], title: str) -> plt.Figure:
+    """Draw the scalars of one model as TensorBoard lays them out: a card per tag, by step."""
+    shown = [tag for tag in SCALARS if tag in scalars]
+    n_rows = -(-len(shown) // 4)
+    fig, axes = plt.subplots(n_rows, 4, figsize=(12, 2.6 * n_rows), layout="constrained")
+    for ax, tag in zip(axes.flat, shown, strict=False):
+        ax.plot([p.step for p in scalars[tag]], [p.value for p in scalars[tag]], color=ORANGE)
+        ax.set_title(tag, loc="left", fontsize=11)
+        ax.set_xlabel("step", fontsize=9)
+        ax.tick_params(labelsize=8)
+    for ax in axes.flat[len(shown) :]:
+        ax.set_axis_off()
+    fig.suptitle(title, x=0.01, ha="left", weight="bold")
+    return fig
+
+
+def draw_pictures(artifacts: Path, folder: Path) -> None:
+    """Draw all four pictures of the runs below `artifacts` into `folder`."""
+    plots.use_style()
+    source = read_source(artifacts / "01_eda")
+    histories = {name: pd.read_csv(artifacts / name / "history.csv") for name in NETWORKS}
+    metrics = {name: read_json(artifacts / name / "metrics.json") for name in NETWORKS}
+    n_pairs = max(metrics[name]["n_train_pairs"] for name in NETWORKS)
+    labels = {name: label_member(artifacts, name) for name in NETWORKS}
+    for picture, column in CURVES.items():
+        fig, axes = plots.make_figure(len(NETWORKS))
+        for ax, (name, history) in zip(axes, histories.items(), strict=True):
+            what = picture.replace("_", " ")
+            model_plots.plot_history(
+                ax, history, {what: column}, what, labels[name], percent_on="y"
+            )
+        plots.note_source(fig, source, n_pairs)
+        write_figure(folder / f"{picture}.png", fig)
+    fig, axes = plots.make_figure(len(NETWORKS))
+    for ax, (name, history) in zip(axes, histories.items(), strict=True):
+        model_plots.plot_memory(ax, history)
+        title = f"{labels[name]}: {ax.get_title('left').replace('Memory', 'memory')}"
+        plots.label_axes(ax, title, ax.get_xlabel(), "MiB")
+    plots.note_source(fig, source, n_pairs)
+    write_figure(folder / "gpu_usage.png", fig)
+    scalars = read_scalars(artifacts / "04_qwen" / "tensorboard")
+    device = "GPU" if "cost/reserved_mib" in scalars else "CPU, memory of the process"
+    fig = draw_scalars(scalars, labels["04_qwen"])
+    what = f"TensorBoard scalars · {device} · {source}"
+    plots.note_source(fig, what, metrics["04_qwen"]["n_train_pairs"])
+    write_figure(folder / "llm_report.png", fig)
+
+
+def main() -> None:
+    """Draw the pictures from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("artifacts", type=Path)
+    draw_pictures(parser.parse_args().artifacts, ROOT / "assets")
+
+
+if __name__ == "__main__":
+    main()

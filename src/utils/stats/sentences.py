@@ -1,0 +1,317 @@
+"""Say in a sentence what an estimate shows: true for any data, and silent where nothing is known.
+
+A number is given with its 95 % interval, and called an effect only where that excludes none.
+Tables are those of `stats.effects`, `stats.extras`, `stats.ranking` and `models.insight`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from src.utils.stats.plots import ALPHA, is_clear, number, with_interval
+
+Found = Mapping[str, Any]  # of `effects.win_share`
+
+
+def share_of(found: Found) -> str:
+    """Write a share with its interval: "61.8 % (57.9–65.7)"."""
+    return with_interval(found["share"], found["low"], found["high"], "{:.1%}")
+
+
+def size_of(row: Found, text: str = "{:+.2f}") -> str:
+    """Write an effect of `effects.effect_sizes` with its interval: "+0.33 (+0.14 to +0.51)"."""
+    return with_interval(row["log_odds"], row["low"], row["high"], text)
+
+
+def join_names(names: Sequence[str], otherwise: str = "none", n_shown: int = 6) -> str:
+    """Join names for a sentence: "a, b and c", or "a, b and 7 more"."""
+    names = list(names)
+    if len(names) > n_shown + 1:
+        names = [*names[:n_shown], f"{len(names) - n_shown} more"]
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or otherwise
+
+
+def describe_winner(found: Found, who: str) -> str:
+    """Say whether `who` ("position A", "the longer answer") wins more than half."""
+    name = who[:1].upper() + who[1:]
+    if found["n"] == 0:
+        return f"No decided battle can tell whether {who} wins more often."
+    of = f"{share_of(found)} of {found['n']:,} decided battles"
+    if found["p_value"] < ALPHA:
+        return f"{name} wins **{of}**."
+    return f"{name} wins {of}: no measurable preference."
+
+
+def describe_ties(shares: pd.DataFrame, prior_log_loss: float) -> str:
+    """Say how frequent ties are, and what a guess scores, from `effects.winner_shares`."""
+    tie, most = shares.iloc[-1], shares.loc[shares["share"].idxmax()]
+    text = f"Ties are {share_of(tie)} of votes." if tie["n"] else "No vote is a tie."
+    return (
+        f"{text} Always guessing “{most['outcome']}” would be right in {share_of(most)}. "
+        f"The class prior, which knows only these shares, scores **{prior_log_loss:.3f} nats** "
+        "per battle, lower is better: what every model must beat."
+    )
+
+
+def describe_near_equal(in_characters: Found, in_words: Found, n_chars: int, n_words: int) -> str:
+    """Say who wins where the answers are about equally long, in both units of length."""
+    parts = []
+    for unit, n, found in (("characters", n_chars, in_characters), ("words", n_words, in_words)):
+        where = f"Within {n} {unit} of each other"
+        if found["n"] == 0:
+            parts.append(f"{where} no battle was decided.")
+        elif not found["p_value"] < ALPHA:
+            parts.append(f"{where} there is no measurable preference: the longer wins ")
+            parts[-1] += f"{share_of(found)} of {found['n']:,}."
+        else:
+            side = "longer" if found["share"] > 0.5 else "shorter"
+            seen = found | {"share": 1 - found["share"]}
+            seen |= {"low": 1 - found["high"], "high": 1 - found["low"]}
+            shown = share_of(found if side == "longer" else seen)
+            parts.append(f"{where} the {side} answer wins **{shown}** of {found['n']:,}.")
+    return " ".join(parts)
+
+
+def describe_levels(table: pd.DataFrame, what: str) -> str:
+    """Say on which properties of `effects.win_share_by_level` a share depends, and its extremes."""
+    table = table[table["n"] > 0]
+    p_values = table.groupby("property", sort=False)["p_value"].first().dropna()
+    moved = p_values.index[p_values < ALPHA / max(len(p_values), 1)]
+    parts = []
+    for name in moved:
+        rows = table[table["property"] == name].sort_values("share")
+        ends = [
+            f"{share_of(row)} for {row['level']}" for row in rows.iloc[[0, -1]].to_dict("records")
+        ]
+        parts.append(f"by {name}, from {' to '.join(ends)}")
+    if parts:
+        return f"{what} differs {'; '.join(parts)}."
+    return f"{what} does not measurably depend on {join_names(p_values.index, 'anything here')}."
+
+
+def describe_grid(table: pd.DataFrame) -> str:
+    """Name the cells of `effects.win_share_grid` in which the longer answer wins most and least."""
+    clear = table[is_clear(table)].sort_values("share", ascending=False)
+    if clear.empty:
+        return (
+            "No cell differs measurably from one half; empty or small cells can only vary widely."
+        )
+    ends = clear.iloc[[0, -1]] if len(clear) > 1 else clear
+    parts = []
+    for row in ends.to_dict("records"):
+        where = f"prompts of {row['row']} characters, ratio {row['column']}"
+        parts.append(f"{share_of(row)} for {where}")
+    return f"Of the cells that differ from one half, the longer answer wins {join_names(parts)}."
+
+
+def describe_interactions(table: pd.DataFrame) -> str:
+    """Say what strengthens or weakens the effect of length, after Holm's correction."""
+    clear = table[is_clear(table)]
+    parts = []
+    for row in clear.to_dict("records"):
+        verb = "strengthens" if row["log_odds"] > 0 else "weakens"
+        parts.append(f"{row['effect']} {verb} it, {size_of(row)}")
+    return f"{join_names(parts)}." if parts else "Nothing measured here changes what length does."
+
+
+def describe_effects(table: pd.DataFrame, n_named: int = 3) -> str:
+    """Name the largest effects that are clear after Holm's correction, up and down."""
+    clear = table[is_clear(table)].sort_values("log_odds", ascending=False)
+    if clear.empty:
+        return "At equal length no style difference moves the vote measurably."
+    up, down = clear[clear["log_odds"] > 0], clear[clear["log_odds"] < 0][::-1]
+    parts = []
+    for rows, verb in ((up, "more of these helps"), (down, "more of these hurts")):
+        named = [f"{row['effect']} {size_of(row)}" for row in rows[:n_named].to_dict("records")]
+        if named:
+            parts.append(f"{verb}: {join_names(named)}")
+    return f"At equal length, {'; '.join(parts)} (log-odds per SD)."
+
+
+def lay_out_verdict(verdict: pd.DataFrame, captions: Mapping[str, str]) -> pd.DataFrame:
+    """Lay `effects.make_verdict` out for people: the shares, and the effects that were found."""
+    is_share = verdict["measure"] == "share of decided"
+    table = verdict[is_share | (verdict["found"] == "yes")]
+    sizes = []
+    for row in table.to_dict("records"):
+        text = "{:+.2f}" if row["measure"] == "log-odds per SD" else "{:.1%}"
+        unit = " per SD" if row["measure"] == "log-odds per SD" else " of decided"
+        sizes.append(with_interval(row["size"], row["low"], row["high"], text) + unit)
+    answers = {"yes": "yes", "no": "no measurable effect"}
+    p_values = np.where(table["p_holm"] < 0.001, "< 0.001", table["p_holm"].map("{:.3f}".format))
+    return pd.DataFrame(
+        {
+            "what": table["effect"].map(lambda name: captions.get(name, name)),
+            "effect (95 % interval)": sizes,
+            "p (Holm)": p_values,
+            "moves a vote": table["found"].map(lambda name: answers.get(name, name)),
+            "for a modeller": table["advice"],
+        }
+    )
+
+
+def describe_shrinkage(alone: pd.DataFrame, equal: pd.DataFrame) -> str:
+    """Say which effects are there alone and gone at equal length."""
+    both = alone.merge(equal, on="effect", suffixes=("_alone", ""))
+    is_alone = (both["p_value_alone"] < ALPHA / max(len(both), 1)) & both["log_odds"].notna()
+    gone = both[is_alone & ~is_clear(both)]["effect"].tolist()
+    stays = both[is_alone & is_clear(both)]["effect"].tolist()
+    return (
+        f"Clear alone and not at equal length, so perhaps length in disguise: {join_names(gone)}. "
+        f"Clear in both: {join_names(stays)}."
+    )
+
+
+def describe_strengths(plain: pd.DataFrame, styled: pd.DataFrame) -> str:
+    """Say how many chatbots are ranked, and whose strength was style."""
+    ranked = plain.dropna(subset=["strength"])
+    if ranked.empty:
+        return "No chatbot is ranked."
+    both = ranked.merge(styled, on="model", suffixes=("", "_styled"))
+    apart = both[(both["low"] > both["high_styled"]) | (both["high"] < both["low_styled"])]
+    best = with_interval(*ranked.iloc[0][["strength", "low", "high"]], "{:+.2f}")
+    text = f"{len(ranked)} chatbots are ranked; first is {ranked['model'].iloc[0]}, {best}."
+    if apart.empty:
+        return f"{text} Holding style constant moves none of them measurably."
+    return f"{text} At equal style {join_names(apart['model'].head(5))} moved measurably."
+
+
+def describe_trends(curves: Mapping[str, pd.DataFrame]) -> str:
+    """Say how wins of the longer answer and ties follow the ratio, from `effects.length_curves`."""
+    trends = curves["trends"].set_index("what")["p_value"]
+    parts = []
+    for name, what in (("longer", "wins of the longer answer"), ("ties", "ties")):
+        bins = curves[f"{name}_bins"]["share"]
+        if not trends[name] < ALPHA or len(bins) < 2:
+            parts.append(f"{what} show no measurable trend")
+        else:
+            way = "more" if bins.iloc[-1] > bins.iloc[0] else "less"
+            parts.append(f"{what} are {way} frequent")
+    return f"The more the lengths differ: {'; '.join(parts)} (Spearman's test)."
+
+
+def describe_records(records: pd.DataFrame, min_battles: int) -> str:
+    """Name the chatbots that win measurably more or less than half, of `ranking.model_records`."""
+    ranked = records[(records["n"] >= min_battles) & (records["n_decided"] > 0)]
+    if ranked.empty:
+        return f"No chatbot with a name fought {min_battles} battles."
+    ranked = ranked[is_clear(ranked, 0.5)].sort_values("win_share", ascending=False)
+    up, down = ranked[ranked["win_share"] > 0.5], ranked[ranked["win_share"] < 0.5][::-1]
+    return (
+        f"Measurably above one half: {join_names(up['model'].head(8))}. "
+        f"Below: {join_names(down['model'].head(8))}."
+    )
+
+
+def describe_kinds(ties: pd.DataFrame, longer: pd.DataFrame) -> str:
+    """Say where ties are most frequent, and where length counts most, by kind of prompt."""
+    parts = []
+    for table, what in ((ties, "the share of ties"), (longer, "how often the longer answer wins")):
+        table = table[table["n"] > 0]
+        if len(table) and table["p_value"].iloc[0] < ALPHA / 2:
+            rows = table.sort_values("share").iloc[[0, -1]].to_dict("records")
+            ends = [f"{share_of(row)} for {row['level']}" for row in rows]
+            parts.append(f"{what} goes from {' to '.join(ends)}")
+        else:
+            parts.append(f"{what} shows no measurable difference between kinds")
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def describe_blend(ladder: pd.DataFrame, blend: str, best: str, gap: Found) -> str:
+    """Say whether a blend beats its best member; `gap` is of `scores.paired_difference`."""
+    losses = ladder.set_index("model")["log_loss"]
+    numbers = with_interval(gap["mean"], gap["low"], gap["high"], "{:+.4f}")
+    text = (
+        f"The blend scores {losses[blend]:.4f} nats, its best member, {best}, {losses[best]:.4f}:"
+    )
+    if gap["high"] < 0:
+        return f"{text} the blend is better, by {numbers}."
+    if gap["low"] > 0:
+        return f"{text} the blend is **worse** than that member, by {numbers}."
+    return f"{text} no measurable difference, {numbers}."
+
+
+def describe_planted(planted: pd.Series, estimated: pd.DataFrame) -> str:
+    """Name the planted effects that their intervals miss, from `ranking.VoteModel.effects`."""
+    rows = estimated.set_index("effect").loc[list(planted.index)]
+    is_missed = (rows["low"] > planted) | (rows["high"] < planted)
+    missed = planted.index[is_missed.to_numpy()]
+    n_missed = f"{len(missed)} of {len(planted)}" if len(missed) else "None"
+    named = f": {join_names(missed)}" if len(missed) else ""
+    return (
+        f"{n_missed} of the intervals misses the planted effect{named}; "
+        "one in twenty is expected to."
+    )
+
+
+def describe_words(words: pd.DataFrame, member: str, weight: float) -> str:
+    """Name the clearest words of `insight.word_effects`, and how far the saved model agrees."""
+    known = words.dropna(subset=["log_odds"])
+    clear = known[is_clear(known)]
+    if known.empty:
+        return "Too few battles to estimate the effect of a word."
+    named = []
+    for rows, verb in (
+        (clear[clear["log_odds"] > 0], "helps"),
+        (clear[clear["log_odds"] < 0], "hurts"),
+    ):
+        best = rows.nsmallest(5, "p_value")["word"].map("“{}”".format)
+        named.append(f"{verb}: {join_names(best)}")
+    found = "No word stands out clearly."
+    if len(clear):
+        found = f"At equal length, more of a word {'; '.join(named)}."
+    agreement = known["log_odds"].corr(known["weight"])
+    return (
+        f"{found} Over {len(known):,} words the weights of the saved {member} member correlate "
+        f"with these effects at {number(agreement, '{:.2f}')}; that member has "
+        f"{number(weight, '{:.0%}')} of the blend's weight."
+    )
+
+
+def describe_growth(curve: pd.DataFrame, trend: pd.DataFrame) -> str:
+    """Say what more battles bring, from `insight.learning_curve` and `insight.extrapolate`."""
+    if trend.empty:
+        return "There are too few battles to say what more of them would bring."
+    first, last, end = curve.iloc[0], curve.iloc[-1], trend.iloc[-1]
+    text = (
+        f"From {first['battles']:,.0f} to {last['battles']:,.0f} battles the loss goes from "
+        f"{first['log_loss']:.3f} to {last['log_loss']:.3f} nats"
+    )
+    gain = with_interval(end["gain"], end["gain_low"], end["gain_high"])
+    if not end["gain_low"] > 0:
+        return f"{text}; more battles would bring no measurable gain."
+    return f"{text}; {end['battles']:,.0f} would bring {gain} more, if the trend holds."
+
+
+def describe_score(result: Mapping[str, float], n_pairs: int) -> str:
+    """Say what a model scores beside the class prior and the oracle, from `scores.summarise`."""
+    bounds = result["log_loss_low"], result["log_loss_high"]
+    text = (
+        f"The CPU baseline scores **{with_interval(result['log_loss'], *bounds)} nats** per "
+        f"battle, accuracy {number(result['accuracy'], '{:.1%}')}, on {n_pairs:,} battles held "
+        f"out in turn; the class prior scores {result['prior_log_loss']:.3f}."
+    )
+    if "oracle_log_loss" not in result:
+        return f"{text} A neural model has to beat this to be worth its cost."
+    return (
+        f"{text} The oracle log loss is {result['oracle_log_loss']:.3f}: "
+        f"{result['excess_log_loss']:.3f} nats are left to learn."
+    )
+
+
+def describe_guesses(table: pd.DataFrame) -> str:
+    """Say what knowing the position is worth; the last row's difference is to the blind prior."""
+    row = table.iloc[-1]
+    gap = row[["difference", "difference_low", "difference_high"]]
+    numbers = with_interval(*gap, "{:+.4f}")
+    if gap.iloc[2] < 0:
+        return f"Knowing the position changes the loss by {numbers} nats."
+    return f"Knowing the position brings no measurable gain: {numbers} nats."
+
+
+def describe_spread(values: Sequence[float]) -> str:
+    """Write a mean with its standard deviation: "1.031 ± 0.012"."""
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"

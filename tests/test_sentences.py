@@ -1,0 +1,178 @@
+"""Sentences about results: each says what its numbers say, and claims nothing that they do not."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from src.utils.stats import effects, extras, ranking, sentences
+
+
+def found(n_hits, n):
+    return effects.win_share(np.repeat([0, 1], [n_hits, n - n_hits]))
+
+
+def make_effects(**sizes):
+    rows = [(name, size, size - 0.1, size + 0.1) for name, size in sizes.items()]
+    table = pd.DataFrame(rows, columns=["effect", "log_odds", "low", "high"])
+    p_values = np.where(table["log_odds"].abs() > 0.1, 0.001, 0.9)
+    return table.assign(p_value=p_values, p_holm=p_values, n=100, reason=None)
+
+
+@pytest.mark.parametrize(
+    ("n_hits", "n", "part"),
+    [(80, 100, "wins **80.0"), (52, 100, "no measurable preference"), (0, 0, "No decided battle")],
+)
+def test_a_winner_is_one_only_where_the_test_says_so(n_hits, n, part):
+    assert part in sentences.describe_winner(found(n_hits, n), "position A")
+
+
+def test_without_ties_none_are_claimed():
+    text = sentences.describe_ties(effects.winner_shares(np.array([0, 1, 1])), 0.693)
+    assert "No vote is a tie" in text and "B wins" in text and "0.693" in text
+
+
+def test_near_equal_lengths_name_the_side_that_wins():
+    text = sentences.describe_near_equal(found(10, 60), found(30, 60), 75, 12)
+    assert "75 characters of each other the shorter answer wins **83.3" in text
+    assert "12 words of each other there is no measurable preference" in text
+    text = sentences.describe_near_equal(found(55, 60), found(0, 0), 75, 12)
+    assert "the longer answer wins **91.7" in text and "no battle was decided" in text
+
+
+def test_levels_name_only_properties_that_matter():
+    labels = np.r_[np.zeros(90), np.ones(10), np.zeros(10), np.ones(90)].astype(int)
+    levels = {"half": np.repeat(["first", "second"], 100), "parity": np.arange(200) % 2}
+    table = effects.win_share_by_level(levels, labels)
+    text = sentences.describe_levels(table, "This share")
+    assert "by half" in text and "for second" in text and "parity" not in text
+    alone = sentences.describe_levels(table[table["property"] == "parity"], "This share")
+    assert "does not measurably depend on parity" in alone
+
+
+def test_the_largest_clear_effects_come_first_by_side():
+    text = sentences.describe_effects(make_effects(small=0.2, large=0.9, none=0.05, bad=-0.5))
+    assert text.index("large") < text.index("small") < text.index("bad")
+    assert "none" not in text and "hurts: bad −0.50" in text
+    assert "no style difference" in sentences.describe_effects(make_effects(none=0.05))
+
+
+def test_what_is_gone_at_equal_length_is_named():
+    alone, equal = make_effects(length=0.5, style=0.5), make_effects(length=0.05, style=0.4)
+    text = sentences.describe_shrinkage(alone, equal)
+    gone, stays = text.split("Clear in both")
+    assert "length." in gone and "style" in stays and "style" not in gone
+
+
+def test_interactions_say_which_way():
+    text = sentences.describe_interactions(make_effects(code=-0.5, turns=0.4, other=0.0))
+    assert "code weakens" in text and "turns strengthens" in text and "other" not in text
+    assert "Nothing" in sentences.describe_interactions(make_effects(other=0.0))
+
+
+def test_the_verdict_lists_the_shares_and_what_was_found():
+    tested = {"position A": found(50, 100)}
+    verdict = effects.make_verdict(tested, make_effects(n_lines=0.5, noise=0.01))
+    table = sentences.lay_out_verdict(verdict, {"n_lines": "line breaks"})
+    assert table["what"].tolist() == ["position A", "line breaks"]
+    assert table["moves a vote"].tolist() == ["no measurable effect", "yes"]
+
+
+def test_strengths_name_who_moved():
+    plain = pd.DataFrame({"model": ["x", "y"], "strength": [1.0, -1.0]})
+    plain = plain.assign(low=plain["strength"] - 0.1, high=plain["strength"] + 0.1)
+    styled = plain.assign(strength=[0.5, -1.0], low=[0.4, -1.1], high=[0.6, -0.9])
+    assert "x moved measurably" in sentences.describe_strengths(plain, styled)
+    assert "moves none" in sentences.describe_strengths(plain, plain)
+    nobody = plain.assign(strength=np.nan)
+    assert sentences.describe_strengths(nobody, nobody) == "No chatbot is ranked."
+
+
+def test_records_name_winners_and_losers():
+    labels = np.zeros(60, dtype=int)
+    text = sentences.describe_records(ranking.model_records(["x"] * 60, ["y"] * 60, labels), 30)
+    assert "above one half: x" in text and "Below: y" in text
+    few = ranking.model_records(["x"] * 6, ["y"] * 6, labels[:6])
+    assert "No chatbot" in sentences.describe_records(few, 30)
+
+
+def test_kinds_and_trends_claim_no_difference_of_chance():
+    rng = np.random.default_rng(0)
+    kinds, labels = pd.Categorical(np.repeat(["a", "b"], 300)), rng.integers(3, size=600)
+    ties = extras.vote_shares(kinds, labels)
+    longer = effects.win_share_by_level({"kind": kinds}, labels, rng.normal(size=600))
+    text = sentences.describe_kinds(ties[ties["outcome"] == "tie"], longer)
+    assert text.count("no measurable difference") == 2
+    curves = effects.length_curves(rng.normal(size=600), labels)
+    assert sentences.describe_trends(curves).count("no measurable trend") == 2
+    few = effects.length_curves(np.ones(1), np.zeros(1, dtype=int))
+    assert sentences.describe_trends(few).count("no measurable trend") == 2
+
+
+def test_a_trend_has_its_direction():
+    gap = np.linspace(0, 3, 900)
+    labels = np.where(np.random.default_rng(0).random(900) < np.exp(-gap), 2, 0)
+    text = sentences.describe_trends(effects.length_curves(gap, labels))
+    assert "ties are less frequent" in text
+
+
+def test_cells_name_the_extremes():
+    rows, columns = pd.Categorical(["short"] * 120), pd.Categorical(np.repeat(["1 ×", "2 ×"], 60))
+    labels = np.r_[np.arange(60) % 2, np.zeros(60)].astype(int)
+    table = effects.win_share_grid(rows, columns, labels, np.ones(120))
+    assert "ratio 2 ×" in sentences.describe_grid(table)
+    assert "No cell" in sentences.describe_grid(table[:1])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "part"),
+    [(-0.02, -0.01, "is better"), (0.01, 0.02, "**worse**"), (-0.01, 0.01, "no measurable")],
+)
+def test_a_blend_is_compared_with_its_best_member(low, high, part):
+    ladder = pd.DataFrame({"model": ["text", "all"], "log_loss": [1.03, 1.031]})
+    gap = {"mean": (low + high) / 2, "low": low, "high": high}
+    assert part in sentences.describe_blend(ladder, "all", "text", gap)
+
+
+def test_planted_effects_that_are_missed_are_named():
+    estimated = pd.DataFrame({"effect": ["x", "y"], "low": [0.9, 2.0], "high": [1.1, 3.0]})
+    text = sentences.describe_planted(pd.Series({"x": 1.0, "y": 1.0}), estimated)
+    assert "1 of 2" in text and ": y;" in text
+    assert sentences.describe_planted(pd.Series({"x": 1.0}), estimated).startswith("None")
+
+
+def test_words_are_named_only_where_they_are_clear():
+    words = make_effects(good=0.5, bad=-0.5, the=0.01).rename(columns={"effect": "word"})
+    words["weight"] = words["log_odds"] / 2
+    text = sentences.describe_words(words, "text", 0.97)
+    assert "“good”" in text and "hurts: “bad”" in text and "“the”" not in text
+    assert "at 1.00" in text and "97\u00a0%" in text
+    none = sentences.describe_words(words[words["word"] == "the"], "text", 0.0)
+    assert "No word stands out" in none
+
+
+def test_growth_is_claimed_only_with_an_interval_above_0():
+    curve = pd.DataFrame({"battles": [100, 800], "log_loss": [1.06, 1.03]})
+    trend = pd.DataFrame({"battles": [9000.0], "gain": [0.02], "gain_high": [0.05]})
+    assert "would bring 0.020" in sentences.describe_growth(curve, trend.assign(gain_low=0.01))
+    assert "no measurable gain" in sentences.describe_growth(curve, trend.assign(gain_low=-0.01))
+    assert "too few" in sentences.describe_growth(curve, trend[:0])
+
+
+def test_a_score_stands_beside_the_prior_and_the_oracle():
+    result = {"log_loss": 1.031, "log_loss_low": 1.0, "log_loss_high": 1.06, "accuracy": 0.48}
+    result["prior_log_loss"] = 1.097
+    assert "oracle" not in sentences.describe_score(result, 898)
+    known = result | {"oracle_log_loss": 1.02, "excess_log_loss": 0.011}
+    assert "0.011 nats are left" in sentences.describe_score(known, 898)
+
+
+def test_the_worth_of_the_position_needs_an_interval_below_0():
+    table = pd.DataFrame({"difference": [-0.01], "difference_low": [-0.02]})
+    assert "no measurable" in sentences.describe_guesses(table.assign(difference_high=0.01))
+    assert "changes the loss" in sentences.describe_guesses(table.assign(difference_high=-0.005))
+
+
+def test_long_lists_of_names_are_cut():
+    assert sentences.join_names("abc") == "a, b and c"
+    assert sentences.join_names("abcdefghij", n_shown=2) == "a, b and 8 more"
+    assert sentences.join_names([]) == "none"
