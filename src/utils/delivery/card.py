@@ -73,8 +73,8 @@ def measure_facts(
     ladder["name"] = ladder["model"].where(
         ladder["model"] != names[chosen], f"**{names[chosen]}: this model**"
     )
-    rows_of_losses = ladder[["log_loss", "low", "high"]].to_numpy()
-    ladder["loss"] = [with_interval(*row, "{:.4f}") for row in rows_of_losses]
+    bounds = zip(ladder["log_loss"], ladder["low"], ladder["high"], strict=True)
+    ladder["loss"] = [with_interval(loss, low, high, "{:.4f}") for loss, low, high in bounds]
     losses = {name: row_losses(probs, labels) for name, probs in models.items()}
     counts = measure_style(pairs)
     parts = {name: mask[rows] for name, mask in slice_battles(counts).items()}
@@ -96,8 +96,9 @@ def measure_facts(
 def _list_leanings(table: pd.DataFrame) -> list[dict[Any, Any]]:
     """Put people and model side by side: leaning, people, model, each with its interval."""
     table = table.dropna(subset="share")
-    rows = table[["share", "low", "high"]].to_numpy()
-    table = table.assign(cell=[with_interval(*row, "{:.1%}") for row in rows])
+    bounds = zip(table["share"], table["low"], table["high"], strict=True)
+    cells = [with_interval(share, low, high, "{:.1%}") for share, low, high in bounds]
+    table = table.assign(cell=cells)
     wide = table.pivot(index="leaning", columns="voter", values="cell")
     return wide.loc[table["leaning"].unique()].reset_index().to_dict("records")
 

@@ -85,7 +85,7 @@ def choose_member(
         word = "not measurably different from"
         if gap["low"] > 0 or gap["high"] < 0:
             word = "worse than" if gap["mean"] > 0 else "better than"
-        difference = with_interval(*gap.values(), "{:+.4f}")
+        difference = with_interval(gap["mean"], gap["low"], gap["high"], "{:+.4f}")
         parts.append(f"{word} {names[name]} ({losses[name].mean():.4f}), by {difference}")
     return chosen, "; ".join([parts[0], *sorted(parts[1:])]) + "."
 
