@@ -214,10 +214,12 @@ def render_card(card: ModelCard) -> str:
     """Render a card as a page, much as the hub shows it: HTML, with some front matter on top."""
     from nbconvert.filters.markdown import markdown2html
 
-    data: Any = card.data
-    tags = [data.license, data.pipeline_tag, data.library_name, *data.tags]
+    front = card.data.to_dict()
+    tags = [front[name] for name in ("license", "pipeline_tag", "library_name")] + front["tags"]
     chips = " ".join(f"<span>{escape(str(tag))}</span>" for tag in tags)
-    return _PAGE.format(title=escape(data.model_name), chips=chips, body=markdown2html(card.text))
+    return _PAGE.format(
+        title=escape(front["model-index"][0]["name"]), chips=chips, body=markdown2html(card.text)
+    )
 
 
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
