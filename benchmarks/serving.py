@@ -1,7 +1,8 @@
 """Compare ways to serve an encoder on a CPU: torch in 32 bit and bf16, onnxruntime in 32 and 8 bit.
 
-    python -m benchmarks.serving --encoder <folder with config.json, weights and tokenizer>
+    python -m benchmarks.serving --encoder path/to/encoder
 
+The encoder is a folder with config.json, weights and tokenizer, e.g. MiniLM-L6.
 Each way reads the same batches of the same battles in a process of its own: battles per CPU
 second (the fastest of some passes), memory, and the log loss of the votes. The head is a logistic
 regression on the encoder's states, fitted to other battles, so that probabilities spread as those
