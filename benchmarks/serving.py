@@ -177,7 +177,7 @@ def main() -> None:
     print(f"CPU baseline: {share:.1%} of its time is in models that could be exported")
     if not options.rows:
         result = {
-            "command": "python -m benchmarks.serving",
+            "command": "python -m benchmarks.serving --encoder path/to/encoder",
             **describe_device(384),
             "model": options.encoder.name,
             "battles": source,
