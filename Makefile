@@ -13,8 +13,11 @@ SUITE_OPTIONS = $(if $(PROFILE),--profile "$(PROFILE)") $(if $(DATA),--data "$$D
 SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(SUITE_OPTIONS) \
 	$(if $(filter-out 0,$(FORCE)),--force) $(if $(filter-out 0,$(LIST)),--list)
 
+# These count only where they are typed: some systems export one.
+typed = $(filter command,$(firstword $(origin $(1))))
+
 .DEFAULT_GOAL := help
-.PHONY: help run plan test lint check gpu-check data train search kernel kernel-push rehearse bench docs gallery site notebook clean
+.PHONY: help run play plan test lint check gpu-check data train search kernel kernel-push rehearse bench docs gallery site notebook clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -36,14 +39,26 @@ $(READY): requirements.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $(READY)
 
+# .play and .browser: the extra of that name, when it is first used; versions of everything else stay.
+$(VENV)/.%: $(READY)
+	@echo "Installing the packages of [$*] into $(VENV); only the first time."
+	@export UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_INDEX_URL="$${UV_INDEX_URL:-$$PIP_INDEX_URL}"; \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python -c requirements.txt -e '.[$*]' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e '.[$*]'
+	@touch $@
+
 run: $(READY)  ## raw battles to submission.csv: the notebooks in order, without those that are up to date
 	@$(SUITE)
+
+play: $(VENV)/.play  ## a page on this machine: paste two answers, see the predicted vote (MODEL=folder or hub id, PORT=7860, HOST=0.0.0.0)
+	@$(BIN)/python -m src.utils.delivery.playground $(if $(call typed,MODEL),--model "$(MODEL)") \
+		$(if $(call typed,HOST),--host "$(HOST)") $(if $(call typed,PORT),--port "$(PORT)")
 
 plan: $(READY)  ## what PROFILE=full will need, before it starts: hours, memory, disk (GPU=24|16|2x16|80|T4|2xA100, NB=04, SET, DATA)
 	@$(BIN)/python -m src.utils.training.plan --gpu "$$GPU" --only "$(NB)" $(if $(PROFILE),--profile "$(PROFILE)") \
 		$(if $(DATA),--data "$$DATA") $(if $(SET),--set "$$SET") $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)")
 
-test: $(READY)  ## every test, also those that train and run notebooks, two files at a time (JOBS=1 one)
+test: $(VENV)/.play $(VENV)/.browser  ## every test, also those that train and run notebooks, two files at a time (JOBS=1 one)
 	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## style, types and who may import whom; notebooks carry no outputs
@@ -59,9 +74,8 @@ check: lint  ## style and the fast tests, under two minutes
 gpu-check: $(READY)  ## what no CPU can show, on random weights of the real shapes, in about five minutes (WRITE=file.json keeps the table)
 	@$(BIN)/python -m tests.gpu_checks $(if $(WRITE),--write "$(WRITE)")
 
-# NAME counts only where it is typed: some systems export one.
 data: $(READY)  ## the competition's battles into data/raw; NAME=arena-140k another set into data/arena-140k (arena-55k, arena-100k, wsdm, mt-bench)
-	@$(BIN)/python -m src.utils.battles.download $(if $(filter command,$(firstword $(origin NAME))),"$(NAME)")
+	@$(BIN)/python -m src.utils.battles.download $(if $(call typed,NAME),"$(NAME)")
 
 train: NB := 01-05
 train: PROFILE := full
@@ -71,16 +85,19 @@ search: $(READY)  ## a search over a notebook's parameters: SPACE=file.yaml NB=0
 	@$(BIN)/python -m src.utils.suite.search "$$SPACE" $(if $(NB),--notebook "$(NB)") $(if $(N),--n-trials "$(N)") \
 		$(if $(STORAGE),--storage "$$STORAGE") $(SUITE_OPTIONS)
 
-kernel: $(READY)  ## build/kaggle: what is uploaded to Kaggle (BASELINE=1 the CPU baseline alone, EQUAL="02_baseline 04_qwen" these at equal weight, WHEELS=1 adds what its image lacks)
-	@$(BIN)/python kaggle_kernel/build.py $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
-		$(if $(filter-out 0,$(WHEELS)),--wheels) $(if $(filter-out 0,$(BASELINE)),--baseline) $(if $(EQUAL),--equal $(EQUAL))
+KERNEL_NB = $(if $(NB),--notebook "$(NB)")
 
-rehearse: kernel  ## the built kernel as Kaggle runs it: inputs read-only, no network, hidden rows (ROWS=25000 BASE=name=folder WRITE=file.json)
-	@$(BIN)/python kaggle_kernel/rehearse.py $(if $(ROWS),--rows $(ROWS)) $(if $(KERNEL_PYTHON),--python "$(KERNEL_PYTHON)") \
+kernel: $(READY)  ## build/kaggle/NB, what is uploaded to Kaggle: NB=06 SET=… KERNELS="02 04" outputs it reads, RESUME=1 its own (06: BASELINE=1, EQUAL="02_baseline 04_qwen")
+	@$(BIN)/python kaggle_kernel/build.py $(KERNEL_NB) $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)") \
+		$(if $(PROFILE),--profile "$(PROFILE)") $(if $(SET),--set "$$SET") $(if $(KERNELS),--kernels $(KERNELS)) \
+		$(if $(filter-out 0,$(RESUME)),--resume) $(if $(filter-out 0,$(BASELINE)),--baseline) $(if $(EQUAL),--equal $(EQUAL))
+
+rehearse: kernel  ## the built kernel as Kaggle runs it: read-only inputs, no network, hidden rows or two sessions (NB=06 ROWS=25000 BASE=name=folder WRITE=file.json)
+	@$(BIN)/python kaggle_kernel/rehearse.py $(KERNEL_NB) $(if $(ROWS),--rows $(ROWS)) $(if $(KERNEL_PYTHON),--python "$(KERNEL_PYTHON)") \
 		$(foreach base,$(BASE),--base "$(base)") $(if $(WRITE),--write "$(WRITE)")
 
-kernel-push: $(READY)  ## push build/kaggle/kernel and wait for its run; never submits
-	@$(BIN)/python kaggle_kernel/push.py
+kernel-push: $(READY)  ## push build/kaggle/NB/kernel (NB=06), check that Kaggle has all of it, wait for its run; never submits
+	@$(BIN)/python kaggle_kernel/push.py $(KERNEL_NB)
 
 bench: $(READY)  ## every benchmark
 	@for script in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename "$$script" .py) || exit 1; done

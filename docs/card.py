@@ -62,7 +62,7 @@ def draw_card() -> bool:
         return False
     n_pairs = read_json(run / "metrics.json")["n_pairs"]
     votes = f"{n_pairs:,} {'real' if run.parent.name == 'real' else 'simulated'} votes"
-    title = f"Which answer will people prefer? Predicted by the CPU baseline, from {votes}"
+    title = f"How will people vote? The CPU baseline, after {votes}"
     card = show_battle(pd.Series(BATTLE), predict_card(run), title).data
     look = "font:17px/1.4 system-ui,sans-serif;margin:12px;background:white"
     with tempfile.TemporaryDirectory() as folder:

@@ -39,8 +39,8 @@ LIMIT_MIB = 8.0  # of the whole gallery
 NAMES = [stage.name for stage in STAGES]
 REAL_NAMES = NAMES[:5]  # 06 and 07 show nothing more on real battles
 # Of a run's figures, the one that stands for its notebook; else the first of its page.
-FACES = {"01_eda": "style_effects", "02_baseline": "ladder", "03_modernbert": "learning_curve"}
-FACES |= {"04_qwen": "learning_curve", "05_ensemble": "reliability"}
+FACES = {"01_eda": "style_effects", "02_baseline": "words", "03_modernbert": "training"}
+FACES |= {"04_qwen": "training", "05_ensemble": "reliability"}
 FACES |= {"06_kaggle_inference": "probabilities"}
 _FACE_PIXELS = 360
 

@@ -1,8 +1,8 @@
-"""Build what is uploaded to Kaggle, into `build/kaggle/kernel` and `dataset`: `make kernel`.
+"""Build what is uploaded to Kaggle, into `build/kaggle/NB`: `make kernel NB=04`.
 
-The kernel is notebook 06 with the package itself, zipped, in a generated first cell:
-nothing has to be attached for the code, and it always matches the notebook.
-The dataset holds the blend and the models that the blend names.
+A kernel is a notebook with the package itself, zipped, in a generated first cell: nothing has to be
+attached for the code, and it always matches the notebook. A second generated cell sets the
+parameters of the profile; those that train get a third one, which finds their earlier output.
 """
 
 import argparse
@@ -16,19 +16,42 @@ import subprocess
 import sys
 import textwrap
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nbformat
 
 from src.utils import paths
-from src.utils.config import FinetuneConfig
+from src.utils.config import (
+    NOTEBOOKS,
+    FinetuneConfig,
+    SuiteError,
+    find_name,
+    make_parameters,
+    read_finetuning,
+    read_parameters,
+    read_profile,
+)
 from src.utils.runs import atomic_folder, read_json, write_json
 from src.utils.stats.blend import Blend
 
 HERE = Path(__file__).resolve().parent
-NOTEBOOK = paths.ROOT / "notebooks" / "06_kaggle_inference.ipynb"
-BASELINE = "02_baseline"
+BUILD = paths.ROOT / "build" / "kaggle"
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+BASELINE, ENSEMBLE, INFERENCE, PUBLISH = (NAMES[i] for i in (1, 4, 5, 6))
+TRAINED = NAMES[2:4]
+SPLITS = NAMES[1:5]  # those that read the battles, folds included
+ON_GPU = (*TRAINED, INFERENCE, PUBLISH)
+# Notebooks whose outputs on Kaggle are read, where none is named.
+READS = {ENSEMBLE: (BASELINE, TRAINED[1]), PUBLISH: (TRAINED[1],)}
+# Where Kaggle has a checkpoint.
+MODEL_SOURCES = {
+    "answerdotai/ModernBERT-base": "answer-ai/modernbert/transformers/base/2",
+    "Qwen/Qwen3-4B-Instruct-2507": "wowfattie/qwen3-4b-instruct-2507/transformers/default/1",
+    "Qwen/Qwen3-4B": "qwen-lm/qwen-3/transformers/4b/1",
+}
 # What inference reads of a run; `base` is there for adapters on one that is not on the hub.
 RUN_PARTS = ("config.json", "metrics.json", "model", "base")
 BLEND_PARTS = ("blend.json", "metrics.json")
@@ -65,6 +88,39 @@ if importlib.util.find_spec("torchao"):
     subprocess.run([*pip, "uninstall", "--yes", "torchao"], check=True)
 '''
 
+SESSION_CELL = """# Generated: goes on from what an earlier version left among the inputs.
+from src.utils.training.session import prepare_session
+
+prepare_session({names})"""
+
+BLEND_CELL = """# Generated: no blend of 05 is read; these members count alike.
+from src.utils import paths, runs
+
+folder = paths.run_dir("05_ensemble")
+runs.write_json(folder / "blend.json", {blend})
+# What 06 shows as promised is then the score of the first one.
+metrics = runs.read_json(paths.find_run("{first}") / "metrics.json")
+runs.write_json(folder / "metrics.json", metrics)"""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to build."""
+
+    notebook: str
+    owner: str  # Kaggle user name
+    profile: str = "kaggle"
+    settings: tuple[str, ...] = ()  # NOTEBOOK.NAME=value, over the profile
+    kernels: tuple[str, ...] = ()  # notebooks whose outputs on Kaggle it reads
+    equal: tuple[str, ...] = ()  # members of 06 at equal weight, whatever 05 chose
+    model_sources: tuple[str, ...] = ()  # "owner/model/framework/variation/version"; none: known
+    resume: bool = False  # reads the output of its own earlier version
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The models that are read from Kaggle."""
+        return tuple(name for name in self.kernels if name in (BASELINE, *TRAINED))
+
 
 def zip_package(root: Path = paths.ROOT) -> bytes:
     """Zip `src`, data files included: the same bytes for the same source."""
@@ -86,43 +142,130 @@ def unzip_package(notebook: nbformat.NotebookNode) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def make_kernel(notebook: Path = NOTEBOOK) -> nbformat.NotebookNode:
-    """Make notebook 06 self-contained: the package goes before its first code cell."""
-    kernel = nbformat.read(notebook, as_version=4)
+def make_kernel(notebook: str, parameters: str, cells: Sequence[str] = ()) -> nbformat.NotebookNode:
+    """Make a notebook self-contained: the package goes before its first code cell.
+
+    Args:
+        notebook: name.
+        parameters: source of a cell that goes after the parameters, as papermill's.
+        cells: sources of further cells, after that one.
+    """
+    kernel = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4)
     package = "\n".join(textwrap.wrap(base64.b64encode(zip_package()).decode(), 120))
     first = nbformat.v4.new_code_cell(FIRST_CELL.format(package=package), id="package")
     kernel.cells = [kernel.cells[0], first, *kernel.cells[1:]]
+    added = [
+        nbformat.v4.new_code_cell(source, id=f"generated-{number}")
+        for number, source in enumerate((parameters, *cells))
+    ]
+    added[0].metadata["tags"] = ["injected-parameters"]  # as papermill tags its own
+    place = find_parameters(kernel) + 1
+    kernel.cells[place:place] = added
     return kernel
 
 
-def make_metadata(
-    owner: str, members: list[str], model_sources: Sequence[str] = ()
-) -> dict[str, dict]:
-    """Fill in owner and attached models; the CPU baseline alone asks for no GPU.
+def find_parameters(notebook: nbformat.NotebookNode) -> int:
+    """The place of the parameters cell."""
+    tagged = ["parameters" in cell.metadata.get("tags", []) for cell in notebook.cells]
+    return tagged.index(True)
+
+
+def read_settings(order: Order) -> dict[str, dict[str, Any]]:
+    """Read profile and settings as `make run` passes them: notebook -> parameter -> value."""
+    defaults = {name: read_parameters(NOTEBOOKS / f"{name}.ipynb") for name in NAMES}
+    profile = read_profile(order.profile)
+    chosen = make_parameters(defaults, profile=profile, settings=order.settings)
+    if order.kernels:
+        chosen[ENSEMBLE]["MEMBERS"] = list(order.members)
+        networks = [name for name in order.members if name in TRAINED]
+        chosen[PUBLISH]["SOURCE"] = networks[-1] if networks else TRAINED[1]
+    return chosen
+
+
+def write_parameters(values: Mapping[str, Any], comment: str) -> str:
+    """Write the source of a cell that sets parameters; `OPTIONS` are added to those before."""
+    lines = [f"# {comment}"]
+    lines += [f"{name} = {value!r}" for name, value in values.items() if name != "OPTIONS"]
+    if options := values.get("OPTIONS"):
+        lines += ["OPTIONS = OPTIONS | {"]
+        lines += [f"    {name!r}: {value!r}," for name, value in options.items()]
+        lines += ["}"]
+    return "\n".join(lines)
+
+
+def make_cells(order: Order) -> tuple[str, list[str]]:
+    """Make the generated cells behind the parameters: what the profile sets, and all others."""
+    values = read_settings(order)[order.notebook]
+    cells = []
+    if order.notebook in (*SPLITS, PUBLISH):
+        own = [order.notebook] if order.notebook in TRAINED else []
+        names = ", ".join(f'"{name}"' for name in ["01_eda", *own])
+        cells.append(SESSION_CELL.format(names=names))
+    if order.notebook == INFERENCE and order.kernels and ENSEMBLE not in order.kernels:
+        blend = json.dumps(_blend_equally(order.members))
+        cells.append(BLEND_CELL.format(blend=blend, first=order.members[0]))
+    what = f"profile {order.profile}{''.join(f', {text}' for text in order.settings)}"
+    comment = f"Generated: {what}. Changed here, a value counts as if it stood in the cell above."
+    return write_parameters(values, comment), cells
+
+
+def make_metadata(order: Order, members: Sequence[str], configs: Sequence[FinetuneConfig]) -> dict:
+    """Fill in what a kernel asks Kaggle for.
 
     Args:
-        owner: Kaggle user name.
-        members: of the blend.
-        model_sources: Kaggle Models to attach, "owner/model/framework/variation/version" each.
+        order: what to build.
+        members: models that the kernel trains or reads.
+        configs: settings of those of them that are networks, or of which only the base is read.
 
-    Returns:
-        File name -> content, of both metadata files.
+    Raises:
+        ValueError: a source has another form.
     """
-    texts = {
-        name: (HERE / name).read_text()
-        for name in ("kernel-metadata.json", "dataset-metadata.json")
-    }
-    made = {name: json.loads(text.replace("OWNER", owner)) for name, text in texts.items()}
-    for source in model_sources:
+    metadata = json.loads((HERE / "kernel-metadata.json").read_text().replace("OWNER", order.owner))
+    if order.notebook != INFERENCE:
+        metadata["title"] += f" {order.notebook.replace('_', ' ')}"
+        metadata["id"] = name_kernel(order.owner, order.notebook)
+        metadata["code_file"] = f"{order.notebook}.ipynb"
+        metadata["dataset_sources"] = []
+    if order.kernels:
+        metadata["dataset_sources"] = []
+    if any(config.quantization != "none" for config in configs):
+        metadata["dataset_sources"] += [read_dataset("wheels", order.owner)["id"]]
+    if order.notebook not in ON_GPU or not set(members) - {BASELINE}:
+        metadata["enable_gpu"] = False
+        del metadata["machine_shape"]
+    own = [order.notebook] if order.resume else []
+    metadata["kernel_sources"] = [name_kernel(order.owner, name) for name in (*order.kernels, *own)]
+    metadata["model_sources"] = choose_models(order, configs)
+    return metadata
+
+
+def name_kernel(owner: str, notebook: str) -> str:
+    """The id of a notebook's kernel, the slug of its title."""
+    suffix = "" if notebook == INFERENCE else f"-{notebook.replace('_', '-')}"
+    return f"{owner}/llm-preference-arena{suffix}"
+
+
+def read_dataset(kind: str, owner: str) -> dict:
+    """The metadata of the dataset of "models" or "wheels"."""
+    text = (HERE / "dataset-metadata.json").read_text().replace("OWNER", owner)
+    return json.loads(text.replace("-models", f"-{kind}").replace("Models", kind.title()))
+
+
+def choose_models(order: Order, configs: Sequence[FinetuneConfig]) -> list[str]:
+    """Choose the Kaggle Models to attach: those that were named, else the known ones."""
+    for source in order.model_sources:
         if len(source.split("/")) != 5:
             raise ValueError(
                 f"model source: expected owner/model/framework/variation/version, got {source!r}"
             )
-    made["kernel-metadata.json"]["model_sources"] = list(model_sources)
-    if set(members) <= {BASELINE}:
-        made["kernel-metadata.json"]["enable_gpu"] = False
-        del made["kernel-metadata.json"]["machine_shape"]
-    return made
+    checkpoints = [config.checkpoint for config in configs if needs_base(order, config)]
+    known = [MODEL_SOURCES[name] for name in checkpoints if name in MODEL_SOURCES]
+    return list(order.model_sources or known)
+
+
+def needs_base(order: Order, config: FinetuneConfig) -> bool:
+    """Whether a kernel reads the base: to train on it, or under adapters or a head."""
+    return (order.notebook in TRAINED or config.is_frozen) and not config.has_own_base
 
 
 def copy_runs(artifacts: Path, dataset: Path, equal: Sequence[str] = ()) -> list[str]:
@@ -153,10 +296,13 @@ def copy_runs(artifacts: Path, dataset: Path, equal: Sequence[str] = ()) -> list
     if not equal:
         _copy_parts(ensemble, dataset / "05_ensemble", BLEND_PARTS)
         return members
-    blend = Blend(tuple(members), (1 / len(members),) * len(members))
-    write_json(dataset / "05_ensemble" / "blend.json", blend.to_json())
+    write_json(dataset / "05_ensemble" / "blend.json", _blend_equally(members))
     shutil.copy2(artifacts / members[0] / "metrics.json", dataset / "05_ensemble" / "metrics.json")
     return members
+
+
+def _blend_equally(members: Sequence[str]) -> dict:
+    return Blend(tuple(members), (1 / len(members),) * len(members)).to_json()
 
 
 def _copy_parts(run: Path, target: Path, parts: tuple[str, ...]) -> None:
@@ -166,19 +312,6 @@ def _copy_parts(run: Path, target: Path, parts: tuple[str, ...]) -> None:
             shutil.copytree(run / part, target / part, ignore=shutil.ignore_patterns("oof.parquet"))
         elif (run / part).exists():
             shutil.copy2(run / part, target / part)
-
-
-def find_hub_bases(artifacts: Path, members: list[str]) -> list[str]:
-    """The members that need a checkpoint of the hub beside them, which is not in the dataset."""
-    found = []
-    for name in members:
-        config = read_json(artifacts / name / "config.json")
-        if "checkpoint" not in config:  # no network
-            continue
-        settings = FinetuneConfig.from_json(config)
-        if settings.is_frozen and not settings.has_own_base:
-            found.append(name)
-    return found
 
 
 def download_wheels(folder: Path) -> None:
@@ -191,88 +324,127 @@ def download_wheels(folder: Path) -> None:
     subprocess.run([*pip, *image, *options, *wanted], check=True)
 
 
-def build(
-    artifacts: Path,
-    target: Path,
-    owner: str,
-    wheels: bool = False,
-    model_sources: Sequence[str] = (),
-    equal: Sequence[str] = (),
-) -> list[str]:
-    """Write `kernel/` and `dataset/` into `target`.
+def build(order: Order, target: Path, artifacts: Path) -> dict:
+    """Write `kernel/` into `target`, for 06 on models of this machine `dataset/` too.
+
+    `wheels/` beside `target` gets a dataset of what Kaggle's image lacks, once it is needed.
 
     Args:
-        artifacts: folder of the finished run folders.
+        order: what to build.
         target: replaced, if all goes well.
-        owner: Kaggle user name.
-        wheels: add the wheels that the image lacks.
-        model_sources: Kaggle Models to attach, e.g. the base of an adapter.
-        equal: members to take at equal weight, in place of the blend that 05 chose.
+        artifacts: folder of the finished run folders, for 06.
 
     Returns:
-        The members of the blend.
+        The kernel's metadata.
+
+    Raises:
+        FileNotFoundError: the blend, or a model that it names, is not finished.
     """
     with atomic_folder(target) as folder:
-        kernel, dataset = folder / "kernel", folder / "dataset"
-        members = copy_runs(artifacts, dataset, equal)
-        metadata = make_metadata(owner, members, model_sources)
-        write_json(kernel / "kernel-metadata.json", metadata["kernel-metadata.json"])
-        write_json(dataset / "dataset-metadata.json", metadata["dataset-metadata.json"])
-        nbformat.write(make_kernel(), kernel / metadata["kernel-metadata.json"]["code_file"])
-        if wheels:
-            download_wheels(dataset / "wheels")
-    return members
+        members: Sequence[str] = order.members
+        if order.notebook == INFERENCE and not order.kernels:
+            members = copy_runs(artifacts, folder / "dataset", order.equal)
+            dataset = read_dataset("models", order.owner)
+            write_json(folder / "dataset" / "dataset-metadata.json", dataset)
+            networks = [name for name in members if name != BASELINE]
+            files = [artifacts / name / "config.json" for name in networks]
+            configs = [FinetuneConfig.from_json(read_json(file)) for file in files]
+        else:
+            own = [order.notebook] if order.notebook in TRAINED else []
+            members = [*members, *own]
+            read = [*own, *(members if order.notebook in (INFERENCE, PUBLISH) else [])]
+            networks = [name for name in TRAINED if name in read]
+            settings = read_finetuning(order.profile, order.settings)
+            configs = [settings[name] for name in networks]
+        metadata = make_metadata(order, members, configs)
+        write_json(folder / "kernel" / "kernel-metadata.json", metadata)
+        kernel = make_kernel(order.notebook, *make_cells(order))
+        nbformat.write(kernel, folder / "kernel" / metadata["code_file"])
+    wheels = target.parent / "wheels"
+    if any(source.endswith("-wheels") for source in metadata["dataset_sources"]):
+        if not any(wheels.glob("*.whl")):
+            download_wheels(wheels)
+        write_json(wheels / "dataset-metadata.json", read_dataset("wheels", order.owner))
+    for config in configs:
+        if needs_base(order, config) and not metadata["model_sources"]:
+            print(
+                f"{config.checkpoint}: no Kaggle Model is known that has it. Attach one with "
+                "KAGGLE_MODEL_SOURCES, see kaggle_kernel/README.md: the kernel needs it."
+            )
+    return metadata
 
 
-def main() -> int:
-    """Build from the command line; returns the exit code."""
+def read_order(options: argparse.Namespace) -> Order:
+    """Read the command line; SuiteError for an unknown notebook, or one that runs later."""
+    notebook = find_name(options.notebook, NAMES)
+    asked = [find_name(text, NAMES) for text in options.kernels]
+    for name in asked:
+        if name >= notebook:
+            raise SuiteError(f"KERNELS: expected notebooks before {notebook[:2]}, got {name[:2]}")
+    equal = (BASELINE,) if options.baseline else options.equal
+    return Order(
+        notebook,
+        options.owner,
+        options.profile,
+        tuple(options.set),
+        tuple(asked) or READS.get(notebook, ()),
+        tuple(equal),
+        tuple(options.model_sources),
+        options.resume,
+    )
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--artifacts", type=Path, default=paths.artifacts_dir())
-    parser.add_argument(
-        "--owner", default=os.environ.get("KAGGLE_USERNAME", "OWNER"), help="Kaggle user name"
-    )
-    parser.add_argument(
-        "--wheels", action="store_true", help="add the wheels that Kaggle's image lacks"
-    )
-    parser.add_argument(
-        "--baseline",
-        action="store_true",
-        help="the CPU baseline alone: no GPU, no network, no blend needed",
-    )
-    parser.add_argument(
-        "--equal",
-        nargs="+",
-        default=(),
-        help="members at equal weight, e.g. 02_baseline 04_qwen, whatever 05 chose",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--notebook", default="06", help="01 to 07")
+    add("--artifacts", type=Path, default=paths.artifacts_dir())
+    add("--owner", default=os.environ.get("KAGGLE_USERNAME", "OWNER"), help="Kaggle user name")
+    add("--profile", default="kaggle", help="of notebooks/profiles, or a file")
+    add("--set", nargs="+", action="extend", default=[], metavar="NB.NAME=VALUE", help="parameters")
+    add("--kernels", nargs="+", default=(), help="read the outputs of these on Kaggle: 02 04 05")
+    add("--resume", action="store_true", help="go on from the output of its own last version")
+    add("--baseline", action="store_true", help="06 with the CPU baseline alone: no GPU, no blend")
+    add("--equal", nargs="+", default=(), help="06 with these at equal weight: 02_baseline 04_qwen")
+    add(
         "--model-sources",
         nargs="*",
         default=os.environ.get("KAGGLE_MODEL_SOURCES", "").split(),
         help="Kaggle Models to attach: owner/model/framework/variation/version",
     )
-    options = parser.parse_args()
-    target = paths.ROOT / "build" / "kaggle"
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Build from the command line; returns the exit code."""
+    options = parse_arguments()
     try:
-        equal = (BASELINE,) if options.baseline else options.equal
-        members = build(
-            options.artifacts, target, options.owner, options.wheels, options.model_sources, equal
-        )
-    except (FileNotFoundError, ValueError) as error:
+        order = read_order(options)
+        target = paths.ROOT / "build" / "kaggle" / order.notebook[:2]
+        metadata = build(order, target, options.artifacts)
+    except (FileNotFoundError, ValueError, SuiteError) as error:
         print(error, file=sys.stderr)
         return 1
-    size_mib = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 2**20
-    print(
-        f"{target}: kernel/ and dataset/, {size_mib:.1f} MiB. Next steps: kaggle_kernel/README.md"
-    )
-    if options.owner == "OWNER":
-        print("The owner is a placeholder: build again with KAGGLE_USERNAME=<you>.")
-    for name in [] if options.model_sources else find_hub_bases(options.artifacts, members):
-        print(
-            f"{name} needs its base, which is on the hub: without it the kernel leaves the "
-            "member out. Attach it with KAGGLE_MODEL_SOURCES, see kaggle_kernel/README.md."
-        )
+    print(describe(metadata, target))
     return 0
+
+
+def describe(metadata: Mapping[str, Any], target: Path) -> str:
+    """Say what was built, what it asks for, and what to do next."""
+    number = target.name
+    lines = [f"{target}/kernel: {metadata['id']}"]
+    lines += [f"  {'GPU T4 x2' if metadata['enable_gpu'] else 'no GPU'}, no internet"]
+    kinds = {"competition": "competition", "dataset": "dataset", "kernel": "output of"}
+    for kind, word in (kinds | {"model": "model"}).items():
+        lines += [f"  {word} {source}" for source in metadata[f"{kind}_sources"]]
+    if metadata["id"].startswith("OWNER/"):
+        lines.append("The owner is a placeholder: build again with KAGGLE_USERNAME=<you>.")
+    for source in metadata["dataset_sources"]:
+        folder = target.parent / "wheels" if source.endswith("-wheels") else target / "dataset"
+        size_mib = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
+        lines.append(f"Upload once: {folder}, {size_mib:.1f} MiB, see kaggle_kernel/README.md.")
+    return "\n".join([*lines, f"Next: make kernel-push NB={number}"])
 
 
 if __name__ == "__main__":

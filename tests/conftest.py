@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 # Tiny models gain nothing from a second thread, and lose much where another process wants the core.
@@ -195,3 +196,39 @@ def axes():
     yield both
     fig.canvas.draw()
     plt.close(fig)
+
+
+@pytest.fixture(scope="session")
+def small_artifacts(_demo_pairs: pd.DataFrame, tiny_base, tmp_path_factory) -> Path:
+    """Finished runs of a small CPU baseline and two untrained networks, and their blend."""
+    from src.utils.config import BaselineConfig, DecoderConfig, FinetuneConfig
+    from src.utils.models import checkpoints
+    from src.utils.models.baseline import fit_baseline, save_baseline
+    from src.utils.runs import write_json, write_pairs
+    from src.utils.stats.blend import Blend
+
+    folder = tmp_path_factory.mktemp("artifacts")
+    budget = {"revision": "", "max_tokens": 512, "predict_tokens": 512, "tokens_per_batch": 1024}
+    configs = {
+        "02_baseline": BaselineConfig(n_hashed=256, n_trees=5),
+        "03_modernbert": FinetuneConfig(checkpoint="tiny:modernbert", **budget),
+        "04_qwen": DecoderConfig(
+            checkpoint="tiny:qwen3", lora_rank=4, quantization="none", **budget
+        ),
+    }
+    save_baseline(
+        fit_baseline(_demo_pairs, configs["02_baseline"]), folder / "02_baseline" / "model"
+    )
+    for name in ("03_modernbert", "04_qwen"):
+        base = folder / name / "base"
+        shutil.copytree(tiny_base(configs[name].checkpoint.removeprefix("tiny:")), base)
+        model = checkpoints.load_classifier(configs[name], base)
+        checkpoints.save_model(*model, folder / name / "model" / "fold_0")
+    for name, config in configs.items():
+        write_json(folder / name / "config.json", config.to_json())
+        write_json(folder / name / "metrics.json", {"log_loss": 1.0})
+    blend = Blend(tuple(configs), (0.5, 0.3, 0.2), 1.1, 0.05)
+    write_json(folder / "05_ensemble" / "blend.json", blend.to_json())
+    write_json(folder / "05_ensemble" / "metrics.json", {"log_loss": 1.0})
+    write_pairs(folder / "01_eda" / "pairs.parquet", _demo_pairs)
+    return folder

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,11 +16,15 @@ from src.utils.models.batches import collate
 from src.utils.models.checkpoints import (
     choose_pad_token,
     head_names,
+    load_base_tokenizer,
     load_classifier,
     load_finetuned,
     merge,
+    read_architecture,
     save_model,
 )
+from src.utils.models.frozen import find_layers
+from src.utils.models.reading import load_state_reader
 from src.utils.models.template import encode_pairs, make_template
 from src.utils.runs import read_json, write_json
 from src.utils.training.fit import fit
@@ -379,3 +384,17 @@ def test_no_checkpoint_keeps_dropout_inside_attention(name, tmp_path):
     assert [m.attention_dropout for m in model.modules() if hasattr(m, "attention_dropout")] == (
         [0.0] * 2 if name in ("ettin", "qwen3") else []
     )
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_states_of_any_checkpoint_can_be_read(name, demo_pairs, tmp_path):
+    folder = write_checkpoint(name, tmp_path / "base")
+    config = make_config(name, folder, train="head", quantization="none", state_layers=(0.5,))
+    reader = load_state_reader(config, None)
+    tokenizer = load_base_tokenizer(config)
+    rows = encode_pairs(demo_pairs[:3], tokenizer, config.max_tokens)
+    states = reader.read(rows).astype(np.float32)
+    n_layers = read_architecture(config).get_text_config().num_hidden_layers
+    assert len(find_layers(reader.model.classifier)) == max(1, round(0.5 * n_layers))
+    assert np.isfinite(states).all() and states.shape == (3, reader.width)
+    np.testing.assert_allclose(reader.read(rows[:1])[0], states[0], atol=5e-3, rtol=5e-3)

@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from src.utils.stats.cards import show_battle
+from src.utils.battles.style import measure_style
+from src.utils.stats.cards import choose_example, show_battle
 
 
 def make_battle(**changes) -> pd.Series:
@@ -41,3 +42,17 @@ def test_a_battle_without_vote_or_names_can_be_shown():
     battle = make_battle(label=np.nan).drop(["model_a", "model_b"])
     page = show_battle(battle).data
     assert "vote" not in page and "unknown" in page
+
+
+def test_the_example_is_short_english_and_decided_whatever_the_order(demo_pairs):
+    style = measure_style(demo_pairs)
+    example = choose_example(demo_pairs, style)
+    place = demo_pairs.index[demo_pairs["id"] == example["id"]][0]
+    assert style["script_prompt"][place] == "English" and example["label"] != 2
+    assert style["n_chars_a"][place] + style["n_chars_b"][place] < 700
+    mixed = demo_pairs.sample(frac=1, random_state=0)
+    assert choose_example(mixed, style.loc[mixed.index])["id"] == example["id"]
+
+
+def test_an_example_is_found_among_battles_of_any_kind(ugly_pairs):
+    assert choose_example(ugly_pairs, measure_style(ugly_pairs))["id"] in set(ugly_pairs["id"])

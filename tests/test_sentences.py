@@ -1,10 +1,13 @@
 """Sentences about results: each says what its numbers say, and claims nothing that they do not."""
 
+import html
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from src.utils.stats import effects, extras, ranking, sentences
+from tests.markup import NAMES
 
 
 def found(n_hits, n):
@@ -176,3 +179,14 @@ def test_long_lists_of_names_are_cut():
     assert sentences.join_names("abc") == "a, b and c"
     assert sentences.join_names("abcdefghij", n_shown=2) == "a, b and 8 more"
     assert sentences.join_names([]) == "none"
+
+
+def test_no_name_from_a_file_becomes_markup():
+    records = ranking.model_records([NAMES[-1]] * 60, [NAMES[0]] * 60, np.zeros(60, dtype=int))
+    text = sentences.describe_records(records, 30)
+    assert "<" not in text and "$" not in text and "_" not in text and "alpha" in text
+    assert html.unescape(sentences.literal(NAMES[-1])) == NAMES[-1]
+
+
+def test_a_longer_answer_that_loses_wins_only_a_part():
+    assert "wins only **20.0" in sentences.describe_winner(found(20, 100), "the longer answer")

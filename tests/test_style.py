@@ -11,6 +11,7 @@ from src.utils.battles.style import (
     PAIR_FEATURES,
     SCRIPTS,
     STYLE_FEATURES,
+    classify_prompts,
     count_tokens,
     density_differences,
     load_tokenizer,
@@ -238,3 +239,32 @@ def test_every_battle_is_in_one_slice_of_each_kind_whatever_the_positions(ugly_p
     for name, mask in slices.items():
         np.testing.assert_array_equal(swapped[name], mask, err_msg=name)
     assert slices["refusal: one answer"].sum() == 1 and slices["turns: several"].sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [
+        ("Write a python function that sorts a list", "code"),
+        ("напиши на python", "code"),
+        ("How many apples do I have left?", "maths and puzzles"),
+        ("What is 12 * 13?", "maths and puzzles"),
+        ("Translate this into French: hello", "editing and translation"),
+        ("Write me a poem about the sea", "writing"),
+        ("How do I boil the eggs?", "advice"),
+        ("Who was the first man on the moon?", "question"),
+        ("the moon and the sun are up", "other"),
+        ("Что такое счастье?", "not English"),
+        (None, "other"),
+        ("12 * 13 = ?", "maths and puzzles"),
+    ],
+)
+def test_prompts_are_sorted_by_their_opening(prompt, kind):
+    row = {"prompt": [(prompt,)], "response_a": [("a",)], "response_b": [("b",)]}
+    pairs = pd.DataFrame(row, dtype=object)
+    assert classify_prompts(pairs, measure_style(pairs)).tolist() == [kind]
+
+
+def test_what_a_prompt_quotes_further_down_does_not_matter(ugly_pairs):
+    pairs = ugly_pairs[:1].assign(prompt=[("the sun and the moon are up " * 20 + "python",)])
+    assert classify_prompts(pairs, measure_style(pairs)).tolist() == ["other"]
+    assert len(classify_prompts(ugly_pairs, measure_style(ugly_pairs))) == len(ugly_pairs)

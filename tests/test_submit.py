@@ -23,8 +23,10 @@ from src.utils import paths
 from src.utils.config import BaselineConfig, FinetuneConfig, read_parameters
 from src.utils.delivery import submit
 from src.utils.delivery.submit import (
+    Models,
     Submission,
     check_submission,
+    describe_left_out,
     describe_timing,
     make_submission,
     order_networks,
@@ -102,9 +104,9 @@ def submission(tmp_path, pairs) -> Recorder:
     return Recorder(tmp_path, pairs)
 
 
-def run(pairs, runs, blend, submission, deadline_s=300.0, **options):
+def run(pairs, runs, blend, submission, deadline_s=300.0, n_workers=0, **options):
     """Predict in this process."""
-    options = {"deadline_s": deadline_s, "n_workers": 0} | options
+    options = {"deadline_s": deadline_s, "models": Models(n_workers)} | options
     return predict_submission(pairs, runs, blend, submission, **options)
 
 
@@ -336,6 +338,15 @@ def test_the_refit_is_one_more_model_and_comes_first(tmp_path):
     assert [folder.name for _, folder in order] == ["refit", "fold_0", "fold_1"]
 
 
+def test_of_the_heads_on_a_frozen_base_that_of_the_refit_alone_reads(tmp_path):
+    run_dir = make_run(tmp_path / "03", 2, 1000)
+    shutil.copytree(run_dir / "model" / "fold_0", run_dir / "model" / "refit")
+    config = FinetuneConfig(checkpoint="tiny:modernbert", train="head")
+    (run_dir / "config.json").write_text(json.dumps(config.to_json()))
+    order = order_networks({"03": run_dir}, Blend(("03",), (1.0,)))
+    assert [folder.name for _, folder in order] == ["refit"]
+
+
 def test_the_folds_of_a_network_are_averaged(pairs, runs, submission):
     blend = Blend((DECODER,), (1.0,))
     alone = [run(pairs, runs, blend, submission).probs]
@@ -419,6 +430,22 @@ def test_the_timing_is_json_and_says_what_the_battles_got(pairs, trained, submis
     assert [member["n_reached"] for member in timing["members"]] == [60, 60]
     assert [member["n_twice"] for member in timing["members"]] == [60, 60]
     assert timing["n_pairs_by_members"] == {f"{BASELINE} + {ENCODER}": 60}
+
+
+def test_a_member_that_was_left_out_is_said_in_large_letters_and_in_the_timing(
+    pairs, trained, submission
+):
+    runs = trained | {ENCODER: None}
+    outcome = run(pairs, runs, BLEND, submission)
+    timing = describe_timing(outcome, n_pairs=60, seconds=1.0, deadline_s=60)
+    (left,) = timing["left_out"]
+    assert (left["member"], left["status"]) == (ENCODER, "absent") and "notebook" in left["note"]
+    assert describe_left_out(outcome).startswith(f"# Left out: {ENCODER} (absent)\n\n")
+    outcome.timings[1].note = "<script>`x`"
+    assert "&lt;script&gt;'x'" in describe_left_out(outcome)
+    for change in ({"n_reached": 1}, {"status": "zero weight"}, {"n_asked": 0}):
+        timings = [outcome.timings[0], dataclasses.replace(outcome.timings[1], **change)]
+        assert describe_left_out(dataclasses.replace(outcome, timings=timings)) == ""
 
 
 @pytest.mark.parametrize("layout", ["", "models/wowfattie"])

@@ -48,9 +48,9 @@ FIELDS = (
     "excess_log_loss seconds peak_mib machine data_hash config_hash versions"
 ).split()
 EDA_FIGURES = (
-    "winners models_usage models_win_rate winner_length_diff_count "
-    "winner_length_prompt_and_diff_length more_punctuation_winner tokens_length_distribution "
-    "style_effects models_strength length_curves position_by"
+    "winners models_usage winner_length_diff_count winner_length_prompt_and_diff_length "
+    "more_punctuation_winner tokens_length_distribution style_effects models_strength "
+    "length_curves position_by prompt_kinds"
 ).split()
 
 

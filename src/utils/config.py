@@ -164,7 +164,7 @@ class FinetuneConfig(Config):
     head: Head = field("joint", "contrast adds mean(A states) − mean(B states) to the pooled state")
     quantization: Quantization = field("none", "storage of the frozen weights; 4bit is NF4")
     state_layers: tuple[float, ...] = field(
-        (0.5, 0.75), "layers whose states a head reads", "shares of the depth", min_length=1
+        (0.5, 0.67), "layers whose states a head reads", "shares of the depth", min_length=1
     )
     lora_rank: int = field(32, "rank of the LoRA adapters", ge=1)
     lora_alpha: float = field(16.0, "scale of LoRA; tune together with LEARNING_RATE", gt=0)
@@ -184,7 +184,8 @@ class FinetuneConfig(Config):
     n_evals: int = field(4, "validations per epoch", "validations", ge=1)
     eval_pairs: int = field(1000, "held-out battles of each validation", "battles", ge=1)
     save_minutes: float = field(30.0, "between two checkpoints to resume from", "minutes", gt=0)
-    train_hours: float = field(0.0, "shorten the schedule to end in time; 0: never", "hours", ge=0)
+    train_hours: float = field(0.0, "end the training: fewer steps; 0: never", "hours", ge=0)
+    train_deadline_s: float = field(0.0, "end the session, go on in the next; 0: no", "s", ge=0)
     folds: tuple[int, ...] = field((0,), "to hold out, one model each", "folds", min_length=1)
     n_seeds: int = field(1, "models per fold, whose probabilities are averaged", "models", ge=1)
     refit: bool = field(True, "one more model, on every battle, for the submission")

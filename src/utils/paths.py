@@ -117,7 +117,7 @@ def _is_archive(path: Path) -> bool:
     return path.suffix.lower() == ".zip" and path.is_file()
 
 
-def _list_tables(folder: Path) -> list[Path]:
+def list_tables(folder: Path) -> list[Path]:
     """The tables in a folder or a zip, sorted; those in a zip have paths like a folder's."""
     if not _is_archive(folder):
         files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
@@ -135,7 +135,7 @@ def _list_tables(folder: Path) -> list[Path]:
 
 def find_table(folder: Path, stem: str) -> Path | None:
     """The table `stem` in a folder or zip, with any of the accepted suffixes; None when absent."""
-    names = {path.name.lower(): path for path in _list_tables(folder)}
+    names = {path.name.lower(): path for path in list_tables(folder)}
     found = (names.get(f"{stem}{suffix}") for suffix in TABLE_SUFFIXES)
     return next(filter(None, found), None)
 
@@ -213,7 +213,7 @@ def _read_folder(folder: Path, kind: str) -> RawData:
     train, test, sample = (find_table(folder, stem) for stem in stems)
     files = [train] if train else []
     if kind == "given" and not train:
-        files = [path for path in _list_tables(folder) if path not in (test, sample)]
+        files = [path for path in list_tables(folder) if path not in (test, sample)]
     if not files and folder.is_dir():
         for archive in sorted(filter(_is_archive, folder.glob("*.zip"))):
             if (packed := _read_folder(archive, kind)).train:

@@ -14,6 +14,7 @@ import pandas as pd
 LABELS = ("winner_model_a", "winner_model_b", "winner_tie")
 A_WINS, B_WINS, TIE = range(3)
 LABEL_NAMES = ("A wins", "B wins", "tie")  # for people
+LABEL_COLORS = ("#0072B2", "#D55E00", "#7F7F7F")  # Okabe-Ito, distinct for colour-blind readers
 SWAPPED_LABELS = [B_WINS, A_WINS, TIE]  # each class after A and B are exchanged
 
 TEXTS = ("prompt", "response_a", "response_b")

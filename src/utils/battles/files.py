@@ -15,7 +15,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,14 +57,29 @@ def read_table(
     Raises:
         ValueError: the file cannot be read as a table; file, row and line are named.
     """
+    with contextlib.closing(iter_table(path, keep, 0 if header_only else None)) as tables:
+        return next(tables)[0]
+
+
+def iter_table(
+    path: Path, keep: Collection[str] | None = None, n_rows: int | None = None
+) -> Generator[tuple[pd.DataFrame, float]]:
+    """Read a file as `read_table` does, at most `n_rows` rows at a time, in bounded memory.
+
+    A JSON file that is one list, and parquet in a zip, are held in memory all the same.
+
+    Yields:
+        A table, at least one, with the columns that the file has so far; and the share of the
+        file that has been read, 0 to 1. `n_rows` None reads all rows, 0 the header alone.
+    """
     path = Path(path)
     name = path.name.lower().removesuffix(".gz")
+    read: Callable = _read_json if name.endswith((".jsonl", ".json", ".ndjson")) else _read_csv
+    read = _read_parquet if name.endswith(".parquet") else read
     try:
-        with _open(path) as file:
-            if name.endswith(".parquet"):
-                return _read_parquet(file, keep, header_only)
-            read = _read_json if name.endswith((".jsonl", ".json", ".ndjson")) else _read_csv
-            return read(file, keep, header_only)
+        with _open(path) as (file, measure_share):
+            for table in read(file, keep, n_rows):
+                yield table, measure_share()
     except _DamagedTableError as error:
         raise ValueError(f"{path}: {error}") from error
     except _UNREADABLE as error:
@@ -74,19 +89,23 @@ def read_table(
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
+    """Open a file; and a function that measures the share of it that has been read."""
     with contextlib.ExitStack() as stack:
         archive = on_disk(path)
         file: Any
+        raw: Any
         if archive == path:
-            file = stack.enter_context(path.open("rb"))
+            file = raw = stack.enter_context(path.open("rb"))
+            n_bytes = path.stat().st_size
         else:
             packed = stack.enter_context(zipfile.ZipFile(archive))
             member = path.relative_to(archive).as_posix()
-            file = stack.enter_context(packed.open(member))
+            file = raw = stack.enter_context(packed.open(member))
+            n_bytes = packed.getinfo(member).file_size
         if path.name.lower().endswith(".gz"):
             file = gzip.GzipFile(fileobj=file)
-        yield file
+        yield file, lambda: 1.0 if raw.closed else min(raw.tell() / max(n_bytes, 1), 1.0)
 
 
 def _decode(file: Any) -> tuple[io.TextIOWrapper, str, str]:
@@ -116,7 +135,9 @@ def _pick(names: list[str], keep: Collection[str] | None) -> dict[str, int]:
     return picked
 
 
-def _read_csv(file: IO[bytes], keep: Collection[str] | None, header_only: bool) -> pd.DataFrame:
+def _read_csv(
+    file: IO[bytes], keep: Collection[str] | None, n_rows: int | None
+) -> Iterator[pd.DataFrame]:
     text, first_line, newline = _decode(file)
     # The header decides: names of columns hold no separators.
     separator = max(_SEPARATORS, key=first_line.count)
@@ -129,11 +150,11 @@ def _read_csv(file: IO[bytes], keep: Collection[str] | None, header_only: bool) 
         picked = _pick(header, keep)
         if not picked:
             raise _DamagedTableError(f"expected names of columns in line 1, found {header!a:.80}")
-        columns = _read_rows(reader, len(header), header_only)
-    if is_hidden:
-        for column in columns:
-            column[:] = [cell.replace(_RETURN, "\r") for cell in column]
-    return _make_table({name: columns[place] for name, place in picked.items()})
+        for columns in _read_rows(reader, len(header), n_rows):
+            if is_hidden:
+                for column in columns:
+                    column[:] = [cell.replace(_RETURN, "\r") for cell in column]
+            yield _make_table({name: columns[place] for name, place in picked.items()})
 
 
 def _hide_returns(lines: Iterable[str], is_hidden: list[bool]) -> Iterator[str]:
@@ -144,22 +165,29 @@ def _hide_returns(lines: Iterable[str], is_hidden: list[bool]) -> Iterator[str]:
         yield line
 
 
-def _read_rows(reader: Any, width: int, is_done: bool) -> list[list[str]]:
-    """The columns of a table; in chunks, which leave no million of lists behind."""
+def _read_rows(reader: Any, width: int, n_rows: int | None) -> Iterator[list[list[str]]]:
+    """The columns of a table, so many rows at a time; chunks leave no million of lists behind."""
     columns: list[list[str]] = [[] for _ in range(width)]
+    is_done, n_before = n_rows == 0, 0
     while not is_done:
         chunk: list[list[str]] = []
         line, damage = reader.line_num + 1, ""
+        n_wanted = _N_ROWS if n_rows is None else min(_N_ROWS, n_rows - len(columns[0]))
         try:
-            chunk.extend(itertools.islice(reader, _N_ROWS))
+            chunk.extend(itertools.islice(reader, n_wanted))
         except csv.Error as error:  # what was read before it is in the chunk
             damage = str(error).partition(" - ")[0]
-        is_done = len(chunk) < _N_ROWS
+        is_done = len(chunk) < n_wanted
         if damage or {*map(len, chunk)} - {width}:
-            chunk = _check_rows(chunk, width, damage, line, len(columns[0]))
+            chunk = _check_rows(chunk, width, damage, line, n_before + len(columns[0]))
         for column, cells in zip(columns, zip(*chunk, strict=True), strict=False):
             column.extend(cells)
-    return columns
+        if len(columns[0]) == n_rows and not is_done:
+            yield columns
+            n_before += n_rows
+            columns = [[] for _ in range(width)]
+    if columns[0] or not n_before:
+        yield columns
 
 
 def _check_rows(
@@ -181,30 +209,43 @@ def _check_rows(
     return rows
 
 
-def _read_json(file: IO[bytes], keep: Collection[str] | None, header_only: bool) -> pd.DataFrame:
+def _read_json(
+    file: IO[bytes], keep: Collection[str] | None, n_rows: int | None
+) -> Iterator[pd.DataFrame]:
     text, first_line, _ = _decode(file)
     is_list = first_line.lstrip().startswith("[")  # the whole file is one list of objects
-    rows: list[dict[str, Any]] = []
+    names: dict[str, None] = {}  # of all rows so far, in order
     with text:
         lines: Any = json.loads(text.read(), strict=False) if is_list else text
-        for number, line in enumerate(lines, start=1):
-            if not is_list and not line.strip():
-                continue
-            row = line if is_list else _read_object(line)
-            if not isinstance(row, dict):
-                raise _DamagedTableError(
-                    f"row {len(rows) + 1} (line {number}): expected a JSON object with the columns "
-                    f"as keys, got {ascii(line)[:60]}"
-                )
-            if keep is not None:
-                row = {name: cell for name, cell in row.items() if name.strip() in keep}
-            rows.append(row)
-            if header_only:
+        rows = _read_objects(lines, is_list, keep)
+        for place in itertools.count():
+            chunk = list(itertools.islice(rows, 1 if n_rows == 0 else n_rows))
+            if place and not chunk:
                 break
-    names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    picked = _pick(names, keep)
-    table = {name: [row.get(names[place]) for row in rows] for name, place in picked.items()}
-    return _make_table(table).iloc[: 0 if header_only else None]
+            names |= dict.fromkeys(itertools.chain.from_iterable(chunk))
+            given = list(names)
+            picked = _pick(given, keep)
+            table = {name: [row.get(given[p]) for row in chunk] for name, p in picked.items()}
+            yield _make_table(table).iloc[: 0 if n_rows == 0 else None]
+
+
+def _read_objects(
+    lines: Iterable[Any], is_list: bool, keep: Collection[str] | None
+) -> Iterator[dict[str, Any]]:
+    n_before = 0
+    for number, line in enumerate(lines, start=1):
+        if not is_list and not line.strip():
+            continue
+        row = line if is_list else _read_object(line)
+        if not isinstance(row, dict):
+            raise _DamagedTableError(
+                f"row {n_before + 1} (line {number}): expected a JSON object with the columns "
+                f"as keys, got {ascii(line)[:60]}"
+            )
+        if keep is not None:
+            row = {name: cell for name, cell in row.items() if name.strip() in keep}
+        yield row
+        n_before += 1
 
 
 def _read_object(line: str) -> Any:
@@ -214,18 +255,25 @@ def _read_object(line: str) -> Any:
         return None
 
 
-def _read_parquet(file: IO[bytes], keep: Collection[str] | None, header_only: bool) -> pd.DataFrame:
+def _read_parquet(
+    file: IO[bytes], keep: Collection[str] | None, n_rows: int | None
+) -> Iterator[pd.DataFrame]:
     # pyarrow wants to jump about in the file, which is slow in a packed one.
     source = file if isinstance(file, io.BufferedReader) else io.BytesIO(file.read())
     parquet = pq.ParquetFile(source)
     names = parquet.schema_arrow.names
     picked = _pick(names, keep)
-    if header_only:
-        return _make_table(dict.fromkeys(picked, ()))
-    if keep is None:
-        return parquet.read().to_pandas()
-    table = parquet.read(columns=[names[place] for place in picked.values()])
-    return _make_table({name: table[names[place]].to_pylist() for name, place in picked.items()})
+    if n_rows == 0:
+        yield _make_table(dict.fromkeys(picked, ()))
+    elif keep is None:
+        yield parquet.read().to_pandas()
+    elif n_rows is None or not parquet.metadata.num_rows:
+        table = parquet.read(columns=[names[place] for place in picked.values()])
+        yield _make_table({name: table[names[p]].to_pylist() for name, p in picked.items()})
+    else:
+        kept = [names[place] for place in picked.values()]
+        for batch in parquet.iter_batches(n_rows, columns=kept):
+            yield _make_table({name: batch[names[p]].to_pylist() for name, p in picked.items()})
 
 
 def _make_table(columns: dict[str, Any]) -> pd.DataFrame:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from src.utils.battles.files import read_table
 from src.utils.battles.texts import Note, decode_columns, read_messages, split_messages
+from src.utils.paths import on_disk
 from src.utils.schema import (
     A_WINS,
     B_WINS,
@@ -54,19 +55,22 @@ _NEITHER = ("tiebothbad", "bothbad", "neither")
 _WINNERS = dict.fromkeys(_A, A_WINS) | dict.fromkeys(_B, B_WINS)
 _WINNERS |= dict.fromkeys((*_TIES, *_NEITHER), TIE)
 
+Decoded = tuple[dict[str, list[Turns]], list[Note]]  # columns of texts, and what is odd in them
+
 
 @dataclass(frozen=True)
 class Layout:
     """One way to write battles down.
 
     `read_texts` gives the three columns of texts, and notes what is odd in them; `read_votes` gives
-    labels, (N,) int8, -1 where they cannot be read. Both get the table and a seed.
+    labels, (N,) int8, -1 where they cannot be read. Both get the table and a seed, which draws
+    positions; None leaves the chosen answer in position A.
     """
 
     name: str
     texts: tuple[str, ...]  # columns that a file of this layout has
     votes: tuple[str, ...]  # further columns of a file with votes
-    read_texts: Callable[[pd.DataFrame, int], tuple[dict[str, list[Turns]], list[Note]]]
+    read_texts: Callable[[pd.DataFrame, int | None], Decoded]
     read_votes: Callable[[pd.DataFrame, int], np.ndarray]
 
     def columns(self, labelled: bool) -> list[str]:
@@ -74,22 +78,20 @@ class Layout:
         return [*self.texts, *self.votes] if labelled else ["id", *self.texts]
 
 
-def _read_texts(raw: pd.DataFrame, seed: int) -> tuple[dict[str, list[Turns]], list[Note]]:
+def _read_texts(raw: pd.DataFrame, seed: int | None) -> Decoded:
     return decode_columns({name: raw[name].tolist() for name in TEXTS})
 
 
-def _read_conversations(raw: pd.DataFrame, seed: int) -> tuple[dict[str, list[Turns]], list[Note]]:
+def _read_conversations(raw: pd.DataFrame, seed: int | None) -> Decoded:
     return _split_conversations(raw[list(CONVERSATIONS)], [None] * len(raw))
 
 
-def _read_judged_turn(raw: pd.DataFrame, seed: int) -> tuple[dict[str, list[Turns]], list[Note]]:
+def _read_judged_turn(raw: pd.DataFrame, seed: int | None) -> Decoded:
     # MT-bench has the whole conversation also beside a vote on its first turn.
     return _split_conversations(raw[list(CONVERSATIONS)], raw["turn"].tolist())
 
 
-def _split_conversations(
-    cells: pd.DataFrame, n_turns: Sequence
-) -> tuple[dict[str, list[Turns]], list[Note]]:
+def _split_conversations(cells: pd.DataFrame, n_turns: Sequence) -> Decoded:
     """Split two columns of conversations, A's and B's, each cut to so many turns or None."""
     texts: dict[str, list[Turns]] = {name: [] for name in TEXTS}
     notes: list[Note] = []
@@ -114,7 +116,7 @@ def _split_conversations(
     return texts, notes
 
 
-def _read_chosen(raw: pd.DataFrame, seed: int) -> tuple[dict[str, list[Turns]], list[Note]]:
+def _read_chosen(raw: pd.DataFrame, seed: int | None) -> Decoded:
     sides = raw[["chosen", "rejected"]].astype(object)
     has_prompt = "prompt" in raw.columns
     n_chats = sum(map(_has_messages, sides["chosen"]))
@@ -156,8 +158,10 @@ def _add_prompt(prompt: list[dict[str, Any]], cell: Any) -> Any:
     return messages if {"user", "human"} & {*roles} else [*prompt, *messages]
 
 
-def _draw_sides(raw: pd.DataFrame, seed: int) -> np.ndarray:
+def _draw_sides(raw: pd.DataFrame, seed: int | None) -> np.ndarray:
     """(N,) 1 where the chosen answer is B; it depends on the texts, not on the order of rows."""
+    if seed is None:
+        return np.zeros(len(raw), dtype=np.int8)
     names = [name for name in ("prompt", "chosen", "rejected") if name in raw.columns]
     drawn = []
     for cells in raw[names].itertuples(index=False, name=None):
@@ -244,7 +248,9 @@ def find_layout(path: Path, columns: Sequence[str], labelled: bool) -> Layout:
         lacking.append([name for name in layout.columns(labelled) if name not in columns])
     if [] in lacking:
         return LAYOUTS[lacking.index([])]
-    there = list(read_table(path, header_only=True).columns)  # also those that no layout knows
+    there = list(columns)
+    if on_disk(path).is_file():
+        there = list(read_table(path, header_only=True).columns)  # also those that no layout knows
     shares = [len(m) / len(lay.columns(labelled)) for m, lay in zip(lacking, LAYOUTS, strict=True)]
     closest = int(np.argmin(shares))  # the one with most of its columns there
     raise ValueError(

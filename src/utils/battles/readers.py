@@ -6,16 +6,16 @@ What is odd in a file is reported with file, row, id and column: no battle is lo
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
 from src.utils.battles import layouts
-from src.utils.battles.files import read_table
+from src.utils.battles.files import iter_table, read_table
 from src.utils.battles.texts import JSON_EXPECTED, Note
 from src.utils.battles.texts import decode_turns as decode_turns
 from src.utils.schema import (
@@ -33,6 +33,7 @@ from src.utils.schema import (
 
 PROBLEM_COLUMNS = ("file", "row", "id", "column", "expected", "found")
 SEED = 20240501
+_BLANK_IDS = ("", "nan", "none")
 _N_SHOWN = 5  # rows that an error message lists
 _LONG_CHARS = 20_000  # about 5,000 tokens of English, more than any model here reads
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -94,10 +95,7 @@ def load_pairs(
     problems: list[dict[str, Any]] = []
     for number, path in enumerate(paths):
         part, notes = _load_file(path, labelled, seed, quiet)
-        for row, *values in notes:
-            place = (path.name, int(row) + 1, part["id"].iloc[row])
-            values[-1] = ascii(values[-1])[:80]
-            problems.append(dict(zip(PROBLEM_COLUMNS, (*place, *values), strict=True)))
+        problems += _describe_notes(path, part["id"].tolist(), notes)
         parts.append(part.assign(file=path.name, file_number=number))
     pairs = pd.concat(parts, ignore_index=True)
     for name in {"language", "user", "vote_detail"} & {*pairs.columns}:
@@ -108,6 +106,62 @@ def load_pairs(
     pairs["id"] = _as_integers(pairs["id"])
     table = pd.DataFrame(problems, columns=list(PROBLEM_COLUMNS))
     return check_pairs(pairs.drop(columns=["file", "file_number", "is_voted"])), table
+
+
+class Chunk(NamedTuple):
+    """Some rows of a file of battles to predict."""
+
+    pairs: pd.DataFrame  # `schema.PAIR_COLUMNS`
+    problems: list[dict[str, Any]]  # a row of `load_pairs`' problems each
+    share: float  # of the file that has been read with them, 0 to 1
+
+
+def iter_battles(path: Path, n_rows: int) -> Iterator[Chunk]:
+    """Read battles to predict, `n_rows` at a time, from a file of any layout, votes or none.
+
+    Without ids a battle has the number of its row, from 1. Of chosen and rejected answers A is
+    the chosen one. Whether texts are lists or plain is decided for each chunk.
+
+    Raises:
+        ValueError: a column is missing, an id is blank, or the file is damaged; the message
+            names file, row and column.
+    """
+    n_before = 0
+    for raw, share in iter_table(path, layouts.KNOWN_COLUMNS, n_rows):
+        pairs, problems = decode_battles(raw, path, n_before)
+        yield Chunk(pairs, problems, share)
+        n_before += len(raw)
+
+
+def decode_battles(
+    raw: pd.DataFrame, path: Path, n_before: int = 0
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Decode a table of cells as `iter_battles` does; `n_before` rows of its file came before."""
+    # An id is not needed here, so it never counts as missing.
+    layout = layouts.find_layout(path, [*raw.columns, "id"], labelled=False)
+    texts, notes = layout.read_texts(raw, None)
+    column = next((name for name in ("id", "question_id") if name in raw.columns), None)
+    ids = [str(n_before + row + 1) for row in range(len(raw))]
+    if column:
+        ids = [str(cell).strip() for cell in raw[column]]
+        for row, name in enumerate(ids, start=n_before + 1):
+            if name.casefold() in _BLANK_IDS:
+                place = f"{path}: row {row}, column {column}"
+                raise ValueError(f"{place}: expected an id, got {name!r}")
+    table: dict[str, Any] = {"id": ids} | texts
+    columns = {name: pd.Series(cells, dtype=object) for name, cells in table.items()}
+    return pd.DataFrame(columns), _describe_notes(path, ids, notes, n_before)
+
+
+def _describe_notes(
+    path: Path, ids: Sequence[str], notes: Sequence[Note], n_before: int = 0
+) -> list[dict[str, Any]]:
+    problems = []
+    for row, column, expected, cell in notes:
+        place = (path.name, n_before + int(row) + 1, ids[row])
+        values = (*place, column, expected, ascii(cell)[:80])
+        problems.append(dict(zip(PROBLEM_COLUMNS, values, strict=True)))
+    return problems
 
 
 def _load_file(
@@ -141,7 +195,7 @@ def _read_ids(path: Path, raw: pd.DataFrame, labelled: bool) -> list[str]:
         again = pd.Series(made, dtype=object).groupby(made).cumcount()
         return [f"{name}-{n}" if n else name for name, n in zip(made, again, strict=True)]
     ids = [str(cell).strip() for cell in raw[column]]
-    blank = [row for row, name in enumerate(ids) if name.casefold() in ("", "nan", "none")]
+    blank = [row for row, name in enumerate(ids) if name.casefold() in _BLANK_IDS]
     if blank:
         shown = ", ".join(str(row + 1) for row in blank[:_N_SHOWN])
         raise ValueError(

@@ -319,8 +319,9 @@ def classify_prompts(pairs: pd.DataFrame, style: pd.DataFrame) -> pd.Categorical
         opening = join_turns(turns[:1])[:_KIND_WINDOW_CHARS]
         hits = (kind for kind, rule in PROMPT_KINDS.items() if rule.search(opening))
         kind = next(hits, "other")
-        # Code is recognised in any language.
-        kinds.append(kind if script == "English" or kind == "code" else "not English")
+        # Code is recognised in any language, and sums need none.
+        is_read = script in ("English", "no letters") or kind == "code"
+        kinds.append(kind if is_read else "not English")
     return pd.Categorical(kinds, [*PROMPT_KINDS, "other", "not English"])
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from src.utils.config import FinetuneConfig
+from src.utils.delivery.submit import read_settings
 from src.utils.models.checkpoints import load_finetuned
 from src.utils.models.predict import predict_probs
-from src.utils.runs import read_json
 from src.utils.schema import A_WINS, B_WINS, TEXTS
 from src.utils.stats.scores import MIN_PROB
 
@@ -27,10 +27,7 @@ def load_predictor(folder: Path, config: FinetuneConfig | None = None) -> Predic
 
     Without `config`, `folder` is the `model/` that 07 wrote; with it, a fold of 03 or 04.
     """
-    if config is None:
-        battle = read_json(Path(folder) / "config.json")["battle"]
-        shown = {"head": battle["head"], "predict_tokens": battle["max_tokens"]}
-        config = FinetuneConfig(checkpoint=str(folder), revision="", **shown)
+    config = config or read_settings(Path(folder))
     model, tokenizer = load_finetuned(Path(folder), config)
     return functools.partial(
         predict_probs,

@@ -7,19 +7,24 @@ the one worth most per second first. One that fails or runs out of time costs qu
 
 import contextlib
 import functools
+import html
+import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
 
 from src.utils import paths
 from src.utils.config import FinetuneConfig
-from src.utils.models.baseline import load_baseline
+from src.utils.models.baseline import Baseline, load_baseline
 from src.utils.models.checkpoints import find_base, load_tokenizer
 from src.utils.models.predict import (
     Prediction,
@@ -27,7 +32,7 @@ from src.utils.models.predict import (
     measure_entropy,
     predict_pairs,
 )
-from src.utils.models.reading import load_reader, open_reader
+from src.utils.models.reading import Reader, load_reader, open_reader
 from src.utils.runs import measure_versions, read_json, write_table
 from src.utils.schema import LABELS, check_probs
 from src.utils.stats.blend import Blend, apply_blend
@@ -36,6 +41,7 @@ SUBMISSION_COLUMNS = ("id", *LABELS)
 
 Keep = Callable[[Prediction], None]  # is given what a model has predicted so far
 Predict = Callable[[pd.DataFrame, "_Member", Keep], Prediction]
+Network = tuple[Reader, PreTrainedTokenizerBase, FinetuneConfig]  # a model that is open
 
 
 @dataclass
@@ -59,6 +65,9 @@ class Outcome:
     probs: np.ndarray  # (N, C) float64, rows sum to 1
     timings: list[MemberTiming]  # one per member of the blend
     n_pairs_by_members: dict[str, int]  # "a + b" -> battles that got exactly these members
+    # Member -> (N, C) float64, NaN where it has not read; and (N,), see `Prediction.swap_gap`.
+    members: dict[str, np.ndarray] = field(default_factory=dict)
+    swap_gaps: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -107,15 +116,59 @@ def check_submission(submission: pd.DataFrame, sample_ids: np.ndarray) -> pd.Dat
     return submission
 
 
+class Models:
+    """Opens the models of runs. Kept ones are loaded once, for any number of calls.
+
+    `n_workers` is that of `open_reader`. Those that are not kept are closed after their turn.
+    """
+
+    def __init__(self, n_workers: int | None = None, keep: bool = False) -> None:
+        self.n_workers, self.keep = n_workers, keep
+        self.baselines: dict[Path, Baseline] = {}  # by run folder, where they are kept
+        self._kept: dict[Path, tuple[Network, contextlib.ExitStack]] = {}
+
+    def load_baseline(self, run: Path) -> Baseline:
+        """Load the CPU baseline of a run folder."""
+        if run in self.baselines:
+            return self.baselines[run]
+        read_json(run / "config.json")  # names a damaged run
+        baseline = load_baseline(run / "model")
+        if self.keep:
+            self.baselines[run] = baseline
+        return baseline
+
+    @contextlib.contextmanager
+    def open_network(self, folder: Path, deadline: float) -> Iterator[Network]:
+        """Open a fine-tuned model; the deadline is a `time.monotonic()` value."""
+        if folder in self._kept:
+            yield self._kept[folder][0]
+            return
+        with contextlib.ExitStack() as stack:
+            config = read_settings(folder)
+            load = functools.partial(load_reader, folder, config, find_base(folder, config))
+            reader = open_reader(load, deadline, self.n_workers)
+            stack.callback(reader.close)
+            network = (reader, load_tokenizer(folder), config)
+            if self.keep:
+                self._kept[folder] = (network, stack.pop_all())
+            yield network
+
+    def close(self) -> None:
+        """End the processes of the kept models."""
+        while self._kept:
+            self._kept.popitem()[1][1].close()
+
+
 def predict_submission(
     pairs: pd.DataFrame,
     runs: Mapping[str, Path | None],
     blend: Blend,
-    submission: Submission,
+    submission: Submission | None,
     *,
     deadline_s: float,
     cascade: float = 1.0,
-    n_workers: int | None = None,
+    models: Models | None = None,
+    ask_all: bool = False,
 ) -> Outcome:
     """Predict every battle as well as time allows: the CPU baseline, then network by network.
 
@@ -126,24 +179,27 @@ def predict_submission(
     the other networks, or the only one there is, read that share only.
 
     Args:
-        runs: member of the blend -> its finished run folder, or None where there is none.
-        submission: written after the CPU baseline, after each network, and each minute.
+        runs: member of the blend -> its finished run folder or published model, or None where
+            there is none.
+        submission: written after the CPU baseline, after each network, and each minute; or None.
         deadline_s: seconds from now that must not be passed, margin included.
         cascade: share, above 0 to 1; the least certain have the highest entropy so far.
-        n_workers: processes per network, as for `open_reader`.
+        models: opens the models; None opens each for its turn, with progress bars.
+        ask_all: networks of weight zero predict, too, for `Outcome.members`.
 
     ValueError if `cascade` is out of range, RuntimeError if no member could predict a battle.
     """
     if not 0 < cascade <= 1:
         raise ValueError(f"cascade: expected a share above 0, at most 1, got {cascade}")
     deadline = time.monotonic() + deadline_s
+    models = models or Models()
     state = _State(pairs, blend, submission)
     for name, member in state.members.items():
         run = runs.get(name)
         if run is None:
             member.give_up("absent", "no finished run; execute its notebook")
         elif not _is_network(run):
-            state.run(member, functools.partial(_predict_baseline, run))
+            state.run(member, functools.partial(_predict_baseline, models, run))
     networks = order_networks(runs, blend)
     # With two networks or more, the first one reads every battle.
     n_weighted = len({name for name, _ in networks if state.members[name].weight})
@@ -151,17 +207,18 @@ def predict_submission(
         member = state.members[name]
         if member.uncertainty is None:
             state.choose_battles(member, cascade, n_weighted > 1 and name == networks[0][0])
-        if not member.weight and state.is_reached.all():
+        if not member.weight and state.is_reached.all() and not ask_all:
             member.give_up("zero weight", "")
         elif time.monotonic() >= deadline:
             member.give_up("given up", f"{folder.name}: no time was left")
         else:
-            state.run(member, functools.partial(_predict_network, folder, deadline, n_workers))
+            state.run(member, functools.partial(_predict_network, models, folder, deadline))
     timings = [member.timing(name) for name, member in state.members.items()]
     if len(pairs) and not state.is_reached.any():
         notes = "; ".join(f"{timing.member}: {timing.note}" for timing in timings)
         raise RuntimeError(f"submission: expected a prediction of any member, got none ({notes})")
-    return Outcome(state.blend(), timings, state.count_members())
+    outcome = Outcome(state.blend(), timings, state.count_members())
+    return replace(outcome, members=state.known(), swap_gaps=state.swap_gaps())
 
 
 def order_networks(runs: Mapping[str, Path | None], blend: Blend) -> list[tuple[str, Path]]:
@@ -175,23 +232,54 @@ def order_networks(runs: Mapping[str, Path | None], blend: Blend) -> list[tuple[
         run = runs.get(name)
         if run is None or not _is_network(run):
             continue
-        config = FinetuneConfig.from_json(read_json(run / "config.json"))
+        config = read_settings(list_models(run)[0])
         bases = []
         if config.is_frozen:
             bases = [run / "base", *paths.find_checkpoints(config.checkpoint)[:1]]
-        models = run / "model"
-        folders = [*models.glob("refit"), *sorted(models.glob("fold_*"))]
-        if config.train == "head":  # the heads of all folds would read the same base again
-            folders = folders[:1]
-        # Where none is found, the first is tried all the same: its error says what is missing.
-        for place, folder in enumerate(folders or [models / "fold_0"], start=1):
+        for place, folder in enumerate(list_models(run), start=1):
             files = [file for part in (folder, *bases) for file in part.glob("*.safetensors")]
             n_bytes = sum(file.stat().st_size for file in files)
             worth[name, folder] = weight / place / max(n_bytes, 1)
     return sorted(worth, key=lambda model: -worth[model])
 
 
+def list_models(run: Path) -> list[Path]:
+    """List the models of a network's run, its refit first; a published folder is its own."""
+    if _is_published(run):
+        return [run]
+    models = run / "model"
+    folders = [*models.glob("refit"), *sorted(models.glob("fold_*"))]
+    if FinetuneConfig.from_json(read_json(run / "config.json")).train == "head":
+        folders = folders[:1]  # the heads of all folds would read the same base again
+    # Where none is found, the first is tried all the same: its error says what is missing.
+    return folders or [models / "fold_0"]
+
+
+def read_settings(folder: Path) -> FinetuneConfig:
+    """Read the settings that a model of `list_models` predicts with."""
+    run = folder.parents[1] / "config.json"
+    if folder.parent.name == "model" and run.exists():
+        return FinetuneConfig.from_json(read_json(run))
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names |= {*weights.keys()}
+    head: Any = "contrast" if any("contrast." in name for name in names) else "joint"
+    default = FinetuneConfig(checkpoint=str(folder), revision="", head=head)
+    architecture = read_json(folder / "config.json")
+    if "battle" in architecture:  # 07 wrote it
+        return replace(default, predict_tokens=architecture["battle"]["max_tokens"])
+    longest = architecture.get("max_position_embeddings")
+    return replace(default, predict_tokens=min(default.predict_tokens, longest or sys.maxsize))
+
+
+def _is_published(run: Path) -> bool:
+    return (run / "origin.json").exists()
+
+
 def _is_network(run: Path) -> bool:
+    if _is_published(run):
+        return True
     try:
         return "checkpoint" in read_json(run / "config.json")
     except (OSError, ValueError):
@@ -237,7 +325,7 @@ def _is_known(probs: np.ndarray) -> np.ndarray:
 class _State:
     """What all members have predicted so far, and the file that holds their blend."""
 
-    def __init__(self, pairs: pd.DataFrame, blend: Blend, submission: Submission) -> None:
+    def __init__(self, pairs: pd.DataFrame, blend: Blend, submission: Submission | None) -> None:
         self._pairs, self._blend, self._submission = pairs, blend, submission
         weights = zip(blend.members, blend.weights, strict=True)
         self.members = {name: _Member(weight, np.arange(len(pairs))) for name, weight in weights}
@@ -248,7 +336,7 @@ class _State:
 
         def keep(*early: Prediction) -> None:
             member.predictions = [*complete, *early]
-            if self.is_reached.any() or not len(self._pairs):
+            if self._submission and (self.is_reached.any() or not len(self._pairs)):
                 self._submission.write(self.blend())
 
         start = time.monotonic()
@@ -273,7 +361,17 @@ class _State:
         member.uncertainty = uncertainty[member.rows]
         member.twice_share = cascade if reads_all else 1.0
 
-    def _known(self) -> dict[str, np.ndarray]:
+    def swap_gaps(self) -> dict[str, np.ndarray]:
+        """Network -> (N,), the mean over its models, NaN where one has not read twice."""
+        gaps = {}
+        for name, member in self.members.items():
+            found = [each.swap_gap for each in member.predictions if each.swap_gap is not None]
+            if found:
+                gaps[name] = np.full(len(self._pairs), np.nan)
+                gaps[name][member.rows] = np.mean(found, axis=0)
+        return gaps
+
+    def known(self) -> dict[str, np.ndarray]:
         """Member -> (N, C), the mean over its models, NaN where none has read."""
         known = {}
         for name, member in self.members.items():
@@ -289,14 +387,14 @@ class _State:
     def is_reached(self) -> np.ndarray:
         """(N,) bool, some member has predicted the battle."""
         nobody = np.zeros(len(self._pairs), dtype=bool)
-        return np.any([nobody, *map(_is_known, self._known().values())], axis=0)
+        return np.any([nobody, *map(_is_known, self.known().values())], axis=0)
 
     def blend(self) -> np.ndarray:
         """(N, C) float64; a battle that no member reached gets the symmetric mean of the others."""
         reached = self.is_reached
         probs = np.empty((len(self._pairs), len(LABELS)))
         if reached.any():
-            known = {name: member[reached] for name, member in self._known().items()}
+            known = {name: member[reached] for name, member in self.known().items()}
             probs[reached] = apply_blend(self._blend, known)
             a, b, tie = probs[reached].mean(axis=0)
             probs[~reached] = ((a + b) / 2, (a + b) / 2, tie)
@@ -305,42 +403,53 @@ class _State:
     def count_members(self) -> dict[str, int]:
         """Count the battles by the members that predicted them, most frequent first."""
         kinds = np.full(len(self._pairs), "", dtype=object)
-        for name, probs in self._known().items():
+        for name, probs in self.known().items():
             kinds[_is_known(probs)] += f" + {name}"
         counts = Counter(kind.removeprefix(" + ") or "mean of the others" for kind in kinds)
         return dict(counts.most_common())
 
 
-def _predict_baseline(run: Path, pairs: pd.DataFrame, member: _Member, keep: Keep) -> Prediction:
-    read_json(run / "config.json")  # names a damaged run
-    probs = load_baseline(run / "model").predict_probs(pairs)
+def _predict_baseline(
+    models: Models, run: Path, pairs: pd.DataFrame, member: _Member, keep: Keep
+) -> Prediction:
+    probs = models.load_baseline(run).predict_probs(pairs)
     return Prediction(probs, np.full(len(pairs), 2), np.zeros(len(pairs), dtype=bool))
 
 
 def _predict_network(
-    folder: Path,
-    deadline: float,
-    n_workers: int | None,
-    pairs: pd.DataFrame,
-    member: _Member,
-    keep: Keep,
+    models: Models, folder: Path, deadline: float, pairs: pd.DataFrame, member: _Member, keep: Keep
 ) -> Prediction:
-    run = folder.parents[1]
-    config = FinetuneConfig.from_json(read_json(run / "config.json"))
-    load = functools.partial(load_reader, folder, config, find_base(folder, config))
-    with contextlib.closing(open_reader(load, deadline, n_workers)) as reader:
+    with models.open_network(folder, deadline) as (reader, tokenizer, config):
         return predict_pairs(
             reader,
-            load_tokenizer(folder),
+            tokenizer,
             pairs,
             max_tokens=config.predict_tokens,
             tokens_per_batch=config.tokens_per_batch,
             deadline=deadline,
-            progress=f"{run.name} {folder.name}",
+            progress="" if models.keep else f"{folder.parents[1].name} {folder.name}",
             keep=keep,
             uncertainty=member.uncertainty,
             twice_share=member.twice_share,
         )
+
+
+def list_left_out(outcome: Outcome) -> list[dict[str, str]]:
+    """List the members that the submission lacks though the blend gives them weight, and why."""
+    return [
+        {"member": timing.member, "status": timing.status, "note": timing.note}
+        for timing in outcome.timings
+        if timing.n_asked and not timing.n_reached and timing.status != "zero weight"
+    ]
+
+
+def describe_left_out(outcome: Outcome) -> str:
+    """Say in Markdown, in large letters, which members the submission lacks; empty if none."""
+    lines = []
+    for left in list_left_out(outcome):
+        note = html.escape(left["note"]).replace("`", "'") or "no reason is known"
+        lines.append(f"# Left out: {left['member']} ({left['status']})\n\n{note}")
+    return "\n\n".join(lines)
 
 
 def describe_timing(outcome: Outcome, *, n_pairs: int, seconds: float, deadline_s: float) -> dict:
@@ -351,5 +460,6 @@ def describe_timing(outcome: Outcome, *, n_pairs: int, seconds: float, deadline_
         "deadline_s": deadline_s,
         "n_pairs_by_members": outcome.n_pairs_by_members,
         "members": [asdict(timing) for timing in outcome.timings],
+        "left_out": list_left_out(outcome),
         "versions": measure_versions(),
     }

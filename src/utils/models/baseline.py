@@ -356,6 +356,21 @@ class Baseline:
         found[columns.row] = weights[columns.col] * scale
         return found
 
+    def style_terms(self, pairs: pd.DataFrame) -> pd.DataFrame:
+        """Split what the style member says of N battles into one term per style feature.
+
+        Returns:
+            N rows with the index of `pairs`, a float64 column per name of `STYLE_FEATURES`: what
+            the difference of the answers adds to the log-odds of A against B. Terms change sign
+            when A and B are exchanged. Words and characters have their say in other members.
+        """
+        style = measure_style(pairs)
+        features = Features(style_differences(style)[0], style_shared(style), {})
+        inputs, _ = linear_inputs(features, self.ensemble.units, LINEAR_MEMBERS["style"])
+        differences, scales = inputs.parts[0]
+        weights = self.ensemble.linear["style"].differences * scales
+        return pd.DataFrame(differences * weights, pairs.index, list(STYLE_FEATURES))
+
 
 def cross_fit(
     pairs: pd.DataFrame, config: BaselineConfig, features: Features

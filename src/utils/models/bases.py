@@ -1,6 +1,7 @@
 """Put the checkpoint that a notebook trains into its run folder, where the suite has to make it."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -28,17 +29,16 @@ def prepare_base(
         return None
     if config.is_tiny:
         kind = tiny.find_kind(config.checkpoint)
-        n_steps = tiny.N_STEPS[kind] if n_steps is None else n_steps
-        made_from = [kind, config.seed, n_steps, tiny.VERSION, TEMPLATE_VERSION]
+        steps = tiny.N_STEPS[kind] if n_steps is None else n_steps
+        made_from = [kind, config.seed, steps, tiny.VERSION, TEMPLATE_VERSION]
         key = hash_json([*made_from, hash_pairs(pairs[["id", *TEXTS]])])
+        make = partial(tiny.make_tiny, kind, pairs, config.seed, steps)
     else:
         key = packaged.find_package(config.checkpoint)[1].sha256
+        make = partial(packaged.read_package, config.checkpoint)
     if swap_base(folder, key):
         return folder
-    if config.is_tiny:
-        model, tokenizer = tiny.make_tiny(kind, pairs, config.seed, n_steps)
-    else:
-        model, tokenizer = packaged.read_package(config.checkpoint)
+    model, tokenizer = make()
     with atomic_folder(folder) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)

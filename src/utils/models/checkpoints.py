@@ -188,6 +188,8 @@ def _locate(config: FinetuneConfig, base: Path | None) -> tuple[str, str]:
         raise FileNotFoundError(
             f"{base}: expected the folder of {config.checkpoint}; call prepare_base() first"
         )
+    if attached := find_checkpoints(config.checkpoint):  # in a Kaggle kernel there is no hub
+        return str(attached[0]), "main"
     return config.checkpoint, config.revision or "main"
 
 

@@ -9,8 +9,15 @@ from html import escape
 import pandas as pd
 from IPython.display import HTML
 
-from src.utils.schema import LABEL_NAMES, MODELS, TEXTS, TIE, UNKNOWN_MODEL, clean_text
-from src.utils.stats.plots import LABEL_COLORS
+from src.utils.schema import (
+    LABEL_COLORS,
+    LABEL_NAMES,
+    MODELS,
+    TEXTS,
+    TIE,
+    UNKNOWN_MODEL,
+    clean_text,
+)
 
 _SHOWN = 500  # characters of a text; the rest is folded
 _BOX = "border:1px solid #8884;border-radius:6px;padding:8px;overflow-wrap:anywhere;"

@@ -70,7 +70,7 @@ def win_share(labels: np.ndarray, values: np.ndarray | None = None) -> dict[str,
     return found | {"share": test.statistic, "p_value": test.pvalue, "n": n, "reason": None}
 
 
-def correct(p_values: Sequence[float]) -> np.ndarray:
+def correct(p_values: Any) -> np.ndarray:
     """Correct p-values for their number by Holm's method; NaN stays NaN, (N,) -> (N,) float.
 
     Source: Holm 1979, A simple sequentially rejective multiple test procedure.
@@ -335,7 +335,7 @@ def measure_leak(
         losses[name] = -np.log(np.maximum(probs[np.arange(len(labels)), labels], 1e-6))
     repeats = pairs["group"].duplicated(keep=False).to_numpy()
     parts = {"all battles": np.ones_like(repeats), "battles whose prompt repeats": repeats}
-    table = scores.compare_slices(losses["grouped"], losses["random"], parts, groups)
+    table = scores.compare_slices(losses["grouped"], {"random": losses["random"]}, parts, groups)
     return table.drop(columns="verdict").set_axis(columns, axis=1)
 
 

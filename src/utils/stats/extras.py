@@ -120,8 +120,9 @@ def measure_drift(
 
 def summarise_shares(shares: pd.DataFrame) -> pd.DataFrame:
     """Lay `vote_shares` out for people: a row per level, "31.2 % (28.9–33.5)" per outcome."""
-    rows = shares[["share", "low", "high"]].itertuples(index=False)
-    table = shares.assign(cell=[with_interval(*row, "{:.1%}") for row in rows])
+    columns = zip(shares["share"], shares["low"], shares["high"], strict=True)
+    cells = [with_interval(share, low, high, "{:.1%}") for share, low, high in columns]
+    table = shares.assign(cell=cells)
     wide = table.pivot(index="level", columns="outcome", values="cell")
     first = table[table["outcome"] == table["outcome"].iloc[0]]
     wide = wide.loc[first["level"], pd.unique(table["outcome"])]

@@ -17,6 +17,7 @@ from src.utils.stats.plots import (
     ACCENT,
     BLACK,
     LABEL_COLORS,
+    MUTED,
     draw_intervals,
     draw_rows,
     label_axes,

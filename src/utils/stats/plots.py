@@ -24,18 +24,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from src.utils.runs import write_figure
-from src.utils.schema import A_WINS, LABEL_NAMES, TIE
+from src.utils.schema import A_WINS, LABEL_COLORS, LABEL_NAMES, TIE
 
-# Okabe-Ito colours, which colour-blind readers can distinguish, in LABELS order.
-LABEL_COLORS = ("#0072B2", "#D55E00", "#7F7F7F")
 ACCENT, MUTED = "#009E73", "#BBBBBB"
 BLACK: dict[str, Any] = {"color": "black", "linewidth": 1}
 _HOLLOW: dict[str, Any] = {"color": "#777777", "mfc": "white"}
 ALPHA = 0.05  # of a test that decides a title
 
 _WIDTH, _LOW, _TALL = 9.0, 3.6, 5.4  # of every figure, inches
-_TITLE_CHARS, _HALF_CHARS = 86, 38  # of a line over the whole width, and over half of it
-_EDGE = 0.008  # of the width is left free
+_TITLE_CHARS, _HALF_CHARS = 86, 34  # of a line over the whole width, and over half of it
+_EDGE = 0.013  # of the width is left free
 _SMALL: dict[str, Any] = {"fontsize": 8, "color": "#777777"}
 
 # Names are shown as they are: dollars in one ("alpha$x_1$") are no formula, and stop no figure.
@@ -68,8 +66,9 @@ def note_source(fig: Figure, source: str, n_pairs: int) -> None:
     """
     # As a label of the figure it gets room of its own from the layout.
     fig.supxlabel(f"{source} · {n_pairs:,} battles", x=1 - _EDGE, ha="right", **_SMALL)
-    if len(fig.axes) == 1:
-        # Over long names of rows, too, the title starts at the figure's edge.
+    # Over long names of rows, too, the title starts at the figure's edge; moving it there changes
+    # the layout once.
+    for _ in range(2 if len(fig.axes) == 1 else 0):
         fig.draw_without_rendering()
         place = fig.axes[0].get_position()
         x = (_EDGE - place.x0) / place.width
@@ -277,10 +276,10 @@ def _draw_cells(ax: Axes, shares: pd.DataFrame, known: pd.DataFrame) -> None:
     look: dict[str, Any] = {"cmap": "PuOr", "vmin": 0, "vmax": 1, "linewidths": 1}
     sns.heatmap(shares.astype(float), ax=ax, cbar=False, **look)
     ax.grid(visible=False)
-    clear = is_clear(known, 0.5)
+    clear, values = is_clear(known, 0.5), shares.to_numpy(dtype=float)
     for row, name in enumerate(shares.index):
         for column, other in enumerate(shares.columns):
-            share = shares.iloc[row, column]
+            share = float(values[row, column])
             if pd.isna(share):
                 continue
             weight = "bold" if clear[name, other] else "normal"
@@ -336,7 +335,7 @@ def plot_kinds(axes: np.ndarray, ties: pd.DataFrame, longer: pd.DataFrame) -> np
         is_moved = len(rows) > 0 and rows["p_value"].iloc[0] < ALPHA / 2
         title = f"Kinds of prompt differ in {what}"
         if not is_moved:
-            title = f"No measurable difference in {what} between kinds of prompt"
+            title = f"No measurable difference in {what}"
         ax.set_title(fill(title, _HALF_CHARS), loc="left")
     return axes
 
@@ -362,7 +361,8 @@ def plot_length_difference(
     median = float(np.median(gain))
     ax.axvline(median, color="black", linestyle="--", label=f"median\n{median:+,.0f} words")
     place_legend(ax)
-    title = f"The longer answer wins {_write_share(longer)} of decided battles"
+    only = "only " if longer["share"] < 0.5 else ""
+    title = f"The longer answer wins {only}{_write_share(longer)} of decided battles"
     if not longer["p_value"] < ALPHA:
         title = f"No measurable preference for the longer answer: it wins {_write_share(longer)}"
     x = "words of the winner − words of the loser (middle 98 %)"
@@ -472,7 +472,7 @@ def plot_token_distribution(
     for (name, counts), color in zip(lengths.items(), colors, strict=False):
         cuts = [f"over {n:,}: {percent(float((counts > n).mean()))}" for n in shown]
         label = "\n".join([name, f"median {np.median(counts):,.0f}", *cuts])
-        ax.hist(counts, edges, color=color, label=label, histtype="step", linewidth=2)
+        ax.hist(counts, edges.tolist(), color=color, label=label, histtype="step", linewidth=2)
     for budget in shown:
         ax.axvline(budget, linestyle=":", **BLACK)
     ax.set_xscale("log")

@@ -32,7 +32,6 @@ from src.utils.schema import (
 
 MIN_PROB = 1e-15  # the competition clips here
 Z_95 = float(norm.ppf(0.975))  # half the width of a 95 % interval, in standard errors
-MIN_SLICE = 30  # battles of which the loss is worth a look
 _PUBLISHED = Path(__file__).with_name("published_scores.json")
 _MIN_BIN = 40  # battles in a bin of a reliability curve
 _ECE_BINS = 15
@@ -251,7 +250,7 @@ def compare_slices(
     `slices` are name -> (N,) bool, the battles of that slice.
 
     Returns:
-        One row per slice of at least `MIN_SLICE` battles, not all: slice, n_pairs, log_loss,
+        One row per slice that holds at least two groups: slice, n_pairs, log_loss,
         the loss of each reference by its name, difference to the first with its 95 % bounds low
         and high (paired; below 0 the model is better), and verdict: better, worse or no
         different, by whether the interval excludes 0.
@@ -260,8 +259,7 @@ def compare_slices(
     rows = []
     for name, mask in slices.items():
         inside = np.asarray(groups)[mask]
-        is_small = len(inside) < MIN_SLICE or len(pd.unique(inside)) < 2
-        if is_small or len(inside) == len(losses):
+        if len(pd.unique(inside)) < 2:
             continue
         gap = paired_difference(losses[mask], references[first][mask], inside, n_boot, seed)
         row = {"slice": name, "n_pairs": len(inside), "log_loss": losses[mask].mean()}

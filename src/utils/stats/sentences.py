@@ -4,15 +4,16 @@ A number is given with its 95 % interval, and called an effect only where that e
 Tables are those of `stats.effects`, `stats.extras`, `stats.ranking` and `models.insight`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from src.utils.schema import clean_text
 from src.utils.stats.plots import ALPHA, is_clear, number, with_interval
 
-Found = Mapping[str, Any]  # of `effects.win_share`
+Found = Any  # a row or mapping with the names of `effects.win_share` or `effects.effect_sizes`
 
 
 def share_of(found: Found) -> str:
@@ -25,12 +26,20 @@ def size_of(row: Found, text: str = "{:+.2f}") -> str:
     return with_interval(row["log_odds"], row["low"], row["high"], text)
 
 
-def join_names(names: Sequence[str], otherwise: str = "none", n_shown: int = 6) -> str:
+def join_names(names: Iterable[str], otherwise: str = "none", n_shown: int = 6) -> str:
     """Join names for a sentence: "a, b and c", or "a, b and 7 more"."""
     names = list(names)
     if len(names) > n_shown + 1:
         names = [*names[:n_shown], f"{len(names) - n_shown} more"]
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or otherwise
+
+
+def literal(name: str) -> str:
+    """Write a name from a file so that neither Markdown nor HTML reads anything into it."""
+    return "".join(
+        char if char.isalnum() or char in " -.,()" else f"&#{ord(char)};"
+        for char in clean_text(str(name))
+    )
 
 
 def describe_winner(found: Found, who: str) -> str:
@@ -40,13 +49,13 @@ def describe_winner(found: Found, who: str) -> str:
         return f"No decided battle can tell whether {who} wins more often."
     of = f"{share_of(found)} of {found['n']:,} decided battles"
     if found["p_value"] < ALPHA:
-        return f"{name} wins **{of}**."
+        return f"{name} wins {'only ' if found['share'] < 0.5 else ''}**{of}**."
     return f"{name} wins {of}: no measurable preference."
 
 
 def describe_ties(shares: pd.DataFrame, prior_log_loss: float) -> str:
     """Say how frequent ties are, and what a guess scores, from `effects.winner_shares`."""
-    tie, most = shares.iloc[-1], shares.loc[shares["share"].idxmax()]
+    tie, most = shares.iloc[-1], shares.iloc[int(shares["share"].to_numpy().argmax())]
     text = f"Ties are {share_of(tie)} of votes." if tie["n"] else "No vote is a tie."
     return (
         f"{text} Always guessing “{most['outcome']}” would be right in {share_of(most)}. "
@@ -158,10 +167,14 @@ def describe_shrinkage(alone: pd.DataFrame, equal: pd.DataFrame) -> str:
     is_alone = (both["p_value_alone"] < ALPHA / max(len(both), 1)) & both["log_odds"].notna()
     gone = both[is_alone & ~is_clear(both)]["effect"].tolist()
     stays = both[is_alone & is_clear(both)]["effect"].tolist()
-    return (
-        f"Clear alone and not at equal length, so perhaps length in disguise: {join_names(gone)}. "
-        f"Clear in both: {join_names(stays)}."
-    )
+    text = ""
+    if gone:
+        text += (
+            f"Clear alone and not at equal length, perhaps length in disguise: {join_names(gone)}. "
+        )
+    if stays:
+        text += f"Clear in both: {join_names(stays)}."
+    return text
 
 
 def describe_strengths(plain: pd.DataFrame, styled: pd.DataFrame) -> str:
@@ -171,11 +184,12 @@ def describe_strengths(plain: pd.DataFrame, styled: pd.DataFrame) -> str:
         return "No chatbot is ranked."
     both = ranked.merge(styled, on="model", suffixes=("", "_styled"))
     apart = both[(both["low"] > both["high_styled"]) | (both["high"] < both["low_styled"])]
-    best = with_interval(*ranked.iloc[0][["strength", "low", "high"]], "{:+.2f}")
-    text = f"{len(ranked)} chatbots are ranked; first is {ranked['model'].iloc[0]}, {best}."
+    first = ranked.iloc[0]
+    best = with_interval(first["strength"], first["low"], first["high"], "{:+.2f}")
+    text = f"{len(ranked)} chatbots are ranked; first is {literal(first['model'])}, {best}."
     if apart.empty:
         return f"{text} Holding style constant moves none of them measurably."
-    return f"{text} At equal style {join_names(apart['model'].head(5))} moved measurably."
+    return f"{text} At equal style {join_names(map(literal, apart['model']))} moved measurably."
 
 
 def describe_trends(curves: Mapping[str, pd.DataFrame]) -> str:
@@ -200,8 +214,8 @@ def describe_records(records: pd.DataFrame, min_battles: int) -> str:
     ranked = ranked[is_clear(ranked, 0.5)].sort_values("win_share", ascending=False)
     up, down = ranked[ranked["win_share"] > 0.5], ranked[ranked["win_share"] < 0.5][::-1]
     return (
-        f"Measurably above one half: {join_names(up['model'].head(8))}. "
-        f"Below: {join_names(down['model'].head(8))}."
+        f"Measurably above one half: {join_names(map(literal, up['model']))}. "
+        f"Below: {join_names(map(literal, down['model']))}."
     )
 
 
@@ -258,7 +272,7 @@ def describe_words(words: pd.DataFrame, member: str, weight: float) -> str:
         (clear[clear["log_odds"] > 0], "helps"),
         (clear[clear["log_odds"] < 0], "hurts"),
     ):
-        best = rows.nsmallest(5, "p_value")["word"].map("“{}”".format)
+        best = rows.nsmallest(5, "p_value")["word"].map(lambda word: f"“{literal(word)}”")
         named.append(f"{verb}: {join_names(best)}")
     found = "No word stands out clearly."
     if len(clear):
@@ -305,9 +319,9 @@ def describe_score(result: Mapping[str, float], n_pairs: int) -> str:
 def describe_guesses(table: pd.DataFrame) -> str:
     """Say what knowing the position is worth; the last row's difference is to the blind prior."""
     row = table.iloc[-1]
-    gap = row[["difference", "difference_low", "difference_high"]]
-    numbers = with_interval(*gap, "{:+.4f}")
-    if gap.iloc[2] < 0:
+    low, high = row["difference_low"], row["difference_high"]
+    numbers = with_interval(row["difference"], low, high, "{:+.4f}")
+    if high < 0:
         return f"Knowing the position changes the loss by {numbers} nats."
     return f"Knowing the position brings no measurable gain: {numbers} nats."
 

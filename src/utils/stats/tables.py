@@ -52,8 +52,9 @@ def show(
         title = _name_column(name, headers or {})
         text = formats.get(name) or _choose_format(column, digits)
         if name in intervals:
-            rows = table[[name, *intervals[name]]].itertuples(index=False)
-            cells[title] = [with_interval(*row, text) for row in rows]
+            low, high = (table[bound] for bound in intervals[name])
+            rows = zip(column, low, high, strict=True)
+            cells[title] = [with_interval(*row, text=text) for row in rows]
         else:
             cells[title] = [number(value, text) for value in column]
         if not pd.api.types.is_numeric_dtype(column):
@@ -67,7 +68,7 @@ def show(
         props = "text-align: left"
         styler = styler.set_table_styles([{"selector": ", ".join(left), "props": props}])
     if best:
-        styler = styler.apply(lambda _: np.where(is_best, "font-weight: bold", ""))
+        styler = styler.apply(lambda _: ["font-weight: bold" if row else "" for row in is_best])
     return styler.set_table_attributes(_NO_FORMULAS)
 
 

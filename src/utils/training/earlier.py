@@ -27,7 +27,7 @@ BEGUN = "settings.json"  # beside the checkpoints of an unfinished one: its iden
 # more than the rounding of a step.
 _NOT_IDENTITY = frozenset(
     "folds n_seeds refit n_processes predict_tokens tokens_per_batch gradient_checkpointing "
-    "n_evals eval_pairs save_minutes train_hours allow_cpu".split()
+    "n_evals eval_pairs save_minutes train_hours train_deadline_s allow_cpu".split()
 )
 _OF_LORA = frozenset({"lora_rank", "lora_alpha", "lora_dropout"})
 _OF_STEPS = frozenset(  # of optimizer steps through the base

@@ -36,6 +36,7 @@ from src.utils.training.earlier import BEGUN, RECORD, arrange_models, identify, 
 from src.utils.training.frozen_heads import HEAD_COLUMNS, train_head, write_member
 from src.utils.training.heldout import Member, predict_heldout
 from src.utils.training.processes import on_first, world_size
+from src.utils.training.session import SessionOver, end_of_session
 from src.utils.training.states import States, read_pace, read_states
 from src.utils.training.trainer import HISTORY_COLUMNS, FoldTrainer, list_checkpoints
 
@@ -57,7 +58,11 @@ class FitResult:
 
 
 def fit(
-    pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None = None
+    pairs: pd.DataFrame,
+    config: FinetuneConfig,
+    run_dir: Path,
+    base: Path | None = None,
+    session_end: float | None = None,
 ) -> FitResult:
     """Train one or several models per held-out fold, and predict that fold.
 
@@ -75,13 +80,17 @@ def fit(
     all heads share the states of the frozen base (`states`), so that they cost minutes.
 
     ValueError if a fold is empty or holds all battles, FloatingPointError if a validation loses
-    more than one in a hundred battles to logits that are not finite.
+    more than one in a hundred battles to logits that are not finite, SessionOver when
+    `session_end` has come before the end: a `time.monotonic()` value, s, by default
+    `config.train_deadline_s` from now.
     """
     check_pairs(pairs, FROZEN_COLUMNS)
     is_head = config.train == "head"
     if is_head:
         config = _take_all_folds(config, pairs)
     deadline = time.monotonic() + config.train_hours * 3600 if config.train_hours else math.inf
+    if session_end is None:
+        session_end = end_of_session(config.train_deadline_s)
     members = prepare_members(pairs, config, run_dir)
     finished = on_first(list_finished)(run_dir)
     to_train = [member.name for member in members if member.name not in finished]
@@ -89,16 +98,19 @@ def fit(
     rows: list[dict] = []  # of all validations so far
     states = None
     if is_head and to_train:
-        states = _read_states(pairs, config, run_dir, base)
+        states = _read_states(pairs, config, run_dir, base, session_end)
     for member in members:
+        if member.name in to_train and on_first(time.monotonic)() > session_end:
+            raise SessionOver
         if member.name in to_train and states is not None:
             _train_head(pairs, member, run_dir, base, states)
         elif member.name in to_train:
             n_left = len(to_train) - to_train.index(member.name)
             left_s = (deadline - time.monotonic()) / n_left
-            _train_member(pairs, member, run_dir, base, rows, time.monotonic() + left_s)
+            ends = (time.monotonic() + left_s, session_end)
+            _train_member(pairs, member, run_dir, base, rows, ends)
         on_first(_remove_checkpoints)(run_dir / "checkpoints" / member.name)
-        records[member.name] = _read_predicted(pairs, member, run_dir, base)
+        records[member.name] = _read_predicted(pairs, member, run_dir, base, session_end)
         rows += records[member.name]["history"]
     folds = [member for member in members if member.fold is not None]
     of_folds = [records[member.name] for member in folds]
@@ -130,12 +142,17 @@ def _take_all_folds(config: FinetuneConfig, pairs: pd.DataFrame) -> FinetuneConf
 
 
 def _read_states(
-    pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None
+    pairs: pd.DataFrame,
+    config: FinetuneConfig,
+    run_dir: Path,
+    base: Path | None,
+    session_end: float,
 ) -> States:
     skeleton = make_skeleton(read_architecture(config, base), "joint")
     _check_length(skeleton, config)
     nobody = np.zeros(len(pairs), dtype=bool)
-    return read_states(add_extra_battles(pairs, nobody, config), config, run_dir, base)
+    read = add_extra_battles(pairs, nobody, config)
+    return read_states(read, config, run_dir, base, session_end)
 
 
 def _train_head(
@@ -194,16 +211,18 @@ def _train_member(
     run_dir: Path,
     base: Path | None,
     earlier: Sequence[dict],
-    deadline: float,
+    ends: tuple[float, float],
 ) -> None:
+    """Train one model; `ends` are the deadline and the end of the session, as for `train`."""
     train_pairs, heldout = _split(pairs, member.fold, member.config)
     model, tokenizer = load_classifier(member.config, base)
     _check_length(model, member.config)
     folder = run_dir / "checkpoints" / member.name
-    on_first(write_json)(folder / BEGUN, {"identity": member.identity})
     trainer = FoldTrainer(model, tokenizer, train_pairs, heldout, member, run_dir, earlier)
+    begun = {"identity": member.identity, "n_steps": len(trainer.steps)}
+    on_first(write_json)(folder / BEGUN, begun)
     with quiet_transformers():
-        trainer.train(find_checkpoint(folder), deadline)
+        trainer.train(find_checkpoint(folder), *ends)
     del trainer, model
     release_memory()
 
@@ -213,7 +232,9 @@ def _remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _read_predicted(pairs: pd.DataFrame, member: Member, run_dir: Path, base: Path | None) -> dict:
+def _read_predicted(
+    pairs: pd.DataFrame, member: Member, run_dir: Path, base: Path | None, session_end: float
+) -> dict:
     """Read how a finished model was trained; predict again where that is asked for."""
     folder = run_dir / "model" / member.name
     record = on_first(read_json)(folder / RECORD)
@@ -226,7 +247,7 @@ def _read_predicted(pairs: pd.DataFrame, member: Member, run_dir: Path, base: Pa
     base = base if member.config.is_frozen else None
     model, tokenizer = load_finetuned(folder, member.config, base)
     reader = LocalReader(model, tokenizer.pad_token_id, packing=member.config.packing)
-    prediction = predict_heldout(reader, tokenizer, heldout, member)
+    prediction = predict_heldout(reader, tokenizer, heldout, member, session_end=session_end)
     record |= {"predict_tokens": n_tok, "swap_gap": prediction.swap_gap}
     table = probs_table(heldout["id"], prediction.probs, fold=member.fold)
     on_first(write_table)(folder / "oof.parquet", table)

@@ -1,6 +1,7 @@
 """Predict the battles that a model has not seen: a sample in between, the whole fold at the end."""
 
 import math
+import time
 import warnings
 from dataclasses import dataclass, field
 
@@ -9,11 +10,12 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.predict import predict_pairs
+from src.utils.models.predict import Prediction, predict_pairs
 from src.utils.models.reading import LocalReader
 from src.utils.training import processes
 from src.utils.training.earlier import Identity
 from src.utils.training.processes import rank, world_size
+from src.utils.training.session import SessionOver
 
 _MAX_LOST_SHARE = 0.01  # of the held-out battles, with logits that are not finite
 
@@ -50,22 +52,37 @@ def predict_heldout(
     heldout: pd.DataFrame,
     member: Member,
     twice_share: float = 1.0,
+    session_end: float = math.inf,
 ) -> HeldOut:
     """Predict held-out battles, each process its share; `twice_share` as for `predict_pairs`.
 
     A battle whose logits are not finite even in 32 bit gets the mean of the others, A and B alike.
 
-    FloatingPointError if these are more than one in a hundred.
+    FloatingPointError if these are more than one in a hundred, SessionOver at `session_end` (a
+    `time.monotonic()` value, s).
     """
     config = member.config
-    prediction = predict_pairs(
-        reader,
-        tokenizer,
-        heldout[rank() :: world_size()],
-        max_tokens=config.predict_tokens,
-        tokens_per_batch=config.tokens_per_batch,
-        twice_share=twice_share,
-    )
+
+    def watch_clock(_: Prediction) -> None:
+        if time.monotonic() > session_end:
+            raise SessionOver
+
+    try:
+        prediction = predict_pairs(
+            reader,
+            tokenizer,
+            heldout[rank() :: world_size()],
+            max_tokens=config.predict_tokens,
+            tokens_per_batch=config.tokens_per_batch,
+            twice_share=twice_share,
+            keep=watch_clock,
+        )
+        is_late = False
+    except SessionOver:
+        is_late = True
+    # All processes stop where one does: else it would wait for the others' rows.
+    if processes.gather_rows(np.array([is_late])).any():
+        raise SessionOver
     probs = processes.gather_rows(prediction.probs)
     first_probs = processes.gather_rows(np.asarray(prediction.first_probs))
     gaps = processes.gather_rows(np.asarray(prediction.swap_gap))

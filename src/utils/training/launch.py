@@ -28,9 +28,10 @@ from src.utils.models.bases import prepare_base
 from src.utils.models.hardware import choose_device
 from src.utils.paths import ROOT, choose_profile
 from src.utils.runs import read_json, read_pairs, write_json, write_pairs
-from src.utils.training.fit import FitResult, fit
+from src.utils.training.fit import FitResult, fit, prepare_members
 from src.utils.training.plan import check_device
-from src.utils.training.processes import join_world, leave_world, on_first, world_size
+from src.utils.training.processes import join_world, leave_world, on_first, rank, world_size
+from src.utils.training.session import SessionOver, describe_progress, end_of_session, skip_cells
 
 PROGRAM = ("-m", "src.utils.training.launch")  # what torchrun starts in each process
 _LAUNCHER = "ARENA_LAUNCHER_PID"
@@ -42,20 +43,42 @@ def fit_launched(
     """Train as `fit.fit` does, in `config.n_processes` processes, and show their output.
 
     The result is that of one process, up to rounding. RuntimeError if a process failed, with its
-    error; other errors as for `check_device` and `count_processes`.
+    error; SessionOver as for `fit`; other errors as for `check_device` and `count_processes`.
     """
+    session_end = end_of_session(config.train_deadline_s)
     check_device(config, pairs, base)
     n_processes = count_processes(config)
     if n_processes > 1 and config.train != "head":  # the readers of a frozen base start their own
         release_memory()
         folder = run_dir / "launch"
         write_pairs(folder / "pairs.parquet", pairs)
-        settings = dataclasses.replace(config, n_processes=n_processes)
+        left_s = config.train_deadline_s and max(session_end - time.monotonic(), 1e-3)
+        settings = dataclasses.replace(config, n_processes=n_processes, train_deadline_s=left_s)
         write_json(folder / "config.json", settings.to_json())
         options = [run_dir, "--settings", folder / "config.json"]
         options += ["--pairs", folder / "pairs.parquet", *(["--base", base] if base else [])]
         _run_torchrun(n_processes, [str(option) for option in options])
-    return fit(pairs, config, run_dir, base)  # after a launch it finds every fold trained
+    # After a launch it finds every fold trained, or that the session is over.
+    return fit(pairs, config, run_dir, base, session_end)
+
+
+def fit_in_session(
+    pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None = None
+) -> FitResult | None:
+    """Train as `fit_launched` does, in a notebook that may have to go on in another session.
+
+    When `TRAIN_DEADLINE_S` is over, it shows what is finished, what remains and what to do next,
+    lets the cells below do nothing, and returns None.
+    """
+    from IPython.display import Markdown, display
+
+    try:
+        return fit_launched(pairs, config, run_dir, base)
+    except SessionOver as over:
+        names = [member.name for member in prepare_members(pairs, config, run_dir)]
+        display(Markdown(describe_progress(run_dir, names, str(over))))
+        skip_cells()
+        return None
 
 
 def count_processes(config: FinetuneConfig) -> int:
@@ -113,7 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pairs = read_pairs(options.pairs or options.run.parent / "01_eda" / "pairs.parquet")
     check_device(config, pairs, options.base)
     base = options.base or on_first(prepare_base)(config, pairs, options.run / "base")
-    fit(pairs, config, options.run, base)
+    try:
+        fit(pairs, config, options.run, base)
+    except SessionOver:
+        if not rank():
+            print(f"{options.run}: TRAIN_DEADLINE_S is over; the same command goes on from here")
 
 
 def read_config(

@@ -33,6 +33,7 @@ from src.utils.models.reading import choose_devices, load_state_reader, open_rea
 from src.utils.models.template import TEMPLATE_VERSION, encode_battles
 from src.utils.runs import atomic_path, hash_json, read_json, write_json
 from src.utils.schema import TEXTS, clean_text
+from src.utils.training.session import SessionOver
 
 FOLDER = "states"  # in a run folder
 PACE = "pace.json"  # seconds and tokens of all readings so far
@@ -127,7 +128,12 @@ class _Missing:
     orders = (0, 1)
 
     def __init__(
-        self, pairs: pd.DataFrame, config: FinetuneConfig, base: Path | None, states: States
+        self,
+        pairs: pd.DataFrame,
+        config: FinetuneConfig,
+        base: Path | None,
+        states: States,
+        session_end: float,
     ) -> None:
         keys = make_keys(pairs)
         # Of readings with the same texts one is enough.
@@ -144,6 +150,7 @@ class _Missing:
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
         self._n_waiting = self._tok_waiting = 0
         self._written_at = time.monotonic()
+        self._session_end, self._tok_written = session_end, 0
 
     def wanted(self, order: int) -> np.ndarray:
         return self._is_missing[:, order].nonzero()[0]
@@ -159,6 +166,9 @@ class _Missing:
         is_large = self._n_waiting * self._states.dtype.itemsize > _PART_MIB * 2**20
         if is_large or time.monotonic() - self._written_at > _PART_S:
             self.write()
+            if time.monotonic() > self._session_end:
+                share = self._tok_written / self.n_tok
+                raise SessionOver(f"This session read {share:.0%} of the states that were missing.")
 
     def write(self) -> None:
         """Write what waits as a part."""
@@ -172,12 +182,17 @@ class _Missing:
         pace["n_tok"] += self._tok_waiting
         pace["seconds"] += now - self._written_at
         write_json(path, pace)
+        self._tok_written += self._tok_waiting
         self._waiting, self._n_waiting, self._tok_waiting = [], 0, 0
         self._written_at = now
 
 
 def read_states(
-    pairs: pd.DataFrame, config: FinetuneConfig, run_dir: Path, base: Path | None = None
+    pairs: pd.DataFrame,
+    config: FinetuneConfig,
+    run_dir: Path,
+    base: Path | None = None,
+    session_end: float = math.inf,
 ) -> States:
     """Read the states of battles in both orders, as far as they are not on disk yet.
 
@@ -188,6 +203,7 @@ def read_states(
     Raises:
         FloatingPointError: more than one reading in a hundred has no finite states.
         RuntimeError: every process that read was lost; what it had read is kept.
+        SessionOver: `session_end`, a `time.monotonic()` value, has come; so is what was read.
     """
     skeleton = make_skeleton(read_architecture(config, base), "joint")
     layers = choose_layers(config.state_layers, len(find_layers(skeleton)))
@@ -202,7 +218,7 @@ def read_states(
     write_json(folder / "about.json", about)
     shape = N_STATES * len(layers), skeleton.config.get_text_config().hidden_size
     states = States(folder, *shape)
-    missing = _Missing(pairs, config, base, states)
+    missing = _Missing(pairs, config, base, states, session_end)
     if missing.n_tok:
         note = _read(missing, config, base)
         states = States(folder, *shape)

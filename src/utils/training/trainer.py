@@ -34,6 +34,7 @@ from src.utils.training.heldout import HeldOut, Member, predict_heldout, sample_
 from src.utils.training.processes import rank, world_size
 from src.utils.training.progress import Progress, measure_memory
 from src.utils.training.schedule import Schedule
+from src.utils.training.session import SessionOver
 
 MAX_GRAD_NORM = 1.0
 N_CHECKPOINTS = 2  # that are kept: should the newest be damaged, the one before it serves
@@ -116,11 +117,17 @@ class FoldTrainer:
     def _lengths(self, items: Sequence[int]) -> np.ndarray:
         return self.examples.lengths[np.asarray(items, dtype=int) // 2]
 
-    def train(self, checkpoint: Path | None = None, deadline: float = math.inf) -> None:
+    def train(
+        self,
+        checkpoint: Path | None = None,
+        deadline: float = math.inf,
+        session_end: float = math.inf,
+    ) -> None:
         """Train to the end, from the start or from a checkpoint of the same settings.
 
-        `deadline` is a `time.monotonic()` value, s. Where the steps would take longer, the rest of
-        the schedule is shortened, so that training and prediction end in time.
+        Both times are `time.monotonic()` values, s. Where the steps would end after `deadline`, the
+        rest of the schedule is shortened, so that training and prediction end in time. At
+        `session_end` the schedule stays as it is: SessionOver, with a checkpoint to go on from.
         """
         processes.copy_from_first(self.weights)
         if checkpoint:
@@ -143,9 +150,10 @@ class FoldTrainer:
                 elif self.step in self.log_steps:
                     self._close_interval(progress, None)
                 if n_steps % _CLOCK_STEPS == 0:
-                    is_saved |= self._watch_clock(saved_at, deadline, n_steps / seconds)
+                    pace = n_steps / seconds
+                    is_saved |= self._watch_clock(saved_at, deadline, session_end, pace)
                 saved_at = time.monotonic() if is_saved else saved_at
-            self._finish(progress)
+            self._finish(progress, session_end)
         finally:
             if progress:
                 progress.close()
@@ -265,15 +273,18 @@ class FoldTrainer:
 
     # ---- schedule --------------------------------------------------------------------
 
-    def _watch_clock(self, saved_at: float, deadline: float, pace: float) -> bool:
+    def _watch_clock(
+        self, saved_at: float, deadline: float, session_end: float, pace: float
+    ) -> bool:
         """Shorten the schedule if need be, and save when it is time; `pace` is in steps per s."""
 
-        def decide() -> tuple[bool, int]:
+        def decide() -> tuple[bool, bool, int]:
             now = time.monotonic()
-            is_due = now - saved_at > 60 * self.config.save_minutes
-            return is_due, self._plan_end(deadline - now, pace)
+            is_over = now > session_end
+            is_due = is_over or now - saved_at > 60 * self.config.save_minutes
+            return is_over, is_due, self._plan_end(deadline - now, pace)
 
-        is_due, last_step = processes.on_first(decide)()
+        is_over, is_due, last_step = processes.on_first(decide)()
         planned = self.schedule.last_step
         if last_step < planned:
             if not rank():
@@ -282,6 +293,8 @@ class FoldTrainer:
             self.schedule.shorten(self.step, last_step)
         if is_due:
             self._save()
+        if is_over:
+            raise SessionOver
         return is_due
 
     def _plan_end(self, left_s: float, pace: float) -> int:
@@ -306,12 +319,14 @@ class FoldTrainer:
         self._close_interval(progress, prediction.first_probs)
         self._save()
 
-    def _finish(self, progress: Progress | None) -> None:
+    def _finish(self, progress: Progress | None, session_end: float) -> None:
         """Predict the whole fold, and write the model with how it was trained."""
         self._save()  # the prediction takes long, and may be killed
         prediction = None
         if len(self.heldout):
-            prediction = predict_heldout(self.reader, self.tokenizer, self.heldout, self.member)
+            prediction = predict_heldout(
+                self.reader, self.tokenizer, self.heldout, self.member, session_end=session_end
+            )
             is_sampled = self.heldout["id"].isin(self.sample["id"]).to_numpy()
             self._close_interval(progress, prediction.first_probs[is_sampled])
         else:
