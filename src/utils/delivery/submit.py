@@ -266,8 +266,10 @@ def read_settings(folder: Path) -> FinetuneConfig:
             names |= {*weights.keys()}
     head: Any = "contrast" if any("contrast." in name for name in names) else "joint"
     default = FinetuneConfig(checkpoint=str(folder), revision="", head=head)
-    architecture, origin = (read_json(folder / f"{name}.json") for name in ("config", "origin"))
-    longest = origin.get("predict_tokens") or architecture.get("max_position_embeddings")
+    architecture = read_json(folder / "config.json")
+    if "battle" in architecture:  # 07 wrote it
+        return replace(default, predict_tokens=architecture["battle"]["max_tokens"])
+    longest = architecture.get("max_position_embeddings")
     return replace(default, predict_tokens=min(default.predict_tokens, longest or sys.maxsize))
 
 
