@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 from statsmodels.stats.multitest import multipletests
@@ -156,14 +157,14 @@ def paired_difference(
 
 
 def proportion_interval(
-    n_hits: np.ndarray, n: np.ndarray, exact: bool = False
+    n_hits: ArrayLike, n: ArrayLike, exact: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bound proportions at 95 % by Wilson, or `exact` by Clopper and Pearson: low, high (K,) float.
 
     `n_hits` and `n` are (K,) int, hits and trials; no trials give NaN.
     """
     trials = np.where(n, n, np.nan)
-    return proportion_confint(n_hits, trials, method="beta" if exact else "wilson")
+    return proportion_confint(np.asarray(n_hits), trials, method="beta" if exact else "wilson")
 
 
 def correct(p_values: Any) -> np.ndarray:
