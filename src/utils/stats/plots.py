@@ -277,9 +277,11 @@ def _draw_cells(ax: Axes, shares: pd.DataFrame, known: pd.DataFrame) -> None:
     look |= {"annot": texts.unstack().reindex_like(shares), "annot_kws": {"fontsize": 8}}
     sns.heatmap(shares.astype(float), ax=ax, cbar=False, **look)
     ax.grid(visible=False)
-    clear = is_clear(known, 0.5).unstack().reindex_like(shares).to_numpy()
-    for text, is_bold in zip(ax.texts, clear[shares.notna()], strict=True):
-        text.set_fontweight("bold" if is_bold else "normal")
+    drawn = shares.stack().dropna()
+    clear = is_clear(known, 0.5).reindex(drawn.index)
+    for text, share, is_bold in zip(ax.texts, drawn, clear, strict=True):
+        text.set(weight="bold" if is_bold else "normal")
+        text.set_color("white" if abs(share - 0.5) > 0.3 else "black")
     ax.tick_params(axis="y", rotation=0)
     ax.tick_params(axis="x", rotation=0 if len(shares.columns) < 7 else 45)
 
