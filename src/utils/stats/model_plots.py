@@ -33,7 +33,6 @@ from src.utils.stats.sentences import describe_gap
 _OTHER, _ALARM = "#777777", "#CC79A7"
 _BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncol": 3}
 _BELOW["frameon"] = False
-_PANELS = ("Log loss", "Accuracy", "Speed and learning rate")
 _HISTORY = ("fold", "seed", "minutes", "epoch")
 
 
@@ -214,14 +213,14 @@ def plot_training(axes: np.ndarray, history: pd.DataFrame, prior: float = np.nan
         prior: log loss of the class prior, nats per battle.
     """
     loss, accuracy, speed, memory = np.ravel(axes)
-    plot_history(
-        loss, history, {"training": "train_loss", "held out": "log_loss"}, "log loss, nats"
-    )
+    seen = {"training": "train_loss", "held out": "log_loss"}
+    plot_history(loss, history, seen, "log loss, nats", "Log loss")
     loss.axhline(prior, linestyle="--", label="class prior", **BLACK)
     loss.legend(**_BELOW)
     seen = {"training": "train_accuracy", "held out": "accuracy"}
-    plot_history(accuracy, history, seen, "accuracy", percent_on="y")
-    plot_history(speed, history, {"tokens per second": "tokens_per_second"}, "tokens per second")
+    plot_history(accuracy, history, seen, "accuracy", "Accuracy", percent_on="y")
+    seen = {"tokens per second": "tokens_per_second"}
+    plot_history(speed, history, seen, "tokens per second", "Speed and learning rate")
     speed.set_ylim(0, None)
     rate = speed.twinx()
     plot_history(rate, history, {"learning rate": "learning_rate"}, "learning rate")
@@ -229,9 +228,6 @@ def plot_training(axes: np.ndarray, history: pd.DataFrame, prior: float = np.nan
     rate.grid(visible=False)
     speed.legend(handles=[speed.lines[0], rate.lines[0]], **_BELOW)
     plot_memory(memory, history)
-    for place, title in zip((loss, accuracy, speed), _PANELS, strict=True):
-        place.set_title(title, loc="left")
-    rate.set_title("")
     return axes
 
 

@@ -42,6 +42,16 @@ def literal(name: str) -> str:
     )
 
 
+def describe_gap(gap: float, low: float, high: float, reference: str) -> str:
+    """Say how far a loss is from a reference, or that the interval (low, high) holds 0; nats."""
+    if low <= 0 <= high:
+        found = with_interval(gap, low, high, "{:+.3f}")
+        return f"no measurable difference to {reference} ({found.replace(' (', ', ', 1)}"
+    near, far = sorted((abs(low), abs(high)))
+    side = "above" if gap > 0 else "below"
+    return f"{abs(gap):.3f} nats ({near:.3f} to {far:.3f}) {side} {reference}"
+
+
 def describe_winner(found: Found, who: str) -> str:
     """Say whether `who` ("position A", "the longer answer") wins more than half."""
     name = who[:1].upper() + who[1:]
@@ -263,13 +273,3 @@ def describe_score(result: Mapping[str, float], n_pairs: int) -> str:
         f"{text} The oracle log loss is {result['oracle_log_loss']:.3f}: "
         f"{result['excess_log_loss']:.3f} nats are left to learn."
     )
-
-
-def describe_gap(gap: float, low: float, high: float, reference: str) -> str:
-    """Say how far a loss is from a reference, or that the interval (low, high) holds 0; nats."""
-    if low <= 0 <= high:
-        found = with_interval(gap, low, high, "{:+.3f}")
-        return f"no measurable difference to {reference} ({found.replace(' (', ', ', 1)}"
-    near, far = sorted((abs(low), abs(high)))
-    side = "above" if gap > 0 else "below"
-    return f"{abs(gap):.3f} nats ({near:.3f} to {far:.3f}) {side} {reference}"
