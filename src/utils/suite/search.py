@@ -156,9 +156,7 @@ def search(space: Space, pipeline: Pipeline, storage: str, n_trials: int) -> opt
             break
         study.sampler = space.make_sampler(len(study.trials))
         study.optimize(
-            lambda trial: run_trial(trial, space, pipeline, folder),
-            n_trials=1,
-            catch=(SuiteError,),
+            lambda trial: run_trial(trial, space, pipeline, folder), n_trials=1, catch=(SuiteError,)
         )
     runs.write_table(folder / "trials.csv", study.trials_dataframe())
     runs.write_leaderboard(pipeline.artifacts)
