@@ -39,6 +39,7 @@ from src.utils.runs import atomic_folder, read_json, write_json
 from src.utils.schema import LABELS
 
 MAX_LOGIT = 2.0  # standard deviation of a random head's first logits, above which it starts at 0
+SHARD = "4GB"  # of one file of weights: a download that breaks is resumed file by file
 Classifier = tuple[nn.Module, PreTrainedTokenizerBase]
 
 
@@ -325,7 +326,7 @@ def _add_lora(model: Any, config: FinetuneConfig) -> PeftModel:
 
 def write_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights (with LoRA: adapters and head), tokenizer and `origin.json` into a folder."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
     config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
     source = Path(config.name_or_path)
