@@ -239,6 +239,7 @@ def describe(need: Need, notebook: str) -> str:
     """Write a plan as a table for people, with the advice if it does not fit."""
     config, work, shape = need.config, need.work, need.shape
     memory = ", ".join(f"{name} {gib:.1f}" for name, gib in need.memory.items())
+    least = f"at least {sum(need.memory.values()):.1f} of {need.machine.gib:.1f} GiB"
     cut, cut_later = (f"{need.cut_share(n):.1%}" for n in (need.longest, config.predict_tokens))
     rows = {
         "models": f"{work.n_models}, each learns from {work.n_train:,} battles or more; "
@@ -248,7 +249,7 @@ def describe(need: Need, notebook: str) -> str:
         f"{work.valid_share:.0%} of them validation",
         "battles": f"{cut} are cut to {need.longest:,} tokens in training, {cut_later} to "
         f"{config.predict_tokens:,} in prediction",
-        "memory": f"at least {sum(need.memory.values()):.1f} of {need.machine.gib:.1f} GiB: {memory}",
+        "memory": f"{least}: {memory}",
         "passes": f"of {need.longest:,} tokens or more; memory holds {need.most_tokens:,}",
         "disk": f"{need.download_gb:.1f} GB download, {work.output_gb:.1f} GB output",
     }
