@@ -600,7 +600,8 @@ def test_other_soft_labels_or_extra_battles_make_another_model(pairs, encoder, t
 def test_a_setting_that_is_newer_than_a_model_had_its_default(pairs, encoder, tmp_path):
     (member,) = prepare_members(pairs, encoder, tmp_path)
     settings = dict(member.identity["settings"]) | {"removed_since": 1}
-    del settings["optimizer"]
+    settings["optimizer"] = "adamw"
+    del settings["weight_decay"]
     old = {"settings": settings, "data": member.identity["data"]}
     assert describe_difference(old, member.identity) == ""
 

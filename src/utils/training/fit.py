@@ -25,7 +25,6 @@ from src.utils.models.checkpoints import (
     load_finetuned,
     longest_row,
     make_skeleton,
-    quiet_transformers,
     read_architecture,
 )
 from src.utils.models.reading import LocalReader
@@ -221,8 +220,7 @@ def _train_member(
     trainer = FoldTrainer(model, tokenizer, train_pairs, heldout, member, run_dir, earlier)
     begun = {"identity": member.identity, "n_steps": len(trainer.steps)}
     on_first(write_json)(folder / BEGUN, begun)
-    with quiet_transformers():
-        trainer.train(find_checkpoint(folder), *ends)
+    trainer.train(find_checkpoint(folder), *ends)
     del trainer, model
     release_memory()
 

@@ -123,7 +123,7 @@ def _hash(*texts: list[str]) -> bytes:
 
 
 class _Missing:
-    """`predict.Readings` of what is not on disk yet; writes it as it comes."""
+    """The readings (`read_battles`) of what is not on disk yet; writes it as it comes."""
 
     orders = (0, 1)
 
