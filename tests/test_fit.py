@@ -627,7 +627,7 @@ def test_extra_battles_are_trained_on_and_never_held_out(
 
 @pytest.fixture
 def frozen(encoder, monkeypatch):
-    monkeypatch.setattr(frozen_heads, "PENALTIES", {"logistic": (100.0,), "network": (1e3,)})
+    monkeypatch.setattr(frozen_heads, "PENALTIES", (10.0,))
     return dataclasses.replace(encoder, train="head", max_tokens=512, predict_tokens=96)
 
 

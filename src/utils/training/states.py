@@ -50,7 +50,7 @@ class States:
 
     def __init__(self, folder: Path, n_blocks: int, hidden: int) -> None:
         """Open what is there; a reading has `n_blocks` states, each (hidden,)."""
-        self.folder, self.n_blocks, self.width = folder, n_blocks, n_blocks * hidden
+        self.folder, self.hidden, self.width = folder, hidden, n_blocks * hidden
         self.dtype = np.dtype([("key", "S32"), ("states", np.float16, (self.width,))])
         for leftover in folder.glob(".part-*"):  # of a run that was killed
             leftover.unlink()
