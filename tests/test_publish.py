@@ -16,7 +16,7 @@ from src.utils.delivery.card import make_card
 from src.utils.delivery.publish import check_card, choose_member, publish_model, push_model
 from src.utils.models import checkpoints
 from src.utils.models.checkpoints import load_classifier, load_frozen, save_model, write_head
-from src.utils.models.frozen import make_head
+from src.utils.models.frozen import DavidsonHead
 from src.utils.models.predict import PRECISION_TOLERANCE, predict_probs
 from src.utils.schema import LABEL_NAMES, probs_table
 from tests.test_card import FACTS, METRICS
@@ -201,7 +201,8 @@ def test_a_head_on_a_frozen_base_is_published_without_it_and_says_so(
     frozen, tokenizer = load_frozen(config, tiny_base("qwen3"))
     source = tmp_path / "run" / "model" / "fold_0"
     source.mkdir(parents=True)
-    head = make_head(frozen.n_states, 4)
+    head = DavidsonHead(*frozen.head_shape)
+    torch.nn.init.normal_(head.weights, std=0.1)
     write_head(head, config, tiny_base("qwen3"), tokenizer, source)
     pairs = demo_pairs[:6].reset_index(drop=True)
     oof = probs_table(pairs["id"], np.full((6, 3), 1 / 3), fold=0)

@@ -165,7 +165,7 @@ class FinetuneConfig(Config):
     head: Head = field("joint", "contrast adds mean(A states) − mean(B states) to the pooled state")
     quantization: Quantization = field("none", "storage of the frozen weights; 4bit is NF4")
     state_layers: tuple[float, ...] = field(
-        (0.5, 0.67), "layers whose states a head reads", "shares of the depth", min_length=1
+        (0.67,), "layers whose states a head reads", "shares of the depth", min_length=1
     )
     lora_rank: int = field(32, "rank of the LoRA adapters", ge=1)
     lora_alpha: float = field(16.0, "scale of LoRA; tune together with LEARNING_RATE", gt=0)

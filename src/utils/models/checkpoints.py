@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.frozen import FrozenClassifier, load_head, save_head
+from src.utils.models.frozen import DavidsonHead, FrozenClassifier, load_head, save_head
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.heads import add_contrast
 from src.utils.models.template import TEMPLATE_VERSION, make_pieces
@@ -335,7 +335,7 @@ def write_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
 
 
 def write_head(
-    head: nn.Sequential,
+    head: DavidsonHead,
     config: FinetuneConfig,
     base: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -408,7 +408,7 @@ def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = Non
         config = dataclasses.replace(config, revision=origin["commit"])
     if config.train == "head":
         frozen, tokenizer = load_frozen(config, base)
-        frozen.head = load_head(folder, frozen.n_states).to(choose_device())
+        frozen.head = load_head(folder, *frozen.head_shape).to(choose_device())
         return frozen.eval(), tokenizer
     model, tokenizer = _load_base(config, base)
     adapted = PeftModel.from_pretrained(model, folder, is_trainable=False)

@@ -119,7 +119,7 @@ class Shape:
         if config.train == "all":
             return self.n_weights
         if config.train == "head":
-            return 64 * self.n_states(config)  # the network of two layers; the other has 3 each
+            return self.n_states(config) * 4 // N_STATES + 2
         return config.lora_rank * (self.linear_in + self.linear_out) + self.n_head
 
     def n_states(self, config: FinetuneConfig) -> int:
