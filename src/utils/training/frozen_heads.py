@@ -103,9 +103,9 @@ def project(states: States, rows: np.ndarray, columns: Columns) -> torch.Tensor:
 
 def _blocks(columns: torch.Tensor, penalties: dict[str, float]) -> tuple[Blocks, Blocks]:
     """Scale (4, N, columns) by their penalties: what tells the winner, and what tells a tie."""
-    parts = []
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
     for part, name in zip(columns.numpy(), _PARTS, strict=True):
-        scale = np.float32(penalties[name] ** -0.5)
+        scale = np.asarray(penalties[name] ** -0.5, dtype=np.float32)
         parts.append((part if scale else part[:, :0], scale))
     return Blocks(parts[:2]), Blocks(parts[2:])
 
@@ -174,7 +174,7 @@ def _mix(targets: np.ndarray, config: FinetuneConfig) -> tuple[np.ndarray, np.nd
     Teacher and vote are mixed by SOFT_WEIGHT, at a temperature of 1.
     """
     votes, soft = targets[:, 0].astype(float), targets[:, 1]
-    has_vote, has_soft = votes.any(axis=1), soft.any(axis=1)
+    has_vote, has_soft = (np.asarray(each.any(axis=1)) for each in (votes, soft))
     weight = (np.where(has_vote, config.soft_weight, 1.0) * has_soft)[:, None]
     return (1 - weight) * votes + weight * soft, np.where(has_vote[:, None], votes, soft)
 
