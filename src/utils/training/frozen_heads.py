@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.model_selection import GroupKFold
 
 from src.utils.config import FinetuneConfig
@@ -103,7 +104,7 @@ def project(states: States, rows: np.ndarray, columns: Columns) -> torch.Tensor:
 
 def _blocks(columns: torch.Tensor, penalties: dict[str, float]) -> tuple[Blocks, Blocks]:
     """Scale (4, N, columns) by their penalties: what tells the winner, and what tells a tie."""
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    parts: list[tuple[np.ndarray | csr_matrix, np.ndarray]] = []
     for part, name in zip(columns.numpy(), _PARTS, strict=True):
         scale = np.asarray(penalties[name] ** -0.5, dtype=np.float32)
         parts.append((part if scale else part[:, :0], scale))
