@@ -296,9 +296,20 @@ def test_the_kernel_gets_the_packed_layout(monkeypatch):
     """A stand-in for the kernel of a GPU computes the same by a mask."""
 
     def varlen(
-        query, key, value, *, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa
+        query,
+        key,
+        value,
+        *,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        scale,
+        window_size,
+        enable_gqa,
+        num_splits,
     ):
-        assert torch.is_grad_enabled()
+        assert num_splits is None and torch.is_grad_enabled()
         assert cu_seq_q is cu_seq_k and max_q == max_k == max(map(len, ROWS))
         place = torch.arange(len(query))
         owner = torch.bucketize(place, cu_seq_q[1:], right=True)
