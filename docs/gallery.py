@@ -26,9 +26,9 @@ from docs.card import draw_card
 from docs.pages import LINKS, Page
 from docs.quotes import Quotes
 from src.utils.battles.readers import load_pairs
-from src.utils.config import NOTEBOOKS, name_model
+from src.utils.config import NOTEBOOKS
 from src.utils.paths import REAL_DATA, ROOT, artifacts_dir, find_raw_data, read_remembered
-from src.utils.runs import atomic_folder, hash_json, read_json, write_json
+from src.utils.runs import atomic_folder, hash_json, label_member, read_json, write_json
 from src.utils.schema import TEXTS
 from src.utils.suite.pipeline import STAGES
 from src.utils.suite.run import hash_library
@@ -162,9 +162,8 @@ def _introduce(source: Source, name: str) -> Iterator[str]:
     about = "**Real votes**: battles of the Kaggle competition; numbers and figures, no texts."
     if source.kind == "demo":
         about = "**Simulated**: ten invented chatbots, and votes drawn from known probabilities."
-    checkpoint = read_json(source.artifacts / name / "run.json")["parameters"].get("CHECKPOINT")
-    if checkpoint:
-        about += f" The model here is: {name_model(checkpoint)}."
+    if name in ("03_modernbert", "04_qwen"):
+        about += f" The model here is: {label_member(source.artifacts, name)[3:]}."
     yield f"> {about}"
 
 

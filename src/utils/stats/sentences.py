@@ -329,3 +329,18 @@ def describe_guesses(table: pd.DataFrame) -> str:
 def describe_spread(values: Sequence[float]) -> str:
     """Write a mean with its standard deviation: "1.031 ± 0.012"."""
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+
+
+def describe_training(fitted: Found, is_head: bool) -> str:
+    """Say what learned from how many battles, how fast; `fitted` is a `training.fit.FitResult`."""
+    learned = f"**{fitted.n_parameters:,}** weights learned from {fitted.n_train_pairs:,} battles"
+    minutes = f"{fitted.seconds / 60:.1f} minutes"
+    speed = f"{fitted.tokens_per_second:,.0f} tokens per second"
+    if is_head:
+        return (
+            f"{learned} per fold, on states of the frozen base, which reads {speed}; trying the "
+            f"heads took {minutes}."
+        )
+    return (
+        f"{learned} per fold in {minutes} of steps: {speed}, {fitted.padding_share:.1%} padding."
+    )
