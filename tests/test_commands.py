@@ -18,6 +18,7 @@ import nbformat
 import pytest
 
 from src.utils.config import check_parameter, choose_names, read_parameters
+from src.utils.delivery import cli
 from src.utils.suite import search
 from src.utils.suite.pipeline import STAGES, Pipeline
 from src.utils.suite.run import parse_arguments
@@ -38,7 +39,7 @@ SCRIPTS = [
 ]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
 GIVEN = r'(?:[A-Z_]+=(?:"[^"]*"|\S+) )*'  # variables before a command
-START = rf"{GIVEN}(?:make|torchrun|papermill|python -m|\.venv/bin/\w+) \S|(?:SET|NB)="
+START = rf"{GIVEN}(?:make|torchrun|papermill|arena-predict|python -m|\.venv/bin/\w+) \S|(?:SET|NB)="
 IN_TEXT = (
     rf'\bmake (?:{"|".join(TARGETS)})\b(?!-)(?: [A-Z]+=(?:"[^"]*"|[^\s`"),;]+))*'
     r"|\btorchrun --[^`\n]*"
@@ -247,6 +248,16 @@ EFFECTS: dict[str, Run | str] = {
     'make plan SET="04.REFIT=False"': "--set 04.REFIT=False",
     'make plan GPU=2xT4 NB=04 SET="04.TRAIN=head"': "--gpu 2xT4 --only 04 --set 04.TRAIN=head",
     "make gpu-check": "python -m tests.gpu_checks",
+    "make play": "python -m src.utils.delivery.playground",
+    "make play MODEL=artifacts/02_baseline": "delivery.playground --model artifacts/02_baseline",
+    "make play MODEL=owner/name PORT=8000": "--model owner/name --port 8000",
+    "python -m src.utils.delivery.cli": "delivery.cli",
+    "python -m tests.play_load --requests 1000": "tests.play_load",
+    "arena-predict battles.csv -o probs.csv": "battles.csv -o probs.csv",
+    "arena-predict --model artifacts/02_baseline a.csv b.jsonl -o probs.csv --explain": "--explain",
+    "arena-predict --model owner/name battles.parquet --deadline-s 600 -o probs.jsonl": (
+        "--deadline-s 600"
+    ),
     "make plan": "python -m src.utils.training.plan",
     "make plan GPU=2xT4 NB=04": "src.utils.training.plan --gpu 2xT4 --only 04",
     "python -m src.utils.training.plan --profile full --gpu 24": "--profile full --gpu 24",
@@ -347,11 +358,13 @@ def clone(tmp_path, stubs, monkeypatch):
     programs = root / ".venv/bin"
     programs.mkdir(parents=True)
     for name in (
-        "python ruff lint-imports mypy nbstripout jupyter torchrun papermill kaggle tensorboard"
+        "python ruff lint-imports mypy nbstripout jupyter torchrun papermill kaggle tensorboard "
+        "arena-predict"
     ).split():
         (programs / name).write_text(PROGRAM)
         (programs / name).chmod(0o755)
-    (root / ".venv/.ready").touch()
+    for name in ("ready", "play", "browser"):
+        (root / f".venv/.{name}").touch()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return FakeSuite(monkeypatch, root, stubs)
 
@@ -475,6 +488,8 @@ def check_call(suite, words):
     if "src.utils.training.launch" in words:
         run, _, profile = words[words.index("src.utils.training.launch") + 1 :]
         assert read_config(Path(run), None, profile, []).checkpoint == PROFILES[profile][1][0]
+    elif words[0] == "arena-predict":
+        assert cli.make_parser().parse_args(words[1:]).files
     elif words[0] == "papermill":
         notebook = ROOT / words[1]
         defaults = read_parameters(notebook)

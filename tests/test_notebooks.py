@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from src.utils.delivery import cli
+from src.utils.delivery.predictor import Predictor
 from src.utils.delivery.submit import check_submission
 from src.utils.paths import REAL_DATA, ROOT
 from src.utils.runs import hash_file
@@ -141,3 +143,19 @@ def test_real_battles_go_through(tmp_path, tiny_models):
     )
     expected = pd.read_csv(REAL_DATA / "sample_submission.csv")["id"].to_numpy()
     check_submission(pd.read_csv(tmp_path / "artifacts" / SUBMISSION), expected)
+
+
+def test_the_command_and_the_page_give_the_probabilities_of_06(demo_run, tmp_path):
+    artifacts, _ = demo_run
+    test = artifacts / "01_eda" / "arena" / "test.csv"
+    output = tmp_path / "probs.csv"
+    assert cli.main(["--model", str(artifacts), str(test), "-o", str(output)]) == 0
+    expected = pd.read_csv(artifacts / SUBMISSION).set_index("id")[list(LABELS)]
+    found = pd.read_csv(output).set_index("id").loc[expected.index, list(LABELS)]
+    assert np.abs(found - expected).to_numpy().max() < 1e-6
+    playground = pytest.importorskip("src.utils.delivery.playground", reason="make play")
+    predictor = Predictor(artifacts)
+    predictor.load_networks(ask_all=True)
+    table = playground.score_file(predictor, test)[0].astype({"id": expected.index.dtype})
+    found = table.set_index("id").loc[expected.index, list(LABELS)]
+    assert np.abs(found - expected).to_numpy().max() < 1e-6

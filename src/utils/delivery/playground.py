@@ -133,7 +133,7 @@ def make_page(predictor: Predictor) -> gr.Blocks:
                 pairs = make_battle([prompt, response_a, response_b])
                 probs = predictor.predict(pairs).probs[0]
             except _MISTAKES as error:
-                raise gr.Error(escape(str(error))) from error
+                raise gr.Error(escape(str(error)), print_exception=False) from error
             return dict(zip(LABELS, probs.tolist(), strict=True))
 
         gr.api(battle, api_name="battle", concurrency_limit=8)
@@ -548,7 +548,7 @@ def show(model: str | Path = "", *, revision: str = "", **options: Any) -> gr.Bl
         "prevent_thread_lock": True,
         "quiet": True,
         "max_file_size": MAX_FILE_MB * 10**6,
-        "state_session_capacity": 1000,
+        "state_session_capacity": 64,  # the oldest begins anew; a session takes half a MiB
         "footer_links": [],
         "run_history": False,
         "ssr_mode": False,

@@ -232,10 +232,10 @@ def order_networks(runs: Mapping[str, Path | None], blend: Blend) -> list[tuple[
         run = runs.get(name)
         if run is None or not _is_network(run):
             continue
-        config = read_settings(list_models(run)[0])
+        stored = _read_stored(run)
         bases = []
-        if config.is_frozen:
-            bases = [run / "base", *paths.find_checkpoints(config.checkpoint)[:1]]
+        if stored.get("lora_rank") or stored.get("train") == "head":  # their base is read, too
+            bases = [run / "base", *paths.find_checkpoints(stored["checkpoint"])[:1]]
         for place, folder in enumerate(list_models(run), start=1):
             files = [file for part in (folder, *bases) for file in part.glob("*.safetensors")]
             n_bytes = sum(file.stat().st_size for file in files)
@@ -249,7 +249,7 @@ def list_models(run: Path) -> list[Path]:
         return [run]
     models = run / "model"
     folders = [*models.glob("refit"), *sorted(models.glob("fold_*"))]
-    if FinetuneConfig.from_json(read_json(run / "config.json")).train == "head":
+    if _read_stored(run).get("train") == "head":
         folders = folders[:1]  # the heads of all folds would read the same base again
     # Where none is found, the first is tried all the same: its error says what is missing.
     return folders or [models / "fold_0"]
@@ -271,6 +271,11 @@ def read_settings(folder: Path) -> FinetuneConfig:
     return replace(default, predict_tokens=min(default.predict_tokens, longest or sys.maxsize))
 
 
+def _read_stored(run: Path) -> dict[str, Any]:
+    """Read a run's settings unchecked: what is wrong with them is said when a model is loaded."""
+    return {} if _is_published(run) else read_json(run / "config.json")
+
+
 def _is_published(run: Path) -> bool:
     return (run / "origin.json").exists()
 
@@ -279,7 +284,7 @@ def _is_network(run: Path) -> bool:
     if _is_published(run):
         return True
     try:
-        return "checkpoint" in read_json(run / "config.json")
+        return "checkpoint" in _read_stored(run)
     except (OSError, ValueError):
         return False  # the attempt to load it reports the damage
 
