@@ -341,6 +341,4 @@ def describe_training(fitted: Found, is_head: bool) -> str:
             f"{learned} per fold, on states of the frozen base, which reads {speed}; trying the "
             f"heads took {minutes}."
         )
-    return (
-        f"{learned} per fold in {minutes} of steps: {speed}, {fitted.padding_share:.1%} padding."
-    )
+    return f"{learned} per fold in {minutes} of steps: {speed}, {fitted.padding_share:.1%} padding."

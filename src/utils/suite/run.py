@@ -50,6 +50,21 @@ QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "TOKENIZERS_PARALLELISM": "true"
 _SUMMARY = ("seconds", "peak_mib", "log_loss", "accuracy")
 _NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\|[█▏▎▍▌▋▊▉ ]*\|")  # colours and bars
 
+# Set-up cells are folded as in the gallery; what is wide scrolls instead of running off a phone.
+_PAGE = """
+{%- extends 'lab/index.html.j2' -%}
+{%- block html_head_css -%}{{ super() }}<style>
+.jp-OutputArea-output { overflow-x: auto; }
+body .jp-RenderedHTMLCommon table { display: block; overflow-x: auto; max-width: 100%; }
+summary { color: #666; cursor: pointer; font-size: 88%; }
+</style>{%- endblock -%}
+{%- block input_group -%}
+{%- if 'hide-input' in cell.metadata.get('tags', []) -%}
+<details><summary>code</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock -%}
+"""
+
 
 class Progress:
     """Print cell, seconds, memory and last printed line of a notebook every `LINE_S` seconds."""
@@ -141,6 +156,12 @@ def hash_library() -> str:
     return hash_json([hash_file(file) for file in files])
 
 
+def write_html(notebook: Path) -> None:
+    """Write an executed notebook as a page beside it."""
+    html, _ = HTMLExporter(raw_template=_PAGE).from_filename(str(notebook))
+    write_text(notebook.with_suffix(".html"), html)
+
+
 def clear_outputs(pipeline: Pipeline, stage: Stage) -> None:
     """Remove the marks of a complete run: the output that is written last, then `run.json`.
 
@@ -189,7 +210,7 @@ def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
         files = files_under(folder, promise)
         if not files or files[0].stat().st_mtime_ns == before.get(files[0]):
             raise SuiteError(f"{stage.name} ran to its end but did not write {folder / promise}")
-    write_text(copy.with_suffix(".html"), HTMLExporter().from_filename(str(copy))[0])
+    write_html(copy)
     record["outputs"] = measure_states(pipeline.outputs(stage))
     record |= {"seconds": round(watch.seconds, 1), "peak_mib": round(progress.peak_mib, 1)}
     write_json(folder / RECORD, record)
