@@ -1,6 +1,7 @@
 """Sentences about results: each says what its numbers say, and claims nothing that they do not."""
 
 import html
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -190,3 +191,11 @@ def test_no_name_from_a_file_becomes_markup():
 
 def test_a_longer_answer_that_loses_wins_only_a_part():
     assert "wins only **20.0" in sentences.describe_winner(found(20, 100), "the longer answer")
+
+
+def test_a_head_is_said_to_learn_on_states_and_speaks_of_no_steps():
+    seen = {"n_parameters": 579, "n_train_pairs": 1200, "seconds": 60.0, "padding_share": 0.1}
+    fitted = SimpleNamespace(**seen, tokens_per_second=1e3)
+    trained, head = (sentences.describe_training(fitted, is_head) for is_head in (False, True))
+    assert "of steps" in trained and "10.0% padding" in trained and "frozen" not in trained
+    assert "frozen" in head and "steps" not in head and "padding" not in head
