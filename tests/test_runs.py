@@ -199,6 +199,7 @@ def test_the_columns_of_probabilities_are_checked(tmp_path):
         ("demo", ["train.csv"], "simulated"),
         ("raw", ["train.csv"], "competition"),
         ("given", ["a.csv", "b.csv"], "real battles (a.csv, b.csv)"),
+        ("given", list("abc"), "real battles (a, b, c)"),
         ("given", list("abcd"), "2 more files"),
     ],
 )

@@ -151,8 +151,9 @@ def name_source(kind: str, files: Sequence[str]) -> str:
         return "simulated arena"
     if kind in ("raw", "kaggle"):
         return "the competition's data"
-    more = f" and {len(files) - 2} more files" if len(files) > 2 else ""
-    return f"real battles ({', '.join(files[:2])}{more})"
+    if len(files) > 3:
+        files = [*files[:2], f"{len(files) - 2} more files"]
+    return f"real battles ({', '.join(files)})"
 
 
 def read_source(eda_dir: Path) -> str:
