@@ -175,7 +175,6 @@ EFFECTS: dict[str, Run | str] = {
     ),
     "python -m src.utils.suite.run": "suite.run",
     "make search NB=03 SPACE=file.yaml N=20": "suite.search file.yaml --notebook 03 --n-trials 20",
-    "make search SPACE=benchmarks/….yaml": "suite.search benchmarks/heads_03.yaml",
     "python -m src.utils.suite.search space.yaml --n-trials 20": "suite.search space.yaml",
     "python -m src.utils.suite.search": "suite.search",
     f"torchrun --nproc-per-node 8 {LAUNCH}": LAUNCH,
@@ -364,7 +363,7 @@ def clone(tmp_path, stubs, monkeypatch):
 
 def call(suite, command):
     """Run a command as it is printed; return the arguments of every program that it starts."""
-    command = command.replace("DATA=…", "DATA=data/raw").replace("/….yaml", "/heads_03.yaml")
+    command = command.replace("DATA=…", "DATA=data/raw")
     command = command.replace("<you>", "you").replace("…", "02")
     command = f"make run {command}" if re.match("SET=|NB=", command) else command
     (suite.root / "calls").write_text("")

@@ -266,7 +266,7 @@ def format_results(rows: Sequence[Mapping[str, Any]]) -> str:
     blend, scored = metrics.get("05_ensemble", {}), []
     for row in rows:
         own, folder = metrics[row["notebook"]], Path(row["output"])
-        if "log_loss" in own:
+        if "log_loss" in own and own is not blend:
             bounds = {side: own.get(f"log_loss_{side}") for side in ("low", "high")}
             label = label_member(folder.parent, folder.name)
             scored.append({"model": label, "battles": own["n_pairs"], **own, **bounds})
