@@ -1,8 +1,9 @@
 """Write docs/gallery, every notebook with its results: `make gallery`, or `python -m docs.gallery`.
 
-The demo arena always; real battles where DATA names them, where `artifacts/real` holds a run, or
-where `ARENA_REAL_DATA` is their folder. Runs that are up to date are not repeated. Of real battles
-the pages hold numbers and figures only, never a text: `docs.quotes` looks.
+The demo arena always; real battles where DATA names them, or where `ARENA_REAL_DATA` is their
+folder (then with PROFILE=pocket: real weights that fit a CPU), or where `artifacts/real` holds a
+run. Runs that are up to date are not repeated; their scores go to `benchmarks/results/`. Of real
+battles the pages hold numbers and figures only, never a text: `docs.quotes` looks.
 
 A page is stale when its notebook changed, or when the scores of its run are no longer those
 recorded in `benchmarks/results/`. The code of the package is not part of that: most changes of it
@@ -22,13 +23,14 @@ from typing import Any
 import nbformat
 from PIL import Image
 
+from benchmarks.results.record import RESULTS, record_suite, write_readme
 from docs.card import draw_card
 from docs.pages import LINKS, Page
 from docs.quotes import Quotes
 from src.utils.battles.readers import load_pairs
-from src.utils.config import NOTEBOOKS, name_model
+from src.utils.config import NOTEBOOKS
 from src.utils.paths import REAL_DATA, ROOT, artifacts_dir, find_raw_data, read_remembered
-from src.utils.runs import atomic_folder, hash_json, read_json, write_json
+from src.utils.runs import atomic_folder, hash_json, label_member, read_json, write_json
 from src.utils.schema import TEXTS
 from src.utils.suite.pipeline import STAGES
 from src.utils.suite.run import hash_library
@@ -43,6 +45,8 @@ FACES = {"01_eda": "style_effects", "02_baseline": "words", "03_modernbert": "tr
 FACES |= {"04_qwen": "training", "05_ensemble": "reliability"}
 FACES |= {"06_kaggle_inference": "probabilities"}
 _FACE_PIXELS = 360
+REAL_FILES = [REAL_DATA / f"arena_{name}.csv" for name in ("sample", "extra", "more")]
+FEW_ROWS = ["01.MIN_BATTLES=15"]  # so that chatbots are ranked, though there are 1,384 battles
 
 
 @dataclass(frozen=True)
@@ -63,18 +67,15 @@ def find_sources(data: str, profile: str) -> list[Source]:
     demo = artifacts if is_demo else artifacts / "demo"
     options = ["--data", "demo", "--profile", "demo"]
     sources = [Source("demo", demo, NAMES, options)]
-    real, options = artifacts / "real", ["--profile", profile] if profile else []
-    if data:
-        options += ["--data", data]
-    elif "DATA" in read_remembered(real):
-        data = read_remembered(real)["DATA"]
-    elif (REAL_DATA / "arena_sample.csv").is_file():
-        found = [REAL_DATA / f"arena_{name}.csv" for name in ("sample", "extra")]
-        data = " | ".join(str(path) for path in found if path.is_file())
-        options += ["--data", data]
-    if data:
-        train = find_raw_data(data).train
-        sources.append(Source("real", real, REAL_NAMES, options, train))
+    real, settings = artifacts / "real", []
+    at_hand = [path for path in REAL_FILES if path.is_file()]
+    if at_hand and not data:
+        data, profile = " | ".join(map(str, at_hand)), profile or "pocket"
+        tokenizers = ",".join(map(str, sorted((REAL_DATA / "tokenizers").glob("*"))))
+        settings = ["--set", *FEW_ROWS, f"01.TOKENIZERS=[{tokenizers}]"]
+    if data := data or read_remembered(real).get("DATA", ""):
+        options = ["--data", data, *settings, *(["--profile", profile] if profile else [])]
+        sources.append(Source("real", real, REAL_NAMES, options, find_raw_data(data).train))
     return sources
 
 
@@ -162,9 +163,8 @@ def _introduce(source: Source, name: str) -> Iterator[str]:
     about = "**Real votes**: battles of the Kaggle competition; numbers and figures, no texts."
     if source.kind == "demo":
         about = "**Simulated**: ten invented chatbots, and votes drawn from known probabilities."
-    checkpoint = read_json(source.artifacts / name / "run.json")["parameters"].get("CHECKPOINT")
-    if checkpoint:
-        about += f" The model here is: {name_model(checkpoint)}."
+    if name in ("03_modernbert", "04_qwen"):
+        about += f" The model here is: {label_member(source.artifacts, name)[3:]}."
     yield f"> {about}"
 
 
@@ -228,14 +228,15 @@ _LINKED = {"real": "on real battles", "demo": "on the demo arena"}
 
 def format_facts(entries: dict[str, Any]) -> str:
     """Format README's three facts, from the pages and from the recorded results."""
-    results = ROOT / "benchmarks" / "results"
-    real = min(read_json(results / "real.json")["runs"].values(), key=lambda run: run["log_loss"])
-    (training,) = read_json(results / "training.json")["runs"].values()
+    real = read_json(RESULTS / "real.json")["compared"]
+    rungs = {rung["model"]: rung for rung in real["ladder"]}
+    best, prior = rungs[real["published"]], rungs["the class prior"]
+    (training,) = read_json(RESULTS / "training.json")["runs"].values()
     facts = entries.get("real/01_eda", entries["demo/01_eda"])["findings"][:1]
     facts.append(
-        f"On {real['n_pairs']:,} real votes, held out, the best model so far scores "
-        f"**{real['log_loss']:.3f}** nats per battle ({real['log_loss_low']:.3f} to "
-        f"{real['log_loss_high']:.3f}); the shares of the votes alone {real['prior_log_loss']:.3f}."
+        f"On {real['n_pairs']:,} real votes, held out, the best model so far, {best['model']}, "
+        f"scores **{best['log_loss']:.3f}** nats per battle ({best['low']:.3f} to "
+        f"{best['high']:.3f}); the shares of the votes alone {prior['log_loss']:.3f}."
     )
     speed = training["ways"]["Trainer's default"]["speed_of_ours"]
     facts.append(
@@ -277,7 +278,7 @@ def find_stale(entries: dict[str, Any]) -> list[str]:
         kind, name = page.split("/")
         if entry["notebook"] != hash_notebook(name):
             stale.append(f"{page}: the notebook changed since; make gallery")
-        recorded = read_json(ROOT / "benchmarks" / "results" / f"{kind}.json")["runs"].get(name, {})
+        recorded = read_json(RESULTS / f"{kind}.json")["runs"].get(name, {})
         now, shown = recorded.get("log_loss"), entry["log_loss"]
         if now is not None and shown is not None and abs(now - shown) > 0.0005:
             stale.append(f"{page}: shows a log loss of {shown:.4f}, recorded is {now:.4f}")
@@ -334,11 +335,13 @@ def main() -> None:
         old = [page for page in entries if page.startswith(f"{source.kind}/")]
         entries = {page: entry for page, entry in entries.items() if page not in old}
         entries |= write_pages(source, quotes)
+        record_suite(source.kind, source.artifacts)
     summary = (sources[0].artifacts / "summary.md").read_text(encoding="utf-8")
     printed = "\n".join(line.rstrip() for line in summary.split("\n\n")[1].splitlines()[:-1])
     manifest = {"package": hash_library(), "printed": printed, "pages": entries}
     write_json(MANIFEST, manifest)
     write_tables(manifest)
+    write_readme()
     draw_card()
     check_gallery(quotes)
 

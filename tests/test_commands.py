@@ -61,7 +61,6 @@ class Run:
 ALL = "01-07"
 FULL = "make run PROFILE=full DATA=data/raw"
 SMALL = "make run PROFILE=small DATA=data/raw ARTIFACTS=artifacts/small"
-EDA = "make run NB=01 DATA=… ARTIFACTS=artifacts/eda"
 RENDEZVOUS = "--rdzv-backend c10d --rdzv-endpoint HOST:29400"
 BASE = {
     "CHECKPOINT": "microsoft/deberta-v3-base",
@@ -171,19 +170,11 @@ EFFECTS: dict[str, Run | str] = {
     "make run NB=…": Run("02", "missing", "full"),
     "make run NB=01,…": Run("01,02", "small", "full"),
     "make run NB=01-05": Run("01-05", "small", "full"),
-    f'{EDA} SET="01.MIN_BATTLES=15 01.TOKENIZERS=[/…,/…]"': Run(
-        "01",
-        "small",
-        "small",
-        {"01.MIN_BATTLES": 15, "01.TOKENIZERS": ["/02", "/02"]},
-        "artifacts/eda",
-    ),
     "python -m src.utils.suite.run --only 02-05 --profile small --data ../arena/train.csv": (
         "suite.run --only 02-05"
     ),
     "python -m src.utils.suite.run": "suite.run",
     "make search NB=03 SPACE=file.yaml N=20": "suite.search file.yaml --notebook 03 --n-trials 20",
-    "make search SPACE=benchmarks/….yaml": "suite.search benchmarks/heads_03.yaml",
     "python -m src.utils.suite.search space.yaml --n-trials 20": "suite.search space.yaml",
     "python -m src.utils.suite.search": "suite.search",
     f"torchrun --nproc-per-node 8 {LAUNCH}": LAUNCH,
@@ -205,6 +196,7 @@ EFFECTS: dict[str, Run | str] = {
     "make gallery AS_IS=1": "python -m docs.gallery --as-is",
     "python -m docs.gallery": "python -m docs.gallery",
     "python -m docs.card": "python -m docs.card",
+    "python -m benchmarks.results.pictures": "python -m benchmarks.results.pictures",
     "make site": "python -m docs.site build/site",
     "python -m docs.site build/site": "python -m docs.site build/site",
     "make data NAME=arena-140k": "src.utils.battles.download",
@@ -372,7 +364,7 @@ def clone(tmp_path, stubs, monkeypatch):
 
 def call(suite, command):
     """Run a command as it is printed; return the arguments of every program that it starts."""
-    command = command.replace("DATA=…", "DATA=data/raw").replace("/….yaml", "/heads_03.yaml")
+    command = command.replace("DATA=…", "DATA=data/raw")
     command = command.replace("<you>", "you").replace("…", "02")
     command = f"make run {command}" if re.match("SET=|NB=", command) else command
     (suite.root / "calls").write_text("")

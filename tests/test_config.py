@@ -476,3 +476,4 @@ def test_a_stand_in_is_never_named_as_the_model_that_it_stands_in_for():
     assert name_model("tiny:modernbert") == "tiny encoder (stand-in)"
     assert name_model("tiny:qwen3") == "tiny decoder (stand-in)"
     assert name_model("Qwen/Qwen3-4B-Instruct-2507") == "Qwen3-4B-Instruct-2507"
+    assert name_model("tiny:qwen3", "head") == "tiny decoder (stand-in), frozen, small head"

@@ -16,7 +16,7 @@ from PIL import Image
 from docs import card, gallery, pages, site
 from docs.quotes import Quotes
 from src.utils.paths import REAL_DATA, ROOT
-from src.utils.runs import read_json
+from src.utils.runs import read_json, write_json
 from tests.conftest import NO_REAL_DATA, REAL_TRAIN
 
 MANIFEST = read_json(gallery.MANIFEST)
@@ -163,6 +163,40 @@ def test_a_changed_notebook_or_score_makes_its_page_stale():
     for change in changes:
         (line,) = gallery.find_stale({"demo/02_baseline": entry | change})
         assert line.startswith("demo/02_baseline")
+
+
+@pytest.fixture
+def at_hand(tmp_path, monkeypatch):
+    """Three files of real battles at hand, and no finished run."""
+    monkeypatch.setenv("ARENA_ARTIFACTS", str(tmp_path / "artifacts"))
+    files = [tmp_path / f"arena_{number}.csv" for number in range(3)]
+    for path in files:
+        path.touch()
+    monkeypatch.setattr(gallery, "REAL_FILES", files)
+    return files
+
+
+def test_real_pages_come_from_all_rows_at_hand_and_real_weights(at_hand):
+    demo, real = gallery.find_sources("", "")
+    assert demo.options == ["--data", "demo", "--profile", "demo"]
+    assert list(real.train) == at_hand and real.artifacts.name == "real"
+    assert real.options[-2:] == ["--profile", "pocket"]
+    assert set(gallery.FEW_ROWS) < set(real.options)
+
+
+def test_what_is_typed_comes_before_what_is_at_hand(at_hand):
+    real = gallery.find_sources(str(at_hand[1]), "small")[1]
+    assert list(real.train) == at_hand[1:2]
+    assert real.options == ["--data", str(at_hand[1]), "--profile", "small"]
+    assert gallery.find_sources("", "small")[1].options[-1] == "small"
+
+
+def test_a_finished_run_of_real_battles_is_shown_where_none_are_at_hand(at_hand, monkeypatch):
+    monkeypatch.setattr(gallery, "REAL_FILES", [])
+    assert [source.kind for source in gallery.find_sources("", "")] == ["demo"]
+    real = gallery.artifacts_dir() / "real"
+    write_json(real / "settings.json", {"DATA": str(at_hand[0])})
+    assert gallery.find_sources("", "")[1].options == ["--data", str(at_hand[0])]
 
 
 def test_readme_and_the_first_page_show_what_the_pages_say():

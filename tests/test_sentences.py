@@ -1,6 +1,7 @@
 """Sentences about results: each says what its numbers say, and claims nothing that they do not."""
 
 import html
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -167,3 +168,11 @@ def test_a_clear_gap_has_its_size_interval_and_side(gap, side):
 def test_a_gap_whose_interval_holds_0_is_no_difference():
     told = sentences.describe_gap(-0.001, -0.002, 0.001, "its best member")
     assert told == "no measurable difference to its best member (−0.001, −0.002 to +0.001)"
+
+
+def test_a_head_is_said_to_learn_on_states_and_speaks_of_no_steps():
+    seen = {"n_parameters": 579, "n_train_pairs": 1200, "seconds": 60.0, "padding_share": 0.1}
+    fitted = SimpleNamespace(**seen, tokens_per_second=1e3)
+    trained, head = (sentences.describe_training(fitted, is_head) for is_head in (False, True))
+    assert "of steps" in trained and "10.0% padding" in trained and "frozen" not in trained
+    assert "frozen" in head and "steps" not in head and "padding" not in head

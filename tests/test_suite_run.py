@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from bs4 import BeautifulSoup
 
 from src.utils.config import SuiteError
 from src.utils.runs import read_json, write_json
@@ -103,6 +104,20 @@ def test_a_run_leaves_an_executed_copy_and_html(finished):
     executed = nbformat.read(finished / "artifacts/notebooks/02_count.ipynb", as_version=4)
     assert all(cell.execution_count for cell in executed.cells)
     assert "<html" in (finished / "artifacts/notebooks/02_count.html").read_text()[:500]
+
+
+def test_set_up_is_folded_on_the_page_and_wide_tables_scroll(tmp_path):
+    path = tmp_path / "01_words.ipynb"
+    write_notebook(path, "SEED: int = 1", "import shown", "import folded")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].metadata["tags"] = ["hide-input"]
+    nbformat.write(notebook, path)
+    runner.write_html(path)
+    page = BeautifulSoup(path.with_suffix(".html").read_text(), "html.parser")
+    (details,) = page.find_all("details")
+    assert "folded" in details.get_text() and "shown" not in details.get_text()
+    assert "shown" in page.get_text()
+    assert re.search(r"table \{[^}]*overflow-x: auto", str(page))
 
 
 def test_deleting_an_output_rebuilds_its_notebook_alone(folder):
@@ -316,7 +331,7 @@ def test_the_command_ends_with_the_table(command, finished, capsys):
     printed = capsys.readouterr().out
     row = re.search(r"02_count +skipped +[\d.]+ +\d+\n", printed)
     assert row and printed.index("03_report: up to date") < row.start()
-    assert re.search(r"02_count +1\.000 +6 *\n", printed)
+    assert re.search(r"02 CPU baseline +1\.000 +6 *\n", printed)
     assert row.group() in (finished / "artifacts/summary.md").read_text()
     summary = json.loads((finished / "artifacts/summary.json").read_text())
     assert [line["log_loss"] for line in summary] == [None, 1.0, None]
@@ -357,13 +372,14 @@ def test_the_closing_table_compares_models_on_the_same_battles_by_what_they_are(
         Path(row["output"]).mkdir()
     assert "log loss" not in runner.format_results(rows)
     network, blend = (Path(row["output"]) for row in rows)
-    record = {"parameters": {"CHECKPOINT": "tiny:modernbert"}}
-    (network / "run.json").write_text(json.dumps(record))
+    (network / "config.json").write_text(json.dumps({"checkpoint": "tiny:modernbert"}))
     (network / "metrics.json").write_text(json.dumps({"log_loss": 0.9, "n_pairs": 20_000}))
     assert re.search(r"03 tiny encoder \(stand-in\) +0\.900 +20,000", runner.format_results(rows))
     rungs = [{"model": "class prior", "log_loss": 1.1, "low": 1.09, "high": 1.11}]
-    rungs.append({"model": "03_modernbert", "log_loss": 1.0, "low": 0.99, "high": 1.01})
+    label = "03 tiny encoder (stand-in)"
+    rungs.append({"model": label, "log_loss": 1.0, "low": 0.99, "high": 1.01})
     blended = {"n_pairs": 1234, "log_loss": 1.0, "ladder": rungs, "oracle_log_loss": 0.95}
+    blended["published"] = label
     (blend / "metrics.json").write_text(json.dumps(blended))
     scores = runner.format_results(rows).split("\n\n")[1]
     assert re.search(r"class prior +1\.100 +\(1\.090–1\.110\) +1,234 *\n", scores)

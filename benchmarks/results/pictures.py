@@ -1,13 +1,12 @@
-"""Draw the pictures of training in `assets/` from a finished run of notebooks 03 and 04.
+"""Draw `assets/` from the runs of `make gallery`: `python -m benchmarks.results.pictures`.
 
-    python benchmarks/results/pictures.py artifacts
-
+Of real battles the figures of 01; of the demo arena the ladder of 05 and pictures of training:
 `train_accuracy.png`, `validation_accuracy.png` and `gpu_usage.png` show both models over the
 minutes of training, `llm_report.png` the scalars that TensorBoard shows of 04. Each says which
 model and whose battles they are, and whether a GPU was there.
 """
 
-import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.utils.paths import artifacts_dir
 from src.utils.runs import label_member, read_json, read_source, write_figure
 from src.utils.stats import model_plots, plots
 
@@ -25,6 +25,11 @@ SCALARS = (
     *("loss/train", "loss/held_out", "accuracy/train", "accuracy/held_out"),
     *("cost/learning_rate", "cost/tokens_per_second", "cost/memory_mib", "cost/reserved_mib"),
 )
+EDA_FIGURES = (
+    "winners models_usage winner_length_diff_count winner_length_prompt_and_diff_length "
+    "more_punctuation_winner tokens_length_distribution style_effects models_strength "
+    "length_curves position_by prompt_kinds"
+).split()
 ORANGE = "#E8710A"  # as TensorBoard draws a single run
 
 
@@ -84,12 +89,13 @@ def draw_pictures(artifacts: Path, folder: Path) -> None:
     write_figure(folder / "llm_report.png", fig)
 
 
-def main() -> None:
-    """Draw the pictures from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("artifacts", type=Path)
-    draw_pictures(parser.parse_args().artifacts, ROOT / "assets")
+def draw_assets(artifacts: Path, folder: Path) -> None:
+    """Copy the figures of 01 and 05, and draw the pictures of training."""
+    copied = [artifacts / "real" / "01_eda" / "figures" / f"{name}.png" for name in EDA_FIGURES]
+    for source in [*copied, artifacts / "05_ensemble" / "figures" / "ladder.png"]:
+        shutil.copyfile(source, folder / source.name)
+    draw_pictures(artifacts, folder)
 
 
 if __name__ == "__main__":
-    main()
+    draw_assets(artifacts_dir(), ROOT / "assets")

@@ -268,13 +268,15 @@ _MODEL_NAMES = {
 }
 
 
-def name_model(checkpoint: str) -> str:
-    """Name what a checkpoint really is: "tiny encoder (stand-in)", "Qwen3-4B-Instruct-2507"."""
-    if checkpoint in _MODEL_NAMES:
-        return _MODEL_NAMES[checkpoint]
-    if checkpoint.startswith(TINY):
-        return "tiny model (stand-in)"
-    return checkpoint.rstrip("/").split("/")[-1]
+def name_model(checkpoint: str, train: str = "") -> str:
+    """Name what a checkpoint really is, and that it stays frozen where `train` is "head".
+
+    "tiny encoder (stand-in)", "SmolLM2-135M-Instruct, frozen, small head".
+    """
+    name = _MODEL_NAMES.get(checkpoint, checkpoint.rstrip("/").split("/")[-1])
+    if checkpoint.startswith(TINY) and checkpoint not in _MODEL_NAMES:
+        name = "tiny model (stand-in)"
+    return f"{name}, frozen, small head" if train == "head" else name
 
 
 def read_profile(profile: str) -> dict[str, dict[str, Any]]:

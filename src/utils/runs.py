@@ -151,8 +151,9 @@ def name_source(kind: str, files: Sequence[str]) -> str:
         return "simulated arena"
     if kind in ("raw", "kaggle"):
         return "the competition's data"
-    more = f" and {len(files) - 2} more files" if len(files) > 2 else ""
-    return f"real battles ({', '.join(files[:2])}{more})"
+    if len(files) > 3:
+        files = [*files[:2], f"{len(files) - 2} more files"]
+    return f"real battles ({', '.join(files)})"
 
 
 def read_source(eda_dir: Path) -> str:
@@ -222,6 +223,8 @@ def hash_rows(ids: Iterable[Any]) -> str:
 def label_member(artifacts: Path, run: str) -> str:
     """Name what the run folder `artifacts / run` holds: "03 tiny encoder (stand-in)".
 
+    A head on a frozen base says so: "04 SmolLM2-135M-Instruct, frozen, small head".
+
     The blend of 05 is named by what it publishes: "05 publishes 02 alone (blend not better)".
     """
     folder = Path(artifacts) / run
@@ -234,7 +237,8 @@ def label_member(artifacts: Path, run: str) -> str:
             return f"{number} publishes {kept[0]} alone (blend not better)"
         return f"{number} blend of {', '.join(kept)}"
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    return f"{number} {name_model(config.get('checkpoint', 'CPU baseline'))}"
+    checkpoint, train = config.get("checkpoint", "CPU baseline"), config.get("train", "")
+    return f"{number} {name_model(checkpoint, train)}"
 
 
 def measure_versions() -> dict[str, str]:

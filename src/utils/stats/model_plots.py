@@ -285,9 +285,9 @@ def plot_heads(ax: Axes, history: pd.DataFrame, prior: float) -> Axes:
         )
     ax.axhline(prior, linestyle="--", label=f"class prior {prior:.3f}", **BLACK)
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:,.0f}")  # powers would show their markup
     ax.set_ylim(None, prior + 0.5 * (prior - history["train_loss"].min()))
     place_legend(ax)
-    best = history.groupby(["head", "penalty"])["log_loss"].mean()
-    gain = prior - float(best.min())
-    title = f"On prompts not seen, the best head is {gain:+.3f} nats better than the class prior"
+    best = history.groupby(["head", "penalty"])["log_loss"].mean().min()
+    title = f"The best head tried loses {best:.3f} nats on prompts that it did not see"
     return label_axes(ax, title, "penalty of squared weights", "log loss (nats per battle)")

@@ -273,3 +273,16 @@ def describe_score(result: Mapping[str, float], n_pairs: int) -> str:
         f"{text} The oracle log loss is {result['oracle_log_loss']:.3f}: "
         f"{result['excess_log_loss']:.3f} nats are left to learn."
     )
+
+
+def describe_training(fitted: Found, is_head: bool) -> str:
+    """Say what learned from how many battles, how fast; `fitted` is a `training.fit.FitResult`."""
+    learned = f"**{fitted.n_parameters:,}** weights learned from {fitted.n_train_pairs:,} battles"
+    minutes = f"{fitted.seconds / 60:.1f} minutes"
+    speed = f"{fitted.tokens_per_second:,.0f} tokens per second"
+    if is_head:
+        return (
+            f"{learned} per fold, on states of the frozen base, which reads {speed}; trying the "
+            f"heads took {minutes}."
+        )
+    return f"{learned} per fold in {minutes} of steps: {speed}, {fitted.padding_share:.1%} padding."

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import nbformat
-import numpy as np
 import pandas as pd
 import papermill
 import psutil
@@ -35,6 +34,7 @@ from src.utils.runs import (
     Stopwatch,
     hash_file,
     hash_json,
+    label_member,
     move_aside,
     read_json,
     write_json,
@@ -49,6 +49,21 @@ LINE_S = 30.0  # between two lines of progress
 QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "TOKENIZERS_PARALLELISM": "true", STATIC: "1"}
 _SUMMARY = ("seconds", "peak_mib", "log_loss", "accuracy")
 _NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\|[█▏▎▍▌▋▊▉ ]*\|")  # colours and bars
+
+# Set-up cells are folded as in the gallery; what is wide scrolls instead of running off a phone.
+_PAGE = """
+{%- extends 'lab/index.html.j2' -%}
+{%- block html_head_css -%}{{ super() }}<style>
+.jp-OutputArea-output { overflow-x: auto; }
+body .jp-RenderedHTMLCommon table { display: block; overflow-x: auto; max-width: 100%; }
+summary { color: #666; cursor: pointer; font-size: 88%; }
+</style>{%- endblock -%}
+{%- block input_group -%}
+{%- if 'hide-input' in cell.metadata.get('tags', []) -%}
+<details><summary>code</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock -%}
+"""
 
 
 class Progress:
@@ -141,6 +156,12 @@ def hash_library() -> str:
     return hash_json([hash_file(file) for file in files])
 
 
+def write_html(notebook: Path) -> None:
+    """Write an executed notebook as a page beside it."""
+    html, _ = HTMLExporter(raw_template=_PAGE).from_filename(str(notebook))
+    write_text(notebook.with_suffix(".html"), html)
+
+
 def clear_outputs(pipeline: Pipeline, stage: Stage) -> None:
     """Remove the marks of a complete run: the output that is written last, then `run.json`.
 
@@ -189,7 +210,7 @@ def run_notebook(pipeline: Pipeline, stage: Stage, stream: IO[str]) -> None:
         files = files_under(folder, promise)
         if not files or files[0].stat().st_mtime_ns == before.get(files[0]):
             raise SuiteError(f"{stage.name} ran to its end but did not write {folder / promise}")
-    write_text(copy.with_suffix(".html"), HTMLExporter().from_filename(str(copy))[0])
+    write_html(copy)
     record["outputs"] = measure_states(pipeline.outputs(stage))
     record |= {"seconds": round(watch.seconds, 1), "peak_mib": round(progress.peak_mib, 1)}
     write_json(folder / RECORD, record)
@@ -232,17 +253,6 @@ def run_suite(
     return rows
 
 
-def name_models(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Name what each notebook trained: 03_modernbert -> "03 tiny encoder (stand-in)"."""
-    names = {"02_baseline": "02 CPU baseline"}
-    for row in rows:
-        path = Path(row["output"]) / RECORD
-        checkpoint = read_json(path)["parameters"].get("CHECKPOINT") if path.exists() else None
-        if checkpoint:
-            names[row["notebook"]] = f"{row['notebook'][:2]} {config.name_model(checkpoint)}"
-    return names
-
-
 def format_results(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format the closing tables: what ran, and the models' scores on the same battles.
 
@@ -254,35 +264,34 @@ def format_results(rows: Sequence[Mapping[str, Any]]) -> str:
     texts = [table.to_string(index=False)]
     metrics = {row["notebook"]: _read_metrics(Path(row["output"])) for row in rows}
     blend, scored = metrics.get("05_ensemble", {}), []
-    for name, own in metrics.items():
-        if "log_loss" in own:
+    for row in rows:
+        own, folder = metrics[row["notebook"]], Path(row["output"])
+        if "log_loss" in own and own is not blend:
             bounds = {side: own.get(f"log_loss_{side}") for side in ("low", "high")}
-            scored.append({"model": name, "battles": own["n_pairs"], **own, **bounds})
+            label = label_member(folder.parent, folder.name)
+            scored.append({"model": label, "battles": own["n_pairs"], **own, **bounds})
     title = "Log loss in nats, 95 % interval, on different battles"
     if "ladder" in blend:
         scored = [{"battles": blend["n_pairs"], **rung} for rung in blend["ladder"]]
         title = f"Log loss in nats, 95 % interval, on the same {blend['n_pairs']:,} battles"
-        oracle = blend.get("oracle_log_loss")
-        if oracle and oracle not in [rung["log_loss"] for rung in blend["ladder"]]:
+        if oracle := blend.get("oracle_log_loss"):
             true = {"model": "oracle (true probabilities)", "log_loss": oracle}
             scored.append({"battles": blend["n_pairs"], **true})
     if scored:
-        texts.append(f"{title}, all held out\n{_format_scores(scored, rows, blend)}")
+        scores = _format_scores(scored, blend.get("published", ""))
+        texts.append(f"{title}, all held out\n{scores}")
     return "\n\n".join(texts)
 
 
-def _format_scores(
-    scored: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], blend: Mapping[str, Any]
-) -> str:
-    """Format a line per model, and mark the one whose score is the blend's: it is published."""
-    names, lines = name_models(rows), []
+def _format_scores(scored: Sequence[Mapping[str, Any]], published: str) -> str:
+    """Format a line per model, and mark the one that is published."""
+    lines = []
     for score in scored:
         loss, low, high = (score.get(name) for name in ("log_loss", "low", "high"))
-        line = {"model": names.get(score["model"], score["model"]), "log loss": f"{loss:.3f}"}
+        line = {"model": score["model"], "log loss": f"{loss:.3f}"}
         line["95 % interval"] = f"({low:.3f}–{high:.3f})" if low else ""
         line["battles"] = f"{score['battles']:,}"
-        is_published = abs(loss - blend.get("log_loss", np.inf)) < 1e-9
-        lines.append(line | {"": "published" if is_published else ""})
+        lines.append(line | {"": "published" if score["model"] == published else ""})
     width = max(len(line["model"]) for line in lines)
     for line in lines:
         line["model"] = line["model"].ljust(width)
