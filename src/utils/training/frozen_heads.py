@@ -133,7 +133,7 @@ def choose_penalties(
     `groups` has the prompt of each battle.
 
     Returns the penalties, infinite for a part that is not read, and a row per head tried: head
-    (the part whose penalty is tried), penalty, train_loss and log_loss, nats per battle.
+    (the part whose penalty is tried), penalty, train_loss and log_loss, nats per battle, seconds.
     """
     order = pd.Series(groups).sample(frac=1, random_state=seed).unique()
     some = np.argsort(pd.Index(order).get_indexer(groups), kind="stable")[:_MOST_TRIED]
@@ -156,10 +156,11 @@ def choose_penalties(
     for name in _START:
         found = []
         for penalty in PENALTIES:
+            started = time.perf_counter()
             train_loss, losses = measure(chosen | {name: penalty})
             log_loss = float(losses.mean())
             row = {"head": name, "penalty": penalty, "train_loss": train_loss}
-            rows.append(row | {"log_loss": log_loss})
+            rows.append(row | {"log_loss": log_loss, "seconds": time.perf_counter() - started})
             found.append((log_loss, penalty, losses))
         _, penalty, losses = min(found, key=lambda each: each[0])
         gains = kept - losses
