@@ -103,7 +103,7 @@ def project(states: States, rows: np.ndarray, columns: Columns) -> torch.Tensor:
 
 def _blocks(columns: torch.Tensor, penalties: dict[str, float]) -> tuple[Blocks, Blocks]:
     """Scale (4, N, columns) by their penalties: what tells the winner, and what tells a tie."""
-    parts = []
+    parts: list = []
     for part, name in zip(columns.numpy(), _PARTS, strict=True):
         scale = np.float32(penalties[name] ** -0.5)
         parts.append((part if scale else part[:, :0], scale))
@@ -175,9 +175,11 @@ def _mix(targets: np.ndarray, config: FinetuneConfig) -> tuple[np.ndarray, np.nd
     Teacher and vote are mixed by SOFT_WEIGHT, at a temperature of 1.
     """
     votes, soft = targets[:, 0].astype(float), targets[:, 1]
-    has_vote, has_soft = votes.any(axis=1), soft.any(axis=1)
+    has_vote, has_soft = (votes != 0).any(axis=1), (soft != 0).any(axis=1)
     weight = (np.where(has_vote, config.soft_weight, 1.0) * has_soft)[:, None]
-    return (1 - weight) * votes + weight * soft, np.where(has_vote[:, None], votes, soft)
+    return (1 - weight) * votes + weight * soft, np.where(
+        np.asarray(has_vote)[:, None], votes, soft
+    )
 
 
 def train_head(
