@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.sparse import csr_matrix
 from sklearn.model_selection import GroupKFold
 
 from src.utils.config import FinetuneConfig
@@ -104,7 +103,7 @@ def project(states: States, rows: np.ndarray, columns: Columns) -> torch.Tensor:
 
 def _blocks(columns: torch.Tensor, penalties: dict[str, float]) -> tuple[Blocks, Blocks]:
     """Scale (4, N, columns) by their penalties: what tells the winner, and what tells a tie."""
-    parts: list[tuple[np.ndarray | csr_matrix, np.ndarray]] = []
+    parts: list = []
     for part, name in zip(columns.numpy(), _PARTS, strict=True):
         scale = np.asarray(penalties[name] ** -0.5, dtype=np.float32)
         parts.append((part if scale else part[:, :0], scale))
@@ -134,7 +133,7 @@ def choose_penalties(
     `groups` has the prompt of each battle.
 
     Returns the penalties, infinite for a part that is not read, and a row per head tried: head
-    (the part whose penalty is tried), penalty, train_loss and log_loss, nats per battle.
+    (the part whose penalty is tried), penalty, train_loss and log_loss, nats per battle, seconds.
     """
     order = pd.Series(groups).sample(frac=1, random_state=seed).unique()
     some = np.argsort(pd.Index(order).get_indexer(groups), kind="stable")[:_MOST_TRIED]
@@ -157,10 +156,11 @@ def choose_penalties(
     for name in _START:
         found = []
         for penalty in PENALTIES:
+            started = time.perf_counter()
             train_loss, losses = measure(chosen | {name: penalty})
             log_loss = float(losses.mean())
             row = {"head": name, "penalty": penalty, "train_loss": train_loss}
-            rows.append(row | {"log_loss": log_loss})
+            rows.append(row | {"log_loss": log_loss, "seconds": time.perf_counter() - started})
             found.append((log_loss, penalty, losses))
         _, penalty, losses = min(found, key=lambda each: each[0])
         gains = kept - losses
@@ -175,9 +175,11 @@ def _mix(targets: np.ndarray, config: FinetuneConfig) -> tuple[np.ndarray, np.nd
     Teacher and vote are mixed by SOFT_WEIGHT, at a temperature of 1.
     """
     votes, soft = targets[:, 0].astype(float), targets[:, 1]
-    has_vote, has_soft = (np.asarray(each.any(axis=1)) for each in (votes, soft))
+    has_vote, has_soft = (votes != 0).any(axis=1), (soft != 0).any(axis=1)
     weight = (np.where(has_vote, config.soft_weight, 1.0) * has_soft)[:, None]
-    return (1 - weight) * votes + weight * soft, np.where(has_vote[:, None], votes, soft)
+    return (1 - weight) * votes + weight * soft, np.where(
+        np.asarray(has_vote)[:, None], votes, soft
+    )
 
 
 def train_head(
