@@ -218,7 +218,7 @@ def format_notebooks(entries: dict[str, Any], gallery: str) -> str:
         # What 01 finds first is among README's facts already.
         findings = entry["findings"][name == NAMES[0] :] or entry["findings"]
         found = re.split(r"(?<=\.) (?=[A-Z])", findings[0])[0] if findings else ""
-        found = re.sub(r", (real battles \([^)]*\)|simulated arena)", "", found)  # links say it
+        found = re.sub(r", (real battles \([^)]*\)|simulated arena),?", "", found)  # links say it
         text = f"**{entry['title']}**<br>{found}<br>Read it {' or '.join(links)}"
         lines.append(f"| {small} | {text.replace('<br><br>', '<br>')} |")
     return "\n".join(lines)
