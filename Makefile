@@ -81,7 +81,7 @@ train: NB := 01-05
 train: PROFILE := full
 train: run  ## the real thing on a GPU, without inference: NB=01-05 PROFILE=full
 
-search: $(READY)  ## a search over a notebook's parameters: SPACE=file.yaml NB=03 N=20 STORAGE=file or URL; takes DATA, TEST, PROFILE, SET, ARTIFACTS too
+search: $(READY)  ## a search over a notebook's parameters: SPACE=file.yaml NB=03 N=20 STORAGE=file or URL of a database; takes DATA, TEST, PROFILE, SET, ARTIFACTS too
 	@$(BIN)/python -m src.utils.suite.search "$$SPACE" $(if $(NB),--notebook "$(NB)") $(if $(N),--n-trials "$(N)") \
 		$(if $(STORAGE),--storage "$$STORAGE") $(SUITE_OPTIONS)
 

@@ -35,7 +35,7 @@ from benchmarks.training import (
 )
 from src.utils.config import FinetuneConfig
 from src.utils.models.batches import collate, make_batches
-from src.utils.models.checkpoints import load_classifier, quiet_transformers
+from src.utils.models.checkpoints import load_classifier
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack
 from src.utils.models.predict import predict_probs
@@ -117,13 +117,12 @@ WAYS: dict[str, Callable] = {
 
 def measure(way: str, folder: Path, pairs: pd.DataFrame, config: FinetuneConfig) -> dict:
     """Time one way; the model reads a few rows before the clock starts."""
-    with quiet_transformers():
-        model, tokenizer = load_classifier(config, folder)
-        model.eval()
-        WAYS[way](model, tokenizer, pairs[:N_WARMUP], config.tokens_per_batch)
-        watch, before_s = Stopwatch(), time.process_time()
-        probs, share = WAYS[way](model, tokenizer, pairs, config.tokens_per_batch)
-        seconds, cpu_seconds = watch.seconds, time.process_time() - before_s
+    model, tokenizer = load_classifier(config, folder)
+    model.eval()
+    WAYS[way](model, tokenizer, pairs[:N_WARMUP], config.tokens_per_batch)
+    watch, before_s = Stopwatch(), time.process_time()
+    probs, share = WAYS[way](model, tokenizer, pairs, config.tokens_per_batch)
+    seconds, cpu_seconds = watch.seconds, time.process_time() - before_s
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,  # of all threads: other processes stretch it less

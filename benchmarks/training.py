@@ -42,7 +42,7 @@ from src.utils.battles.readers import load_pairs
 from src.utils.config import DecoderConfig, FinetuneConfig
 from src.utils.models.bases import prepare_base
 from src.utils.models.batches import collate, make_batches, make_packs
-from src.utils.models.checkpoints import load_classifier, quiet_transformers
+from src.utils.models.checkpoints import load_classifier
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import can_pack, collate_packed, enable_packing
 from src.utils.models.template import encode_pairs
@@ -140,7 +140,7 @@ def write_checkpoint(setup: Setup, tokenizer, folder: Path) -> Path:
     shape = setup.shape
     shape.pad_token_id, shape.num_labels = tokenizer.pad_token_id, len(LABELS)
     torch.manual_seed(SEED)
-    with quiet_transformers(), choose_device():
+    with choose_device():
         dtype = torch.bfloat16 if setup.config.is_frozen else torch.float32
         AutoModelForSequenceClassification.from_config(shape, dtype=dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -189,8 +189,7 @@ class Loop:
     def __init__(self, folder: Path, config: FinetuneConfig, is_ours: bool) -> None:
         if not is_ours:
             config = dataclasses.replace(config, gradient_checkpointing=False)
-        with quiet_transformers():
-            self.model, tokenizer = load_classifier(config, folder)
+        self.model, tokenizer = load_classifier(config, folder)
         self.is_packed = is_ours and can_pack(self.model)
         if self.is_packed:
             enable_packing(self.model)

@@ -45,7 +45,7 @@ from src.utils.delivery.publish import publish_model
 from src.utils.models import packing
 from src.utils.models.bases import prepare_base
 from src.utils.models.batches import collate
-from src.utils.models.checkpoints import load_classifier, quiet_transformers, save_model
+from src.utils.models.checkpoints import load_classifier, save_model
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.packing import Documents, attend_by_document, collate_packed, enable_packing
 from src.utils.paths import ROOT
@@ -162,8 +162,7 @@ def make_trainer(
 ) -> FoldTrainer:
     """Make a trainer of battles whose fold is not 0; the others are held out."""
     config = config_of(shapes, kind, **changes)
-    with quiet_transformers():
-        model, tokenizer = load_classifier(config, make_base(shapes, kind, folder))
+    model, tokenizer = load_classifier(config, make_base(shapes, kind, folder))
     is_heldout = pairs["fold"].to_numpy() == 0
     train_pairs = pairs[~is_heldout].reset_index(drop=True)
     heldout = pairs[is_heldout].reset_index(drop=True)
@@ -317,8 +316,7 @@ def packed_models_are_padded_models(shapes: Shapes, folder: Path) -> str:
     dtype = choose_dtype(device) if device.type == "cuda" else torch.bfloat16
     for kind in ("encoder", "shallow"):
         config = config_of(shapes, kind, quantization="none", gradient_checkpointing=False)
-        with quiet_transformers():
-            model, tokenizer = load_classifier(config, make_base(shapes, kind, folder))
+        model, tokenizer = load_classifier(config, make_base(shapes, kind, folder))
         model = model.float().eval()
         padded = collate(rows, tokenizer.pad_token_id)
         exact = _read_model(model, padded, torch.float32)
@@ -347,7 +345,7 @@ def efficient_attention_suffices(shapes: Shapes, folder: Path) -> str:
     rows = _make_rows(shapes)
     for kind in ("encoder", "shallow"):
         config = config_of(shapes, kind, quantization="none", gradient_checkpointing=False)
-        with like_a_t4(), sdpa_kernel([backend]), quiet_transformers():
+        with like_a_t4(), sdpa_kernel([backend]):
             model, _ = load_classifier(config, make_base(shapes, kind, folder))
             enable_packing(model).train()
             for dtype in (torch.float16, torch.float32):  # 32 bit: read again after an overflow
@@ -434,16 +432,15 @@ def publishing_fits(shapes: Shapes, folder: Path) -> str:
     config = config_of(shapes, "decoder")
     base = make_base(shapes, "decoder", folder)
     pairs = make_pairs(6, shapes.max_tokens)
-    with quiet_transformers():
-        model, tokenizer = load_classifier(config, base)
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(weight, std=0.1)
-        source = save_model(model, tokenizer, folder / "to_publish" / "model" / "fold_0")
-        del model
-        release_memory()
-        oof = probs_table(pairs["id"], torch.full((len(pairs), 3), 1 / 3).numpy())
-        parity = publish_model(source, config, pairs, oof, folder / "published", base)
+    model, tokenizer = load_classifier(config, base)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    source = save_model(model, tokenizer, folder / "to_publish" / "model" / "fold_0")
+    del model
+    release_memory()
+    oof = probs_table(pairs["id"], torch.full((len(pairs), 3), 1 / 3).numpy())
+    parity = publish_model(source, config, pairs, oof, folder / "published", base)
     shutil.rmtree(folder / "published")
     difference, tolerance = parity["max_abs_difference"], parity["tolerance"]
     assert parity["passed"], f"probabilities differ by {difference:.1e}, allowed {tolerance:.1e}"

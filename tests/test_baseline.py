@@ -7,6 +7,7 @@ from scipy.special import softmax
 
 from src.utils.battles.demo import make_battles
 from src.utils.battles.readers import add_groups_and_folds
+from src.utils.battles.style import STYLE_FEATURES
 from src.utils.battles.time_split import PAST
 from src.utils.config import BaselineConfig
 from src.utils.models.baseline import (
@@ -140,6 +141,18 @@ def test_it_learns_what_voters_value(arena, model):
     for member in ("words", "text"):
         strong, weak = model.word_weights(["evidence", "vague"], member)
         assert weak < 0 < strong
+
+
+def test_style_terms_add_up_to_the_log_odds_of_the_style_member_and_change_sign(model, arena):
+    pairs = arena[0][:40]
+    terms = model.style_terms(pairs)
+    assert list(terms.columns) == list(STYLE_FEATURES) and terms.index.equals(pairs.index)
+    probs = model.ensemble.predict(measure_features(pairs, model.config))["style"]
+    np.testing.assert_allclose(terms.sum(axis=1), np.log(probs[:, 0] / probs[:, 1]), atol=1e-9)
+    np.testing.assert_array_equal(model.style_terms(swap_pairs(pairs)), -terms)
+    same = pairs.assign(response_b=pairs["response_a"])
+    assert (model.style_terms(same) == 0).all(axis=None)
+    assert terms.abs().to_numpy().max() > 0.05
 
 
 def test_a_refusal_lowers_the_odds(model, arena):

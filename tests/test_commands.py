@@ -235,6 +235,7 @@ EFFECTS: dict[str, Run | str] = {
     "python -m benchmarks.inference": "benchmarks.inference",
     "python -m benchmarks.training": "benchmarks.training",
     "python -m benchmarks.tokenising": "benchmarks.tokenising",
+    "python -m benchmarks.serving --encoder path/to/encoder": "benchmarks.serving",
     "make plan GPU=2xT4 PROFILE=kaggle": "--only  --profile kaggle",
     "make plan GPU=2xT4": "src.utils.training.plan --gpu 2xT4",
     'make plan SET="04.REFIT=False"': "--set 04.REFIT=False",

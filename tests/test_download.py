@@ -64,13 +64,6 @@ def test_an_archive_is_unpacked(tmp_path):
     assert (tmp_path / "train.csv").read_text() == HEADER
 
 
-def test_missing_kaggle_credentials_are_named(tmp_path, monkeypatch):
-    kagglehub = pytest.importorskip("kagglehub.config")
-    monkeypatch.setattr(kagglehub, "get_kaggle_credentials", lambda: None)
-    with pytest.raises(PermissionError, match="KAGGLE_API_TOKEN"):
-        module.download_from_kaggle(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
@@ -83,7 +76,7 @@ def test_a_failure_of_the_kaggle_command_is_reported(tmp_path, monkeypatch, outp
     ran = subprocess.CompletedProcess([], 1, output, "")
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: ran)
     with pytest.raises(error, match=message):
-        module.download_with_cli(tmp_path)
+        module.download_from_kaggle(tmp_path)
 
 
 @pytest.mark.parametrize("source", [fail, give(train=HEADER)])
@@ -136,7 +129,6 @@ def test_a_set_comes_from_the_hub_with_licence_and_citation(tmp_path, monkeypatc
 
     asked = fake_hub(monkeypatch, write)
     monkeypatch.setattr(module, "download_from_kaggle", no_account)
-    monkeypatch.setattr(module, "download_with_cli", no_account)
     monkeypatch.setattr(module.paths, "ROOT", tmp_path)
     assert module.main([name]) == 0
     out = capsys.readouterr().out

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.utils.battles.files import read_table
+from src.utils.battles.files import iter_table, read_table
 from src.utils.battles.readers import load_pairs
 from src.utils.schema import LABELS, MODELS, TEXTS
 
@@ -92,6 +92,46 @@ def test_a_table_in_a_zip_is_read_whatever_its_type(tmp_path):
         assert read_table(tmp_path / "a.zip" / "in" / name, {"id"})["id"].tolist() == ["1"]
     with pytest.raises(ValueError, match=r"a\.zip.none\.csv: expected a readable table"):
         read_table(tmp_path / "a.zip" / "none.csv")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.jsonl", "t.parquet"])
+def test_pieces_are_of_the_size_asked_for_and_together_the_whole_file(tmp_path, name):
+    table = pd.DataFrame({"id": [str(row) for row in range(23)], "a": ["é,\n"] * 23, "b": "x"})
+    if name == "t.parquet":
+        table.to_parquet(tmp_path / name)
+    elif name == "t.jsonl":
+        table.to_json(tmp_path / name, orient="records", lines=True)
+    else:
+        table.to_csv(tmp_path / name, index=False)
+    pieces, shares = zip(*iter_table(tmp_path / name, {"id", "a"}, 10), strict=True)
+    assert [len(piece) for piece in pieces] == [10, 10, 3]
+    whole = pd.concat(pieces, ignore_index=True)
+    pd.testing.assert_frame_equal(whole, read_table(tmp_path / name, {"id", "a"}))
+    assert whole["id"].tolist() == table["id"].tolist()
+    assert list(shares) == sorted(shares) and shares[0] > 0 and shares[-1] == 1.0
+
+
+def test_the_share_that_was_read_grows_with_a_long_file(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(csv_text(20_000))
+    shares = [share for _, share in iter_table(path, {"id"}, 5000)]
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.75, 1.0], atol=0.02)
+
+
+def test_an_empty_table_is_one_piece_without_rows(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("id,a\n")
+    (piece,) = [table for table, _ in iter_table(path, None, 5)]
+    assert list(piece.columns) == ["id", "a"] and piece.empty
+
+
+def test_damage_in_a_later_piece_comes_after_those_before_it_and_with_its_row(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(csv_text(25) + "26,x\n")
+    pieces = iter_table(path, {"id"}, 10)
+    assert [len(next(pieces)[0]) for _ in range(2)] == [10, 10]
+    with pytest.raises(ValueError, match=r"t\.csv: row 26 .*after the row of '25'"):
+        next(pieces)
 
 
 # ---- damage ------------------------------------------------------------------

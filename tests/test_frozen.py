@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from src.utils.config import DecoderConfig, FinetuneConfig
@@ -14,7 +15,7 @@ from src.utils.models.checkpoints import (
     load_frozen,
     write_head,
 )
-from src.utils.models.frozen import choose_layers, find_layers, load_head, make_head
+from src.utils.models.frozen import DavidsonHead, choose_layers, find_layers, load_head
 from src.utils.models.heads import find_answers
 from src.utils.models.template import encode_pairs
 
@@ -70,12 +71,24 @@ def test_layers_above_the_last_that_is_read_are_not_run(tiny_base):
     assert choose_layers((0.01, 0.5, 0.52, 1.0), 12) == [1, 6, 12]
 
 
-@pytest.mark.parametrize("n_hidden", [0, 8])
+def test_a_head_is_symmetric_whatever_its_weights():
+    torch.manual_seed(0)
+    head, states = DavidsonHead(2, 8), torch.randn(50, 2, 3, 8)
+    exchanged = states[:, :, [0, 2, 1]]
+    for weight in head.parameters():
+        nn.init.normal_(weight)
+    with torch.no_grad():
+        head.weights[1], head.biases[0] = 0, 0  # the say of the read-out for an answer
+        given, turned = head(states.flatten(1)), head(exchanged.flatten(1))
+    torch.testing.assert_close(turned, given[:, [1, 0, 2]], atol=1e-6, rtol=0)
+    assert given.std(dim=0).min() > 0.5
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_head_gives_its_logits_again(kind, n_hidden, tiny_base, demo_pairs, tmp_path):
+def test_a_saved_head_gives_its_logits_again(kind, tiny_base, demo_pairs, tmp_path):
     config = make_config(kind)
     frozen, tokenizer = load_frozen(config, tiny_base(kind))
-    frozen.head = make_head(frozen.n_states, n_hidden)
+    frozen.head = DavidsonHead(*frozen.head_shape)
     for weight in frozen.head.parameters():
         nn.init.normal_(weight, std=0.1)
     folder = tmp_path / "model" / "fold_0"
@@ -86,13 +99,16 @@ def test_a_saved_head_gives_its_logits_again(kind, n_hidden, tiny_base, demo_pai
     batch = collate(encode_pairs(demo_pairs[:5], tokenizer, 160), tokenizer.pad_token_id)
     with torch.no_grad():
         torch.testing.assert_close(again(**batch).logits, frozen(**batch).logits)
-    with pytest.raises(ValueError, match=r"on 192 states.*found one on 384"):
-        load_head(folder, 192)
+    with pytest.raises(ValueError, match=r"on 1 layers of 64 states.*found \(2, 64\)"):
+        load_head(folder, 1, 64)
+    save_file({"0.weight": torch.zeros(3, 384)}, folder / "head.safetensors")
+    with pytest.raises(ValueError, match=r"found another kind of head; train it again"):
+        load_head(folder, 2, 64)
 
 
 def test_a_head_does_not_go_onto_another_base(tiny_base, demo_pairs, tmp_path):
     config = make_config("qwen3")
     frozen, tokenizer = load_frozen(config, tiny_base("qwen3"))
-    write_head(make_head(frozen.n_states, 0), config, tiny_base("qwen3"), tokenizer, tmp_path)
+    write_head(DavidsonHead(*frozen.head_shape), config, tiny_base("qwen3"), tokenizer, tmp_path)
     with pytest.raises(ValueError, match=r"expected the weights of .*hash"):
         load_finetuned(tmp_path, config, tiny_base("modernbert"))

@@ -13,12 +13,13 @@ from src.utils.schema import swap_probs
 from src.utils.training import frozen_heads
 from src.utils.training.frozen_heads import (
     PENALTIES,
-    Readings,
+    choose_penalties,
     find_columns,
     fit_head,
-    predict_readings,
+    predict_columns,
+    predict_heldout,
+    project,
     train_head,
-    try_heads,
 )
 from src.utils.training.heldout import Member
 from src.utils.training.states import States, make_keys
@@ -27,14 +28,18 @@ CONFIG = FinetuneConfig(train="head")
 HIDDEN = 16
 
 
-def make_states(pairs, folder, seed=0, hidden=HIDDEN):
+def make_states(pairs, folder, seed=0, hidden=HIDDEN, place="answers"):
     """States of which one number, exchanged with the answers, says how a battle is voted."""
     rng = np.random.default_rng(seed)
     states = rng.normal(size=(len(pairs), 2, N_STATES * hidden)) * rng.uniform(
         0.1, 50, size=N_STATES * hidden
     )
     strength = rng.normal(size=len(pairs))
-    states[:, 0, 3], states[:, 1, 3] = 20 * strength, -20 * strength
+    if place != "answers":  # the read-out turns round with the order
+        states[:, 0, 3], states[:, 1, 3] = 20 * strength, -20 * strength
+    if place != "read-out":  # each answer's mean goes where the answer goes
+        states[:, 0, hidden + 3] = states[:, 1, 2 * hidden + 3] = 20 * strength
+        states[:, 1, hidden + 3] = states[:, 0, 2 * hidden + 3] = -20 * strength
     store = States(folder, N_STATES, hidden)
     store.add(make_keys(pairs).ravel(), states.reshape(-1, N_STATES * hidden).astype(np.float16))
     logits = np.stack([2 * strength, -2 * strength, np.zeros(len(pairs))], axis=1)
@@ -63,31 +68,22 @@ def test_a_head_finds_what_the_states_say(made):
     (_, probs, record), is_heldout = train(states, pairs)
     best = loss(truth[is_heldout], truth[is_heldout])
     assert loss(probs, truth[is_heldout]) < best + 0.2 < np.log(3) - 0.1
-    assert len(record["history"]) == sum(map(len, PENALTIES.values()))
+    assert len(record["history"]) == 3 * len(PENALTIES)
     assert record["n_train_pairs"] == (~is_heldout).sum()
 
 
-def test_the_head_that_serves_reads_states_as_they_are(made):
-    states, pairs, _ = made
-    (head, probs, _), is_heldout = train(states, pairs)
-    rows = states.find(make_keys(pairs[is_heldout]))
-    columns = torch.from_numpy(states.take(rows.T.ravel())).unflatten(0, (2, -1))
-    served = np.mean(predict_readings(head, columns), axis=0)
-    np.testing.assert_allclose(served, probs, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", PENALTIES)
-def test_wide_states_are_projected_and_serve_all_the_same(kind, demo_pairs, tmp_path, monkeypatch):
+def test_wide_states_are_projected_and_serve_all_the_same(demo_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(frozen_heads, "_MOST_DIRECTIONS", 8)
-    monkeypatch.setattr(frozen_heads, "PENALTIES", {kind: (100.0,)})
-    states, pairs, _ = make_states(demo_pairs, tmp_path)
-    rows = states.find(make_keys(pairs)).ravel()
-    columns = find_columns(states, rows, seed=0)
-    assert columns.apply(states.take(rows)).shape == (600, N_STATES * 8)
-    (head, probs, _), is_heldout = train(states, pairs)
-    found = states.find(make_keys(pairs[is_heldout]))
-    raw = torch.from_numpy(states.take(found.T.ravel())).unflatten(0, (2, -1))
-    np.testing.assert_allclose(np.mean(predict_readings(head, raw), axis=0), probs, atol=1e-4)
+    states, pairs, _ = make_states(demo_pairs, tmp_path, place="both")
+    rows = states.find(make_keys(pairs))
+    directions = find_columns(states, rows, seed=0)
+    columns = project(states, rows, directions)
+    assert columns.shape == (4, 2, 300, 8)
+    penalties = dict.fromkeys(("winner", "tie", "read-out"), 1.0)
+    model = fit_head(columns, np.eye(3)[pairs["label"]], penalties)
+    probs, _ = predict_heldout(states, pairs, directions.make_head(model, penalties))
+    np.testing.assert_allclose(probs, predict_columns(model, columns, penalties), atol=1e-5)
+    assert probs.std(axis=0).min() > 0.05
 
 
 def test_nothing_of_the_held_out_fold_reaches_its_head(made):
@@ -100,23 +96,27 @@ def test_nothing_of_the_held_out_fold_reaches_its_head(made):
         assert one["log_loss"] == two["log_loss"]
 
 
-def test_heads_are_compared_on_prompts_that_they_did_not_see(monkeypatch):
-    rng = np.random.default_rng(0)
+def test_penalties_are_chosen_on_prompts_that_were_not_seen(monkeypatch):
     groups = np.repeat([f"prompt {n}" for n in range(30)], 4)
     seen = []
 
-    def note(kind, penalty, readings, config):
-        seen.append({*readings.columns[0, :, 0].int().tolist()})
-        return fit_head(kind, 100.0, readings, config)
+    def note(columns, votes, penalties):
+        seen.append({*columns[0, 0, :, 0].int().tolist()})
+        return fit_head(columns, votes, penalties)
 
     monkeypatch.setattr(frozen_heads, "fit_head", note)
-    monkeypatch.setattr(frozen_heads, "PENALTIES", {"logistic": (1.0,)})
-    number = torch.arange(30).repeat_interleave(4).float()
-    columns = torch.stack([number, number])[:, :, None].repeat(1, 1, 2)
-    targets = torch.zeros(2, 120, 2, 3)
-    targets[:, np.arange(120), 0, rng.integers(0, 3, 120)] = 1.0
-    try_heads(Readings(columns, targets), groups, CONFIG)
-    assert len(seen) == 3 and all(len(prompts) == 20 for prompts in seen)
+    columns = torch.arange(30.0).repeat_interleave(4)[:, None].expand(4, 2, 120, 2).contiguous()
+    votes = np.eye(3)[np.random.default_rng(0).integers(0, 3, 120)]
+    _, rows = choose_penalties(columns, votes, votes, groups, seed=0)
+    assert len(seen) == 3 * (len(rows) + 1) and all(len(prompts) == 20 for prompts in seen)
+
+
+@pytest.mark.parametrize("place", ["answers", "read-out"])
+def test_the_read_out_is_read_where_it_helps(place, demo_pairs, tmp_path):
+    states, pairs, _ = make_states(demo_pairs, tmp_path, place=place)
+    (head, _, record), _ = train(states, pairs)
+    assert ("read-out" in record["penalties"]) == bool(head.weights[1].any())
+    assert place == "answers" or "read-out" in record["penalties"]
 
 
 def test_an_exchange_exchanges_the_columns(made):

@@ -4,7 +4,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import pytest
 
 from src.utils.schema import LABEL_NAMES
 from src.utils.stats import model_plots, plots, scores
@@ -22,14 +21,6 @@ def test_the_ladder_is_sorted_and_its_title_is_about_what_is_published(ax):
     assert "net: no measurable difference to the best reachable" in words(ax)
     colors = [bars[0].get_color() for bars in ax.containers]
     assert [color == plots.ACCENT for color in colors] == [False, True, False]
-
-
-@pytest.mark.parametrize(
-    ("gap", "side"), [((0.05, 0.04, 0.06), "above"), ((-0.05, -0.06, -0.04), "below")]
-)
-def test_a_clear_gap_has_its_size_interval_and_side(gap, side):
-    told = model_plots.describe_gap(*gap, "the class prior")
-    assert told == f"0.050 nats (0.040 to 0.060) {side} the class prior"
 
 
 def words(ax):

@@ -32,7 +32,7 @@ def plan_full(notebook, machine="24", **changes):
 
 
 def train_hours(need):
-    return need.hours * (1 - need.valid_share)
+    return need.work.hours * (1 - need.work.valid_share)
 
 
 @pytest.fixture
@@ -63,7 +63,6 @@ def test_four_characters_a_token_come_near_a_real_tokenizer(real_pairs):
 def test_both_notebooks_fit_into_24_and_80_gb_and_the_encoder_into_16():
     for machine, notebook in [("24", "03"), ("24", "04"), ("80", "03"), ("80", "04"), ("16", "03")]:
         assert advise(plan_full(notebook, machine)) == "It fits.", (machine, notebook)
-    assert plan_full("03", "2x16").micro_batch < plan_full("03", "80").most_tokens
 
 
 def test_what_is_too_long_for_kaggle_comes_with_settings_that_make_it_fit():
@@ -83,7 +82,9 @@ def test_each_training_of_the_profile_kaggle_fits_one_session_before_its_deadlin
     for name, config in read_finetuning("kaggle", settings).items():
         need = plan_training(config, texts, machine, read_shape(config))
         assert advise(need) == "It fits.", name
-        assert need.hours < 0.6 * config.train_deadline_s / 3600  # cards may be slower than planned
+        assert (
+            need.work.hours < 0.6 * config.train_deadline_s / 3600
+        )  # cards may be slower than planned
         # The checkpoint at the end and the last cells need the rest of the session.
         assert config.train_deadline_s == (plan.SESSION_H - 0.5) * 3600
         assert not config.both_orders and config.save_minutes == 20 and not config.train_hours
@@ -91,13 +92,13 @@ def test_each_training_of_the_profile_kaggle_fits_one_session_before_its_deadlin
 
 def test_a_head_costs_one_reading_in_both_orders_and_disk_for_its_states():
     need = plan_full("04", "2x16", train="head")
-    assert advise(need) == "It fits." and need.n_models == 6
-    assert need.hours < plan_full("04", "2x16", refit=True).hours / 5
-    deeper = plan_full("04", "2x16", train="head", state_layers=(0.5, 0.67, 1.0))
-    assert 1.3 < deeper.hours / need.hours < 1.5  # half of the layers more
-    assert need.output_gb == pytest.approx(2 * 57_477 * 2 * 3 * 2560 * 2 / 1e9, rel=0.02)
-    assert deeper.output_gb == pytest.approx(1.5 * need.output_gb, rel=0.02)
-    assert need.submission_h < plan_full("04", "2x16", refit=False).submission_h
+    assert advise(need) == "It fits." and need.work.n_models == 6
+    assert need.work.hours < plan_full("04", "2x16", refit=True).work.hours / 5
+    deeper = plan_full("04", "2x16", train="head", state_layers=(0.67, 1.0))
+    assert 1.3 < deeper.work.hours / need.work.hours < 1.5  # half of the layers more
+    assert need.work.output_gb == pytest.approx(2 * 57_477 * 3 * 2560 * 2 / 1e9, rel=0.02)
+    assert deeper.work.output_gb == pytest.approx(2 * need.work.output_gb, rel=0.02)
+    assert need.work.submission_h < plan_full("04", "2x16", refit=False).work.submission_h
     assert "set TRAIN=head" in advise(plan_full("04", "16"))
 
 
@@ -113,7 +114,7 @@ def test_what_needs_too_much_memory_comes_with_settings_that_make_it_fit():
 @pytest.mark.parametrize("notebook", KINDS)
 def test_validation_takes_at_most_a_tenth_of_the_hours(notebook):
     need = plan_full(notebook)
-    assert 0.02 < need.valid_share / (1 - need.valid_share) < 0.1  # of training
+    assert 0.02 < need.work.valid_share / (1 - need.work.valid_share) < 0.1  # of training
 
 
 def test_hours_and_tokens_grow_with_what_is_trained():
@@ -121,48 +122,42 @@ def test_hours_and_tokens_grow_with_what_is_trained():
     # 45,982 battles in both orders of some 700 tokens, at some 23 GFLOP a token.
     hours = read_machine("24").hours(45_982 * 2 * 700 * 23e9)
     assert train_hours(one) == pytest.approx(hours, rel=0.1)
-    assert plan_full("04", folds=(0, 1)).hours == pytest.approx(2 * one.hours)
-    assert plan_full("04", n_seeds=3).hours == pytest.approx(3 * one.hours)
+    assert plan_full("04", folds=(0, 1)).work.hours == pytest.approx(2 * one.work.hours)
+    assert plan_full("04", n_seeds=3).work.hours == pytest.approx(3 * one.work.hours)
     for change, ratio in (({"both_orders": False}, 0.5), ({"max_pairs": 4598}, 0.1)):
         less = train_hours(plan_full("04", **change))
         assert less == pytest.approx(ratio * train_hours(one), rel=0.01)
     refit = plan_full("04", refit=True)
     assert train_hours(refit) == pytest.approx(2.25 * train_hours(one), rel=0.01)
-    assert refit.n_models == 2
-    valid_hours = [need.hours * need.valid_share for need in (one, refit)]
+    assert refit.work.n_models == 2
+    valid_hours = [need.work.hours * need.work.valid_share for need in (one, refit)]
     assert valid_hours[0] == pytest.approx(valid_hours[1])  # nothing is held out of a refit
-    assert plan_full("04", "2x16").hours == pytest.approx(plan_full("04", "16").hours / 2)
+    assert plan_full("04", "2x16").work.hours == pytest.approx(plan_full("04", "16").work.hours / 2)
 
 
-def test_memory_grows_with_the_micro_batch_up_to_what_there_is():
+def test_memory_is_counted_for_the_longest_battle_and_the_gpus():
     need = plan_full("03", "16")
-    assert need.most_tokens > 2048
-    assert sum(need.memory.values()) <= read_machine("16").gib
-    small = plan_full("03", "16", tokens_per_batch=4096)
-    assert small.micro_batch == 4096
-    assert sum(small.memory.values()) < sum(need.memory.values())
-    # A step is shared out among the GPUs.
-    parts = [plan_full("04", machine, tokens_per_batch=65_536) for machine in ("16", "2x16")]
-    assert parts[0].most_tokens > parts[0].micro_batch == parts[1].micro_batch == 16_384
-    assert need.micro_batch == 16_384 < need.most_tokens < 32_768  # halved, as the trainer does
+    assert need.longest == 2048 < need.most_tokens
+    assert sum(need.memory.values()) < read_machine("16").gib
+    longer = plan_full("03", "16", max_tokens=4096)
+    activations = [each.memory["activations"] for each in (need, longer)]
+    assert activations[1] == pytest.approx(2 * activations[0])
     # Of several processes each keeps one vector of all gradients.
     assert plan_full("03", "2x16").memory["gradients"] == pytest.approx(
         2 * need.memory["gradients"]
     )
-    eight_bit = plan_full("03", "16", optimizer="adamw_8bit").memory
-    assert eight_bit["optimizer"] < need.memory["optimizer"] / 3
 
 
 def test_what_is_cut_is_the_share_of_longer_battles():
-    need = plan_full("04", max_tokens=1024, predict_tokens=1024)
-    assert need.train_cut == need.predict_cut == pytest.approx(0.2, abs=0.03)
+    need = plan_full("04")
+    assert need.cut_share(1024) == pytest.approx(0.2, abs=0.03)
 
 
 def test_a_description_names_each_part():
     text = describe(plan_full("04", "2x16"), "04_qwen")
-    for word in "hours cut weights gradients optimizer activations micro-batch GB".split():
+    for word in "hours cut weights gradients optimizer activations passes GB".split():
         assert word in text, word
-    assert "26.5 for 100%" in describe(plan_full("04", "2x16", refit=True), "04_qwen")
+    assert "26.5, for 100%" in describe(plan_full("04", "2x16", refit=True), "04_qwen")
 
 
 # ── the command line ──────────────────────────────────────────────────────────────────

@@ -188,7 +188,7 @@ def test_what_is_no_model_ends_with_a_message(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_eight_clients_get_right_answers_and_nobody_elses_text(small_artifacts):
-    mistakes, _, memory = play_load.run(small_artifacts, n_requests=80, n_clients=8)
+    mistakes, _, memory = play_load.run(small_artifacts, n_requests=50, n_clients=8)
     assert mistakes == []
     assert memory[-1] - memory[0] < 300, memory
 
@@ -199,7 +199,7 @@ def test_the_page_is_ready_within_seconds_of_processor_time(small_artifacts):
     with play_load.serve(small_artifacts / "02_baseline") as (url, process):
         spent = process.cpu_times()
         urllib.request.urlopen(url, timeout=60).read()
-    assert spent.user + spent.system < 10
+    assert spent.user + spent.system < 5
 
 
 # ---- a real browser ----------------------------------------------------------
@@ -226,7 +226,8 @@ def browser():
 def read_bars(tab, place="#result"):
     """The three percentages, once they are there."""
     tab.locator(f"{place} .bar").nth(2).wait_for()
-    return [float(text.rstrip("%")) for text in tab.locator(f"{place} .bar b").all_inner_texts()]
+    shown = tab.locator(f"{place} .bar b").all_inner_texts()[:3]  # style terms follow
+    return [float(text.rstrip("%")) for text in shown]
 
 
 @pytest.mark.slow

@@ -175,7 +175,8 @@ def test_an_interval_around_a_negative_effect_covers_it(ax):
     )
     estimated["high"] = [-0.9, 2.5]
     plots.plot_planted(ax, pd.Series({"x": -1.0, "y": 1.0}), estimated)
-    assert ax.get_title(loc="left").startswith("1 of 2")
+    title = ax.get_title(loc="left").replace("\n", " ")
+    assert title.startswith("1 of 2") and "not that of y " in title
 
 
 def test_the_reason_is_shown_where_there_is_nothing_to_draw(ax, axes):

@@ -1,4 +1,4 @@
-"""Claims about merging, the model card, and pushing."""
+"""Claims about choosing, merging, loading without the suite, and pushing."""
 
 import dataclasses
 import json
@@ -6,18 +6,20 @@ import shutil
 import weakref
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from src.utils.config import FinetuneConfig
 from src.utils.delivery import publish
-from src.utils.delivery.publish import make_card, publish_model, push_model
+from src.utils.delivery.card import make_card
+from src.utils.delivery.publish import check_card, choose_member, publish_model, push_model
 from src.utils.models import checkpoints
 from src.utils.models.checkpoints import load_classifier, load_frozen, save_model, write_head
-from src.utils.models.frozen import make_head
+from src.utils.models.frozen import DavidsonHead
 from src.utils.models.predict import PRECISION_TOLERANCE, predict_probs
-from src.utils.schema import LABELS, probs_table
-from src.utils.stats.scores import log_loss
+from src.utils.schema import LABEL_NAMES, probs_table
+from tests.test_card import FACTS, METRICS
 
 CONFIG = FinetuneConfig(
     checkpoint="tiny:qwen3",
@@ -29,17 +31,6 @@ CONFIG = FinetuneConfig(
     predict_tokens=160,
     tokens_per_batch=1024,
 )
-METRICS = {
-    "log_loss": 1.0512,
-    "accuracy": 0.4321,
-    "n_pairs": 2400,
-    "n_train_pairs": 9600,
-    "prior_log_loss": 1.0951,
-}
-PARITY = {"max_abs_difference": 2e-7, "n_pairs": 200, "tolerance": 1e-4, "passed": True} | {
-    "log_loss_trained": 1.05,
-    "log_loss_merged": 1.06,
-}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +58,7 @@ def test_a_merged_model_gives_the_probabilities_of_the_unmerged_one(published):
 def test_a_published_model_names_its_classes_and_no_place_on_this_machine(published):
     _, run_dir = published
     config = json.loads((run_dir / "model" / "config.json").read_text())
-    assert [config["id2label"][str(index)] for index in range(3)] == list(LABELS)
+    assert [config["id2label"][str(index)] for index in range(3)] == list(LABEL_NAMES)
     texts = [path.read_text() for path in (run_dir / "model").glob("*.json")]
     assert not any(str(run_dir.parent) in text for text in texts)
 
@@ -128,52 +119,6 @@ def test_a_difference_beyond_the_tolerance_fails(tiny_base, demo_pairs, tmp_path
     ]
 
 
-def test_the_card_states_the_measured_numbers_and_what_the_data_are():
-    real = str(
-        make_card(
-            dataclasses.replace(CONFIG, checkpoint="Qwen/X"),
-            METRICS,
-            PARITY,
-            "me/model",
-            is_demo=False,
-        )
-    )
-    assert "1.0512" in real and "2,400" in real and "2.0e-07" in real
-    assert "base_model: Qwen/X" in real and "arena-human-preference-55k" in real
-    assert 'from_pretrained("me/model"' in real
-    demo = str(make_card(CONFIG, METRICS, PARITY, "", is_demo=True))
-    assert "No person voted" in demo and "base_model" not in demo
-
-
-def test_a_card_tells_how_to_load_a_contrast(tiny_base, demo_pairs, tmp_path):
-    config = dataclasses.replace(CONFIG, head="contrast")
-    model, tokenizer = load_classifier(config, tiny_base("qwen3"))
-    torch.nn.init.normal_(model.get_base_model().contrast.modules_to_save["default"].weight)
-    source, pairs = (
-        save_model(model, tokenizer, tmp_path / "fold_0"),
-        demo_pairs[:8].reset_index(drop=True),
-    )
-    oof = probs_table(
-        pairs["id"], predict_probs(model, tokenizer, pairs, max_tokens=160, tokens_per_batch=1024)
-    )
-    folder = tmp_path / "model"
-    parity = publish_model(source, config, pairs, oof, folder, tiny_base("qwen3"))
-    assert parity["passed"]
-    card = str(make_card(config, METRICS, PARITY, "me/model", is_demo=True))
-    snippets = [part.split("```")[0] for part in card.split("```python\n")[1:]]
-    names = {"pairs": pairs}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "huggingface_hub.snapshot_download", lambda repo: {"me/model": str(folder)}[repo]
-        )
-        for snippet in snippets:
-            exec(snippet, names)
-    assert names["model"].contrast.weight.abs().sum() > 1
-    assert log_loss(names["probs"], pairs["label"].to_numpy()) == pytest.approx(
-        parity["log_loss_merged"], abs=1e-5
-    )
-
-
 def test_a_dry_run_pushes_nothing(published, monkeypatch):
     _, run_dir = published
     monkeypatch.setattr("src.utils.delivery.publish.HfApi", None)
@@ -193,10 +138,60 @@ def test_a_run_without_a_card_is_not_pushed(published, tmp_path):
         push_model(tmp_path, "me/model", True)
 
 
-def test_the_card_of_a_joint_head_needs_no_suite_to_load_it():
-    joint = str(make_card(CONFIG, METRICS, PARITY, "me/model", is_demo=True))
-    snippet = joint.split("```python\n")[1].split("```")[0]
-    assert "src.utils" not in snippet and "{{" not in joint and "{%" not in joint
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["joint", "contrast"])
+@pytest.mark.parametrize("kind", ["modernbert", "qwen3"])
+def test_the_code_of_a_card_predicts_the_same_without_this_package(
+    kind, head, tiny_base, tiny_configs, demo_pairs, ugly_pairs, tmp_path
+):
+    config = dataclasses.replace(tiny_configs[kind], head=head, predict_tokens=160)
+    model, tokenizer = load_classifier(config, tiny_base(kind))
+    for name, parameter in model.named_parameters():  # an untrained contrast is zero
+        if "contrast" in name:
+            torch.nn.init.normal_(parameter)
+    source = save_model(model, tokenizer, tmp_path / "fold_0")
+    pairs = pd.concat([demo_pairs[:12], ugly_pairs], ignore_index=True)
+    oof = probs_table(pairs["id"], np.full((len(pairs), 3), 1 / 3))
+    parity = publish_model(source, config, pairs, oof, tmp_path / "model", tiny_base(kind))
+    assert parity["passed"]
+    text = str(make_card(config, METRICS, parity, FACTS, "me/model", is_demo=True))
+    check = check_card(text, tmp_path / "model", config, pairs)
+    assert check["passed"] and check["within"] <= 1e-4 and check["n_within"] >= 12
+    assert check["n_cut"] >= 1 and check["cut"] < 1
+    is_joint = head == "joint"
+    assert (check["pipeline"] is not None) == is_joint
+    assert ("contrast.safetensors" in {f.name for f in (tmp_path / "model").iterdir()}) != is_joint
+
+
+@pytest.mark.slow
+def test_a_card_whose_code_predicts_otherwise_fails(published, ugly_pairs):
+    parity, run_dir = published
+    text = str(make_card(CONFIG, METRICS, parity, FACTS, "me/model", is_demo=True))
+    pairs, folder = ugly_pairs.iloc[[0, 9]].reset_index(drop=True), run_dir / "model"
+    wrong = text.replace("read(prompt, b, a)[[1, 0, 2]]", "read(prompt, b, a)")
+    check = check_card(wrong, folder, CONFIG, pairs)
+    assert check["n_within"] == 2 and not check["passed"]
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        check_card(text.replace("import re\n", "1 / 0\n"), folder, CONFIG, pairs)
+
+
+def test_the_better_network_is_published_unless_another_is_named():
+    labels, groups = np.arange(60) % 3, np.arange(60)
+    good = np.full((60, 3), 0.2)
+    good[np.arange(60), labels] = 0.6
+    members = {
+        "02_baseline": np.eye(3)[labels] * 0.7 + 0.1,
+        "03_modernbert": good,
+        "04_qwen": np.full((60, 3), 1 / 3),
+    }
+    names = {"02_baseline": "the baseline", "03_modernbert": "encoder", "04_qwen": "decoder"}
+    chosen, why = choose_member(members, labels, groups, names)
+    assert chosen == "03_modernbert"
+    assert "better than decoder" in why and "worse than the baseline" in why
+    assert choose_member(members, labels, groups, names, "04_qwen")[0] == "04_qwen"
+    for some, named in (({"02_baseline": good}, ""), (members, "02_baseline")):
+        with pytest.raises(ValueError, match="SOURCE"):
+            choose_member(some, labels, groups, names, named)
 
 
 def test_a_head_on_a_frozen_base_is_published_without_it_and_says_so(
@@ -206,7 +201,8 @@ def test_a_head_on_a_frozen_base_is_published_without_it_and_says_so(
     frozen, tokenizer = load_frozen(config, tiny_base("qwen3"))
     source = tmp_path / "run" / "model" / "fold_0"
     source.mkdir(parents=True)
-    head = make_head(frozen.n_states, 4)
+    head = DavidsonHead(*frozen.head_shape)
+    torch.nn.init.normal_(head.weights, std=0.1)
     write_head(head, config, tiny_base("qwen3"), tokenizer, source)
     pairs = demo_pairs[:6].reset_index(drop=True)
     oof = probs_table(pairs["id"], np.full((6, 3), 1 / 3), fold=0)
@@ -216,6 +212,7 @@ def test_a_head_on_a_frozen_base_is_published_without_it_and_says_so(
         path.name for path in folder.iterdir()
     }
     assert not (folder / "config.json").exists()
-    card = str(make_card(config, METRICS, parity, "me/model", is_demo=True))
+    card = str(make_card(config, METRICS, parity, FACTS, "me/model", is_demo=True))
     assert "not in this repository" in card and 'train="head"' in card
+    assert check_card(card, folder, config, pairs) is None
     assert "AutoModelForSequenceClassification" not in card

@@ -10,6 +10,7 @@ from src.utils.battles.readers import (
     add_groups_and_folds,
     decode_turns,
     describe_health,
+    iter_battles,
     load_pairs,
 )
 from src.utils.paths import REAL_DATA
@@ -371,3 +372,41 @@ def test_no_fold_is_empty_where_there_are_as_many_prompts_as_folds(capsys):
     assert "dealt out in turn" in capsys.readouterr().out
     add_groups_and_folds(pairs.head(2), n_folds=4)
     assert "3 folds stay empty" in capsys.readouterr().out
+
+
+# ---- in pieces ---------------------------------------------------------------
+
+
+def test_pieces_hold_the_battles_that_one_reading_gives_and_where_they_were_odd(tmp_path):
+    path = tmp_path / "test.csv"
+    rows = [row(number, a="torn" if number in (3, 8) else '["a"]') for number in range(1, 11)]
+    write_rows(path, rows)
+    chunks = list(iter_battles(path, 4))
+    assert [len(chunk.pairs) for chunk in chunks] == [4, 4, 2]
+    whole, problems = load_pairs(path, labelled=False)
+    found = pd.concat([chunk.pairs for chunk in chunks], ignore_index=True)
+    pd.testing.assert_frame_equal(found.astype({"id": int}), whole)
+    odd = [problem for chunk in chunks for problem in chunk.problems]
+    assert odd == problems.to_dict("records") and [each["row"] for each in odd] == [3, 8]
+    assert chunks[-1].share == 1.0
+
+
+def test_pieces_without_ids_are_numbered_through_and_a_blank_id_is_named(tmp_path):
+    texts = dict.fromkeys(TEXTS, "x")
+    path = tmp_path / "t.jsonl"
+    path.write_text(f"{json.dumps(texts)}\n" * 5)
+    ids = [name for chunk in iter_battles(path, 2) for name in chunk.pairs["id"]]
+    assert ids == ["1", "2", "3", "4", "5"]
+    path.write_text("".join(json.dumps(texts | {"id": name}) + "\n" for name in ("a", "b", " ")))
+    pieces = iter_battles(path, 2)
+    assert next(pieces).pairs["id"].tolist() == ["a", "b"]
+    with pytest.raises(ValueError, match=r"t\.jsonl: row 3, column id"):
+        next(pieces)
+
+
+def test_of_chosen_and_rejected_answers_a_is_the_chosen_one_in_every_piece(tmp_path):
+    path = tmp_path / "t.jsonl"
+    texts = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+    path.write_text(f"{json.dumps(texts)}\n" * 20)
+    chunks = list(iter_battles(path, 6))
+    assert {turns for chunk in chunks for turns in chunk.pairs["response_a"]} == {("good",)}

@@ -14,7 +14,9 @@ from src.utils.models.checkpoints import load_base_tokenizer
 from src.utils.models.reading import choose_devices, load_state_reader, open_reader
 from src.utils.models.template import encode_pairs
 
-CONFIG = FinetuneConfig(checkpoint="tiny:qwen3", revision="", train="head", max_tokens=160)
+CONFIG = FinetuneConfig(
+    checkpoint="tiny:qwen3", revision="", train="head", max_tokens=160, state_layers=(0.5, 1.0)
+)
 
 
 @pytest.fixture(params=["modernbert", "qwen3"])

@@ -22,6 +22,16 @@ def test_a_notebook_needs_only_the_models_that_were_chosen(tmp_path):
         assert list(pipeline.needs(stage)) == needed
 
 
+def test_a_retrained_network_makes_the_published_one_stale(tmp_path):
+    weights = tmp_path / "04_qwen" / "model" / "fold_0" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    (stage,) = [stage for stage in STAGES if stage.name == "07_publish"]
+    found = Pipeline(tmp_path, {}).inputs(stage)
+    assert weights in found.values()
+    assert Pipeline(tmp_path, {}).missing_input(stage)  # 01 must run first
+
+
 def test_raw_data_count_by_their_content_and_not_by_their_place(tmp_path):
     stage = Stage("01_words", ("x",), raw=("train",))
     write_notebook(tmp_path / "01_words.ipynb", 'DATA: str = ""')

@@ -27,16 +27,6 @@ def flat(weights):
     return torch.cat([weight.detach().flatten() for weight in weights])
 
 
-def test_an_8bit_optimizer_keeps_its_state_in_bytes_and_learns(make_trainer):
-    trainer = make_trainer(optimizer="adamw_8bit", n_epochs=8.0)
-    trainer.train()
-    state = trainer.optimizer.state[trainer.model.model.layers[0].mlp.Wi.weight]
-    assert state["state1"].dtype == state["state2"].dtype == torch.uint8
-    embeddings = trainer.optimizer.state[trainer.model.model.embeddings.tok_embeddings.weight]
-    assert embeddings["state1"].dtype == torch.float32
-    assert trainer.history[-1]["train_loss"] < trainer.history[0]["train_loss"] - 0.2
-
-
 def test_matrices_decay_norms_and_biases_do_not(make_trainer):
     trainer = make_trainer(weight_decay=0.1)
     groups = make_optimizer(trainer.model, trainer.config).param_groups

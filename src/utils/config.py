@@ -86,6 +86,7 @@ class Config:
 def upgrade_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     """Name TRAIN in the settings of an older run, where a LORA_RANK of 0 trained every weight."""
     content = dict(content)
+    content.pop("optimizer", None)  # there is one now
     if "lora_rank" in content and "train" not in content:
         content["train"] = "lora" if content["lora_rank"] else "all"
         if not content["lora_rank"]:
@@ -164,7 +165,7 @@ class FinetuneConfig(Config):
     head: Head = field("joint", "contrast adds mean(A states) − mean(B states) to the pooled state")
     quantization: Quantization = field("none", "storage of the frozen weights; 4bit is NF4")
     state_layers: tuple[float, ...] = field(
-        (0.5, 0.67), "layers whose states a head reads", "shares of the depth", min_length=1
+        (0.67,), "layers whose states a head reads", "shares of the depth", min_length=1
     )
     lora_rank: int = field(32, "rank of the LoRA adapters", ge=1)
     lora_alpha: float = field(16.0, "scale of LoRA; tune together with LEARNING_RATE", gt=0)
@@ -180,7 +181,6 @@ class FinetuneConfig(Config):
     learning_rate: float = field(5e-5, "peak learning rate", gt=0)
     warmup_share: float = field(0.1, "linear warm-up", "share of steps", ge=0, lt=1)
     weight_decay: float = field(0.01, "AdamW's decay of weight matrices", ge=0)
-    optimizer: Literal["adamw", "adamw_8bit"] = field("adamw", "adamw_8bit has 8-bit states")
     n_evals: int = field(4, "validations per epoch", "validations", ge=1)
     eval_pairs: int = field(1000, "held-out battles of each validation", "battles", ge=1)
     save_minutes: float = field(30.0, "between two checkpoints to resume from", "minutes", gt=0)

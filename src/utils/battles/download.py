@@ -4,7 +4,6 @@ Without a name, the competition's go into `data/raw`.
 """
 
 import argparse
-import functools
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from pyarrow.dataset import dataset
 
 from src.utils import paths
 from src.utils.battles.files import read_table
@@ -71,19 +71,7 @@ SETS: Mapping[str, Battles] = {
 
 
 def download_from_kaggle(folder: Path, competition: str = COMPETITION) -> None:
-    """Download a competition's files with the credentials that kagglehub finds."""
-    import kagglehub
-    from kagglehub.config import get_kaggle_credentials
-
-    if get_kaggle_credentials() is None:
-        raise PermissionError(
-            "no Kaggle credentials (KAGGLE_API_TOKEN, or kaggle.json from your account's settings)"
-        )
-    kagglehub.competition_download(competition, output_dir=str(folder))
-
-
-def download_with_cli(folder: Path, competition: str = COMPETITION) -> None:
-    """Download the same with the kaggle command, which supports other ways to sign in."""
+    """Download a competition's files with the kaggle command, which knows all ways to sign in."""
     program = Path(sys.executable).with_name("kaggle")
     options = f"competitions download -c {competition} --quiet -p".split()
     ran = subprocess.run(
@@ -91,7 +79,7 @@ def download_with_cli(folder: Path, competition: str = COMPETITION) -> None:
     )
     output = (ran.stdout + ran.stderr).strip()
     if "Authentication required" in output:
-        raise PermissionError("nobody is signed in (kaggle auth login)")
+        raise PermissionError("nobody is signed in (kaggle auth login, or KAGGLE_API_TOKEN)")
     if ran.returncode:
         raise ConnectionError(output.splitlines()[-1] if output else f"exit code {ran.returncode}")
 
@@ -110,13 +98,9 @@ def list_sources(battles: Battles) -> dict[str, Source]:
     """The places of a set, in the order in which they are tried: name -> download into a folder."""
     sources: dict[str, Source] = {}
     if battles.competition:
-        of = battles.competition
-        sources["kagglehub"] = functools.partial(download_from_kaggle, competition=of)
-        sources["the kaggle command"] = functools.partial(download_with_cli, competition=of)
+        sources["Kaggle"] = lambda folder: download_from_kaggle(folder, battles.competition)
     if battles.hub:
-        sources["the hub"] = functools.partial(
-            download_from_hub, repository=battles.hub, pattern=battles.pattern
-        )
+        sources["the hub"] = lambda folder: download_from_hub(folder, battles.hub, battles.pattern)
     return sources
 
 
@@ -195,9 +179,8 @@ def _find_train(staging: Path, columns: tuple[str, ...]) -> Path:
         return (parts or found)[0]
     joined = staging / "train.parquet"
     with pq.ParquetWriter(joined, pq.read_schema(parts[0])) as writer:
-        for part in parts:
-            for batch in pq.ParquetFile(part).iter_batches(1024):
-                writer.write_batch(batch)
+        for batch in dataset(parts).to_batches(batch_size=1024):
+            writer.write_batch(batch)
     return joined
 
 

@@ -75,9 +75,11 @@ def iter_table(
     path = Path(path)
     name = path.name.lower().removesuffix(".gz")
     read: Callable = _read_json if name.endswith((".jsonl", ".json", ".ndjson")) else _read_csv
-    read = _read_parquet if name.endswith(".parquet") else read
     try:
         with _open(path) as (file, measure_share):
+            if name.endswith(".parquet"):
+                yield from _read_parquet(file, keep, n_rows)
+                return
             for table in read(file, keep, n_rows):
                 yield table, measure_share()
     except _DamagedTableError as error:
@@ -257,23 +259,27 @@ def _read_object(line: str) -> Any:
 
 def _read_parquet(
     file: IO[bytes], keep: Collection[str] | None, n_rows: int | None
-) -> Iterator[pd.DataFrame]:
-    # pyarrow wants to jump about in the file, which is slow in a packed one.
+) -> Iterator[tuple[pd.DataFrame, float]]:
+    """Tables and the share of all rows: pyarrow jumps about in the file, so its place says less."""
+    # Which is slow in a packed one.
     source = file if isinstance(file, io.BufferedReader) else io.BytesIO(file.read())
     parquet = pq.ParquetFile(source)
     names = parquet.schema_arrow.names
     picked = _pick(names, keep)
+    n_all, n_read = parquet.metadata.num_rows, 0
     if n_rows == 0:
-        yield _make_table(dict.fromkeys(picked, ()))
+        yield _make_table(dict.fromkeys(picked, ())), 0.0
     elif keep is None:
-        yield parquet.read().to_pandas()
-    elif n_rows is None or not parquet.metadata.num_rows:
+        yield parquet.read().to_pandas(), 1.0
+    elif n_rows is None or not n_all:
         table = parquet.read(columns=[names[place] for place in picked.values()])
-        yield _make_table({name: table[names[p]].to_pylist() for name, p in picked.items()})
+        yield _make_table({name: table[names[p]].to_pylist() for name, p in picked.items()}), 1.0
     else:
         kept = [names[place] for place in picked.values()]
         for batch in parquet.iter_batches(n_rows, columns=kept):
-            yield _make_table({name: batch[names[p]].to_pylist() for name, p in picked.items()})
+            cells = {name: batch[names[p]].to_pylist() for name, p in picked.items()}
+            n_read += len(batch)
+            yield _make_table(cells), n_read / n_all
 
 
 def _make_table(columns: dict[str, Any]) -> pd.DataFrame:

@@ -165,13 +165,9 @@ def _draw_sides(raw: pd.DataFrame, seed: int | None) -> np.ndarray:
     names = [name for name in ("prompt", "chosen", "rejected") if name in raw.columns]
     drawn = []
     for cells in raw[names].itertuples(index=False, name=None):
-        drawn.append(_hash([seed, *map(str, cells)]) & 1)
+        text = json.dumps([seed, *map(str, cells)])
+        drawn.append(hashlib.blake2b(text.encode(), digest_size=8).digest()[-1] & 1)
     return np.array(drawn, dtype=np.int8)
-
-
-def _hash(values: Sequence) -> int:
-    text = json.dumps(values, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _read_three_votes(raw: pd.DataFrame, seed: int) -> np.ndarray:
@@ -182,12 +178,8 @@ def _read_three_votes(raw: pd.DataFrame, seed: int) -> np.ndarray:
 
 def _read_numbers(cells: Sequence) -> np.ndarray:
     """0 and 1 of numbers, booleans and blanks, as numbers or texts: (N,) int, -1 for others."""
-    numbers: dict[str, int] = {}
-    keys = [str(cell) for cell in cells]
-    for key in set(keys):
-        text = re.sub(r"\.0*$", "", key.strip().casefold())
-        numbers[key] = _YES_NO.get(text, -1)
-    return np.array([numbers[key] for key in keys], dtype=int)
+    keys = [re.sub(r"\.0*$", "", str(cell).strip().casefold()) for cell in cells]
+    return np.array([_YES_NO.get(key, -1) for key in keys], dtype=int)
 
 
 def _read_winner(raw: pd.DataFrame, seed: int) -> np.ndarray:
@@ -302,12 +294,10 @@ def read_names(raw: pd.DataFrame, layout: Layout, seed: int) -> dict[str, list[s
     is_drawn = layout.read_votes is _draw_sides
     if is_drawn:
         columns = [_first(raw, names) for names in _CHATBOTS.values()]
-    a, b = ([UNKNOWN_MODEL] * len(raw), [UNKNOWN_MODEL] * len(raw))
     names = []
-    for column, unknown in zip(columns, (a, b), strict=True):
-        cells = [] if column not in raw.columns else [str(cell) for cell in raw[column]]
-        known = {cell: _name(cell) for cell in {*cells}}
-        names.append([known[cell] for cell in cells] if len(cells) else unknown)
+    for column in columns:
+        cells = raw[column] if column in raw.columns else [""] * len(raw)
+        names.append([_name(str(cell)) for cell in cells])
     if is_drawn:
         for row in np.flatnonzero(_draw_sides(raw, seed)):
             names[0][row], names[1][row] = names[1][row], names[0][row]

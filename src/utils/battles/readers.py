@@ -219,8 +219,7 @@ def _drop_shared_rows(pairs: pd.DataFrame, quiet: bool) -> pd.DataFrame:
     if not is_shared.any():
         return pairs
     same = pairs[is_shared].copy()
-    names = [name for name in ("user",) if name in pairs.columns]
-    whole = ["id", *TEXTS, *MODELS, "label", *names]
+    whole = ["id", *TEXTS, *MODELS, "label", *({"user"} & {*pairs.columns})]
     same["first"] = same.groupby(whole, sort=False, dropna=False)["file_number"].transform("min")
     is_repeated = same["file_number"] > same["first"]
     # Rows under one id may be votes of several people on one battle.
@@ -260,14 +259,20 @@ def _repeats_battles(part: pd.DataFrame) -> bool:
 
 
 def _has_votes(battles: list, labels: pd.Series) -> bool:
+    keys, winners = _hash_votes(battles, labels)
+    n_winners = winners.groupby(keys).nunique()
+    # The same battles with the same votes are copies of rows, not votes of several people.
+    is_repeated = len(n_winners) * _MIN_VOTES <= len(battles)
+    return is_repeated and bool((n_winners > 1).mean() >= _MIN_DISAGREEING)
+
+
+def _hash_votes(battles: list, labels: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """Hash battles (prompt and two sides) and the sides that won, the same for a mirror image."""
     keys, winners = [], []
     for (prompt, a, b), label in zip(battles, labels, strict=True):
         keys.append(hash((prompt, frozenset((a, b)))))
         winners.append(hash((a, b, "tie")[label]))
-    n_winners = pd.Series(winners).groupby(keys).nunique()
-    # The same battles with the same votes are copies of rows, not votes of several people.
-    is_repeated = len(n_winners) * _MIN_VOTES <= len(battles)
-    return is_repeated and bool((n_winners > 1).mean() >= _MIN_DISAGREEING)
+    return pd.Series(keys, dtype="int64"), pd.Series(winners, dtype="int64")
 
 
 def _texts_of(pairs: pd.DataFrame) -> list[tuple[Turns, Turns, Turns]]:
@@ -419,14 +424,10 @@ def describe_health(pairs: pd.DataFrame, problems: pd.DataFrame) -> pd.DataFrame
         One row per check: check, count (battles), share, meaning.
     """
     texts = _texts_of(pairs)
-    ordered = pd.Series(list(map(hash, texts)))
-    # The same for a battle and its mirror image, and so is the vote: the answer that won.
-    unordered = pd.Series([hash((prompt, frozenset((a, b)))) for prompt, a, b in texts])
-    winners = []
-    for (_, a, b), label in zip(texts, pairs["label"], strict=True):
-        winners.append(hash((a, b, "tie")[label]))
+    ordered = pd.Series(list(map(hash, texts)), dtype="int64")
+    unordered, winners = _hash_votes(texts, pairs["label"])
     odd = problems[problems["expected"] == JSON_EXPECTED] if "expected" in problems else problems
-    votes_differ = pd.Series(winners).groupby(unordered).transform("nunique") > 1
+    votes_differ = winners.groupby(unordered).transform("nunique") > 1
     is_mirrored = unordered.duplicated(keep=False) & ~ordered.duplicated(keep=False)
     counts = pd.DataFrame([_find_oddities(*row) for row in texts]).sum().to_dict() | {
         "text that is not a JSON list": odd["id"].nunique(),

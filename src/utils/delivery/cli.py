@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from src.utils import paths
 from src.utils.battles.readers import Chunk, decode_battles, iter_battles
-from src.utils.config import SuiteError
-from src.utils.delivery.predictor import Answer, Predictor, list_files
+from src.utils.delivery.predictor import MISTAKES, Predictor, list_files
 from src.utils.paths import on_disk
 from src.utils.runs import atomic_path
 from src.utils.schema import LABELS, SWAPPED_LABELS
@@ -31,7 +30,6 @@ from src.utils.schema import LABELS, SWAPPED_LABELS
 N_ROWS = 1000  # of a file at once
 STDIN = "-"
 _BAR = "{l_bar}{bar}| {postfix}, {elapsed} gone, {remaining} left"
-_MISTAKES = (ValueError, OSError, RuntimeError, SuiteError)
 _BLOCK = 1 << 20  # bytes of a pipe at once
 
 
@@ -59,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
-    except _MISTAKES as error:
+    except MISTAKES as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -115,7 +113,7 @@ class _Run:
         is_piped = self.given.files == [STDIN]
         is_json = self.given.output.endswith(".jsonl") or (is_piped and self.given.output == STDIN)
         with _open_output(self.given.output) as file:
-            write = _write_json(file) if is_json else _write_csv(file)
+            write = _make_writer(file, is_json)
             if is_piped:
                 self.predict_lines(write)
             else:
@@ -177,9 +175,9 @@ class _Run:
     def predict_probs(self, pairs: pd.DataFrame, left_s: float) -> np.ndarray:
         """Predict N battles: (N, C). Those for which no time is left get the mean of others."""
         try:
-            found: Answer = self.predictor.predict(pairs, left_s)
+            found = self.predictor.predict(pairs, left_s)
         except RuntimeError as error:
-            if not (self.n_rows and math.isfinite(left_s)):
+            if not self.n_rows or math.isinf(left_s):
                 raise
             self.warn(f"no time was left for some battles, which got the mean of others: {error}")
             mean = self.total / self.n_rows
@@ -246,22 +244,16 @@ def _open_output(name: str) -> Iterator[IO[str]]:
             yield file
 
 
-def _write_csv(file: IO[str]) -> Callable[[pd.DataFrame], None]:
-    has_header = False
+def _make_writer(file: IO[str], is_json: bool) -> Callable[[pd.DataFrame], None]:
+    n_written = 0
 
     def write(table: pd.DataFrame) -> None:
-        nonlocal has_header
-        table.to_csv(file, index=False, header=not has_header, lineterminator="\n")
-        has_header = True
-        file.flush()
-
-    return write
-
-
-def _write_json(file: IO[str]) -> Callable[[pd.DataFrame], None]:
-    def write(table: pd.DataFrame) -> None:
-        for row in table.to_dict("records"):
-            file.write(json.dumps(row) + "\n")
+        nonlocal n_written
+        if is_json:
+            file.writelines(json.dumps(row) + "\n" for row in table.to_dict("records"))
+        else:
+            table.to_csv(file, index=False, header=n_written == 0, lineterminator="\n")
+        n_written += 1
         file.flush()
 
     return write

@@ -7,31 +7,39 @@ that people type, upload or draw is shown as text. No state is shared between vi
 import argparse
 import functools
 import gzip
+import inspect
 import os
-import random
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 # Before the import, which would ask for the newest version otherwise.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="playground-"))
-
-import gradio as gr
-import numpy as np
-import pandas as pd
-import pyarrow.parquet as pq
+# It writes type stubs of its components while it is imported, half of that time, unless it cannot
+# find their source.
+with mock.patch.object(inspect, "getfile", side_effect=OSError):
+    import gradio as gr
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from src.utils import paths
 from src.utils.battles.readers import iter_battles
 from src.utils.battles.style import STYLE_FEATURES
-from src.utils.config import SuiteError
-from src.utils.delivery.predictor import Answer, Predictor
+from src.utils.delivery.predictor import MISTAKES, Answer, Predictor
 from src.utils.runs import read_pairs
 from src.utils.schema import (
     LABEL_COLORS,
@@ -48,11 +56,11 @@ MAX_TURNS = 4
 MAX_ROWS = 20_000  # of a file
 MAX_FILE_MB, MAX_UNPACKED_MB = 20, 100
 _MAX_BODY = 4 * 2**20  # bytes of a request that is no upload
+_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 _N_ROWS = 200  # of a file at once; visitors with a single battle wait no longer than for these
 _N_DRAWN = 500  # battles that the button draws from
 _N_TERMS = 8  # style differences that are shown
 _KEEP_S = 3600  # files of visitors
-_MISTAKES = (ValueError, OSError, RuntimeError, SuiteError)
 
 EXAMPLES = [
     (
@@ -79,27 +87,21 @@ EXAMPLES = [
 _CSS = f"""
 .pg {{ font-variant-numeric: tabular-nums; }}
 .pg h4 {{ margin: 18px 0 6px; font-weight: 600; }}
-.pg table {{ width: 100%; border-collapse: collapse; border: 0; margin: 0; }}
+.pg table {{ width: 100%; border-collapse: collapse; margin: 0 !important; }}
 .pg th, .pg td {{ border: 0 !important; border-bottom: 1px solid #8883 !important;
-  padding: 4px 0 4px 10px; text-align: right; font-weight: normal; vertical-align: bottom; }}
-.pg td {{ white-space: nowrap; }}
-.pg th:first-child, .pg td:first-child {{ text-align: left; padding-left: 0; white-space: normal; }}
-.pg thead th {{ opacity: .7; font-size: .85em; }}
-.pg .bar {{ display: grid; grid-template-columns: 4.5em 1fr 4em; align-items: center;
-  gap: 8px; margin: 4px 0; }}
-.pg .bar i, .pg .term i {{ display: block; height: 20px; border-radius: 3px; min-width: 1px; }}
+  padding: 4px 0 4px 10px; text-align: right; font-weight: normal; }}
+.pg tbody th {{ text-align: left; padding-left: 0; }}
+.pg .bar {{ display: grid; grid-template-columns: minmax(5em, min(34%, 15em)) 1fr 4em;
+  align-items: center; gap: 8px; margin: 4px 0; line-height: 1.25; }}
+.pg .bar i {{ display: block; height: 16px; border-radius: 3px; min-width: 1px; }}
 .pg b {{ text-align: right; }}
-.pg .term {{ display: grid; grid-template-columns: minmax(7em, 34%) 1fr 1fr 4em;
-  align-items: center; margin: 3px 0; line-height: 1.25; }}
-.pg .term i {{ height: 14px; }} .pg .term i.left {{ margin-left: auto; }}
 .pg .note {{ opacity: .75; font-size: .9em; overflow-wrap: anywhere; }}
 .pg .bad {{ border-left: 4px solid {LABEL_COLORS[1]}; padding: 6px 10px; overflow-wrap: anywhere; }}
-.pg .chip {{ color: white; border-radius: 9px; padding: 1px 9px; }}
 #actions button {{ font-size: 1rem; white-space: nowrap; }}
 footer {{ display: none !important; }}
 @media (max-width: 500px) {{
-  .pg table {{ font-size: .8em; }} .pg th, .pg td {{ padding-left: 5px; }}
-  #actions button {{ font-size: .85rem; }}
+  .pg table, #actions button {{ font-size: .8rem; }}
+  .pg th, .pg td {{ padding-left: 5px; }}
 }}
 """
 
@@ -107,7 +109,6 @@ footer {{ display: none !important; }}
 def make_page(predictor: Predictor) -> gr.Blocks:
     """Build the page for a model that is loaded, or whose networks are still being loaded."""
     drawer = _Drawer(predictor)
-    outputs = Path(tempfile.mkdtemp(prefix="out-", dir=os.environ["GRADIO_TEMP_DIR"]))
     with gr.Blocks(
         title="LLM Preference Arena", analytics_enabled=False, delete_cache=(_KEEP_S, _KEEP_S)
     ) as page:
@@ -123,7 +124,7 @@ def make_page(predictor: Predictor) -> gr.Blocks:
         with gr.Tab("Two answers"):
             _add_battle_tab(predictor, drawer)
         with gr.Tab("A file of battles"):
-            _add_file_tab(predictor, outputs)
+            _add_file_tab(predictor)
 
         def battle(
             prompt: list[str], response_a: list[str], response_b: list[str]
@@ -132,7 +133,7 @@ def make_page(predictor: Predictor) -> gr.Blocks:
             try:
                 pairs = make_battle([prompt, response_a, response_b])
                 probs = predictor.predict(pairs).probs[0]
-            except _MISTAKES as error:
+            except MISTAKES as error:
                 raise gr.Error(escape(str(error)), print_exception=False) from error
             return dict(zip(LABELS, probs.tolist(), strict=True))
 
@@ -168,8 +169,7 @@ def _add_battle_tab(predictor: Predictor, drawer: "_Drawer") -> None:
         n = max(map(len, texts))
         values = [""] * len(boxes)
         for place, turns in enumerate(texts):
-            for turn, text in enumerate(turns[:MAX_TURNS]):
-                values[3 * turn + place] = clean_text(text)
+            values[place : 3 * len(turns) : 3] = map(clean_text, turns)
         return [n, note, *(gr.Group(visible=turn < n) for turn in range(MAX_TURNS)), *values]
 
     def read(n: int, values: Sequence[str]) -> list[list[str]]:
@@ -177,9 +177,8 @@ def _add_battle_tab(predictor: Predictor, drawer: "_Drawer") -> None:
 
     def predict(n: int, note: str, *values: str) -> str:
         try:
-            pairs = make_battle(read(n, values))
-            return note + show_prediction(predictor, pairs)
-        except _MISTAKES as error:
+            return note + show_prediction(predictor, make_battle(read(n, values)))
+        except MISTAKES as error:
             return _show_mistake(error)
 
     def exchange(n: int, note: str, *values: str) -> list[Any]:
@@ -189,15 +188,12 @@ def _add_battle_tab(predictor: Predictor, drawer: "_Drawer") -> None:
     def add_turn(n: int, note: str, *values: str) -> list[Any]:
         return fill(read(min(n + 1, MAX_TURNS), values))
 
-    def draw_battle() -> list[Any]:
-        return fill(*drawer.draw())
-
     options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     given = [n_turns, drawn, *boxes]
     answer: dict[str, Any] = {"fn": predict, "inputs": given, "outputs": result} | options
     go.click(**answer)
     swap.click(exchange, given, shown, **options).then(**answer)
-    draw.click(draw_battle, None, shown, **options).then(**answer)
+    draw.click(lambda: fill(*drawer.draw()), None, shown, **options).then(**answer)
     more.click(add_turn, given, shown, **options)
     clear.click(lambda: [*fill([[""]] * 3), ""], None, [*shown, result], **options)
     for button, texts in zip(samples, EXAMPLES, strict=True):
@@ -205,7 +201,7 @@ def _add_battle_tab(predictor: Predictor, drawer: "_Drawer") -> None:
         button.click(example, None, shown, **options).then(**answer)
 
 
-def _add_file_tab(predictor: Predictor, outputs: Path) -> None:
+def _add_file_tab(predictor: Predictor) -> None:
     gr.Markdown(
         "Any layout that the suite reads, votes or none: csv, tsv, jsonl (also .gz) or parquet, up "
         f"to {MAX_FILE_MB} MB and {MAX_ROWS:,} battles. For more: `arena-predict`."
@@ -220,21 +216,15 @@ def _add_file_tab(predictor: Predictor, outputs: Path) -> None:
             if not path:
                 raise ValueError("expected a file of battles, got none; choose one above")
             table, text = score_file(predictor, Path(path), progress)
-        except _MISTAKES as error:
+        except MISTAKES as error:
             return _show_mistake(error), gr.File(visible=False)
-        _remove_old(outputs)
-        folder = Path(tempfile.mkdtemp(dir=outputs))
-        table.to_csv(folder / "probabilities.csv", index=False)
-        return text, gr.File(str(folder / "probabilities.csv"), visible=True)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "probabilities.csv")
+            table.to_csv(file, index=False)
+            kept = download.move_resource_to_block_cache(file)  # for `_KEEP_S`
+        return text, gr.File(kept, visible=True)
 
-    go.click(
-        score,
-        upload,
-        [result, download],
-        api_name="score",
-        concurrency_limit=1,
-        show_progress="full",
-    )
+    go.click(score, upload, [result, download], api_name="score", concurrency_limit=1)
 
 
 def make_battle(texts: Sequence[Sequence[str]]) -> pd.DataFrame:
@@ -250,10 +240,14 @@ def make_battle(texts: Sequence[Sequence[str]]) -> pd.DataFrame:
             raise ValueError(f"{name}: expected a list of texts, one per turn")
         if not 0 < len(turns) <= MAX_TURNS:
             raise ValueError(f"{name}: expected 1 to {MAX_TURNS} turns, got {len(turns)}")
-        n_chars += sum(map(len, turns))
+        n_chars += _count_chars(turns)
     _check_length(n_chars, "the battle")
     row = {name: [tuple(turns)] for name, turns in zip(TEXTS, texts, strict=True)}
     return pd.DataFrame({"id": ["1"], **row})
+
+
+def _count_chars(turns: Sequence[str | None]) -> int:
+    return sum(len(turn or "") for turn in turns)
 
 
 def _check_length(n_chars: int, what: str) -> None:
@@ -279,9 +273,9 @@ def score_file(
         n_rows += len(chunk.pairs)
         if n_rows > MAX_ROWS:
             raise ValueError(f"{path.name}: expected at most {MAX_ROWS:,} battles, got more")
-        for row in chunk.pairs.itertuples(index=False):
-            n_chars = sum(len(turn or "") for turns in row[1:] for turn in turns)
-            _check_length(n_chars, f"{path.name}, id {row.id}")
+        n_chars = chunk.pairs[list(TEXTS)].map(_count_chars).sum(axis=1)
+        for name, n in zip(chunk.pairs["id"], n_chars, strict=True):
+            _check_length(n, f"{path.name}, id {name}")
         answer = predictor.predict(chunk.pairs)
         parts.append(pd.DataFrame(answer.probs, columns=list(LABELS)))
         parts[-1].insert(0, "id", chunk.pairs["id"])
@@ -290,43 +284,35 @@ def score_file(
         left_s = (time.monotonic() - start) * (1 / max(chunk.share, 1e-3) - 1)
         progress(chunk.share, desc=f"{n_rows:,} battles, {left_s:.0f} s left")
     table = pd.concat(parts, ignore_index=True)
-    head = f"<p>{len(table):,} battles in {time.monotonic() - start:.1f} s. On average:</p>"
-    bars = _draw_bars(table[list(LABELS)].mean().to_numpy()) if len(table) else ""
-    items = "".join(f"<li>{_escape(note)}</li>" for note in list(notes)[:20])
-    return table, f"<div class='pg'>{head}{bars}<ul class='note'>{items}</ul></div>"
+    parts_shown = [f"<p>{len(table):,} battles in {time.monotonic() - start:.1f} s.</p>"]
+    if len(table):
+        parts_shown += ["<p>On average:</p>", _draw_probs(table[list(LABELS)].mean())]
+    return table, _wrap(*parts_shown, *map(_show_note, list(notes)[:20]))
 
 
 def _check_size(path: Path) -> None:
-    limit = MAX_UNPACKED_MB * 10**6
-    size = path.stat().st_size
-    if size > MAX_FILE_MB * 10**6:
-        got = f"{size / 1e6:.0f} MB"
-        raise ValueError(f"{path.name}: expected at most {MAX_FILE_MB} MB, got {got}")
-    name = path.name.lower()
-    if not name.endswith(paths.TABLE_SUFFIXES):
+    if not path.name.lower().endswith(paths.TABLE_SUFFIXES):
         raise ValueError(f"{path.name}: expected one of {', '.join(paths.TABLE_SUFFIXES)}")
-    if name.endswith(".gz"):
-        size = 0
-        with gzip.open(path) as file:
-            while size <= limit and (block := file.read(1 << 20)):
-                size += len(block)
-    elif name.endswith(".parquet"):
-        try:
+    sizes = {f"{MAX_FILE_MB} MB": (path.stat().st_size, MAX_FILE_MB)}
+    sizes[f"{MAX_UNPACKED_MB} MB unpacked"] = (_measure_unpacked(path), MAX_UNPACKED_MB)
+    for expected, (n_bytes, limit) in sizes.items():
+        if n_bytes > limit * 10**6:
+            raise ValueError(f"{path.name}: expected at most {expected}, got {n_bytes / 1e6:.0f}")
+
+
+def _measure_unpacked(path: Path) -> int:
+    """Bytes, of packed text up to a little more than what is allowed."""
+    try:
+        if path.suffix.lower() == ".gz":
+            with gzip.open(path) as file:
+                return file.seek(MAX_UNPACKED_MB * 10**6 + 1)
+        if path.suffix.lower() == ".parquet":
             metadata = pq.read_metadata(path)
-        except Exception as error:
-            raise ValueError(f"{path.name}: expected parquet, got {error}") from error
-        size = sum(
-            metadata.row_group(place).total_byte_size for place in range(metadata.num_row_groups)
-        )
-    if size > limit:
-        raise ValueError(f"{path.name}: expected at most {MAX_UNPACKED_MB} MB unpacked, got more")
-
-
-def _remove_old(folder: Path) -> None:
-    for file in folder.glob("*/*"):
-        if time.time() - file.stat().st_mtime > _KEEP_S:
-            file.unlink(missing_ok=True)
-            file.parent.rmdir()
+            groups = map(metadata.row_group, range(metadata.num_row_groups))
+            return sum(group.total_byte_size for group in groups)
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise ValueError(f"{path.name}: expected a readable file, got {error}") from error
+    return 0
 
 
 class _Drawer:
@@ -335,45 +321,32 @@ class _Drawer:
     def __init__(self, predictor: Predictor) -> None:
         artifacts = predictor.source.artifacts
         self._folder = artifacts / "01_eda" if artifacts else Path()
-        self._battles: pd.DataFrame | None = None
-        self._lock = threading.Lock()
-
-    @property
-    def has_battles(self) -> bool:
-        """Whether there is anything to draw from."""
-        return (self._folder / "pairs.parquet").exists()
+        self.has_battles = (self._folder / "pairs.parquet").exists()
 
     def draw(self) -> tuple[list[list[str]], str]:
         """Draw a battle: the turns of its texts, and a line of HTML about the vote."""
-        with self._lock:
-            if self._battles is None:
-                self._battles = self._read()
-        battle = self._battles.iloc[random.randrange(len(self._battles))]
+        battle = self._battles.sample().iloc[0]
         texts = [[turn or "" for turn in battle[name]] for name in TEXTS]
-        label = int(battle["label"])
-        look = f"class='chip' style='background:{LABEL_COLORS[label]}'"
-        known = f"People voted: <span {look}>{LABEL_NAMES[label]}</span>"
+        known = f"People voted: {LABEL_NAMES[int(battle['label'])]}"
         if "model_a" in battle.index:
-            known += f" (A is {_escape(battle['model_a'])}, B is {_escape(battle['model_b'])})"
-        return texts, f"<div class='pg'><p>{known}. {self._origin}</p></div>"
+            known += f" (A is {battle['model_a']}, B is {battle['model_b']})"
+        return texts, _wrap(_show_note(f"{known}. {battle['origin']}"))
 
-    def _read(self) -> pd.DataFrame:
-        arena = self._folder / "arena"
-        self._origin = "The model has learned from this battle, so it knows more than it should."
-        if (arena / "votes_test.parquet").exists():
-            self._origin = "A simulated battle that the model has not seen."
-            chunk = next(iter_battles(arena / "test.csv", _N_DRAWN))
-            votes = pd.read_parquet(arena / "votes_test.parquet").astype({"id": str})
-            battles = chunk.pairs.merge(votes, on="id")
+    @functools.cached_property
+    def _battles(self) -> pd.DataFrame:
+        votes = self._folder / "arena" / "votes_test.parquet"
+        if votes.exists():
+            battles = next(iter_battles(self._folder / "arena" / "test.csv", _N_DRAWN)).pairs
+            battles = battles.merge(pd.read_parquet(votes).astype({"id": str}), on="id")
+            origin = "A simulated battle that the model has not seen."
         else:
             battles = read_pairs(self._folder / "pairs.parquet")
             battles = battles.sample(min(len(battles), _N_DRAWN), random_state=0)
-        is_short = [
-            max(map(len, texts)) <= MAX_TURNS
-            and sum(len(turn or "") for turns in texts for turn in turns) <= MAX_CHARS
-            for texts in battles[list(TEXTS)].itertuples(index=False, name=None)
-        ]
-        return battles[is_short]
+            origin = "The model has learned from this battle, so it knows more than it should."
+        texts = battles[list(TEXTS)]
+        is_short = texts.map(_count_chars).sum(axis=1) <= MAX_CHARS
+        is_short &= texts.map(len).max(axis=1) <= MAX_TURNS
+        return battles[is_short].assign(origin=origin)
 
 
 # ---- what is shown ---------------------------------------------------------------------------
@@ -384,7 +357,10 @@ def show_prediction(predictor: Predictor, pairs: pd.DataFrame) -> str:
     both = pd.concat([pairs, swap_pairs(pairs)], ignore_index=True)
     answer = predictor.predict(both, ask_all=True)
     given, exchanged = answer.probs[0], swap_probs(answer.probs[1])
-    parts = [_draw_bars(given), _show_exchanged(given, exchanged), _show_members(predictor, answer)]
+    table = pd.DataFrame([given, exchanged], ["as given", "exchanged, read back"], LABEL_NAMES)
+    table["gap"] = ["", _points(np.abs(given - exchanged).max())]
+    parts = [_draw_probs(given), _show_table("The same with the answers exchanged", table)]
+    parts.append(_show_table("What each model says", _list_members(predictor, answer)))
     if predictor.baseline:
         terms = predictor.baseline.style_terms(pairs).iloc[0]
         if len(pairs["prompt"].iloc[0]) == 1:  # its first and last turn are the prompt
@@ -392,60 +368,57 @@ def show_prediction(predictor: Predictor, pairs: pd.DataFrame) -> str:
             terms["prompt_overlap"] += terms.pop("prompt_overlap_last")
         parts.append(_show_terms(terms))
     notes = [*answer.notes, *(() if predictor.is_ready else ("The networks are still loading.",))]
-    parts += [f"<p class='note'>{_escape(note)}</p>" for note in notes]
-    return f"<div class='pg'>{''.join(parts)}</div>"
+    return _wrap(*parts, *map(_show_note, notes))
 
 
-def _draw_bars(probs: np.ndarray) -> str:
-    rows = []
-    for name, color, share in zip(LABEL_NAMES, LABEL_COLORS, probs, strict=True):
-        bar = f"<i style='width:{100 * share:.2f}%;background:{color}'></i>"
-        rows.append(f"<div class='bar'><span>{name}</span>{bar}<b>{share:.1%}</b></div>")
-    return "".join(rows)
-
-
-def _show_exchanged(given: np.ndarray, exchanged: np.ndarray) -> str:
-    head = ("", *LABEL_NAMES, "gap")
-    gap = float(np.abs(given - exchanged).max())
-    rows = [
-        ("as given", *map(_percent, given), ""),
-        ("exchanged, read back", *map(_percent, exchanged), f"{100 * gap:.1f} points"),
-    ]
-    return "<h4>The same with the answers exchanged</h4>" + _table(head, rows)
-
-
-def _show_members(predictor: Predictor, answer: Answer) -> str:
-    blend = predictor.source.blend
-    weights = dict(zip(blend.members, blend.weights, strict=True))
-    rows = []
-    for name, probs in answer.members.items():
-        gap = answer.swap_gaps.get(name, np.array([np.nan]))[0]
-        shown = "none" if name in predictor.baselines else f"{100 * gap:.1f} points"
-        rows.append(
-            (_escape(predictor.name(name)), f"{weights[name]:.0%}", *map(_percent, probs[0]), shown)
-        )
-    head = ("", "weight", *LABEL_NAMES, "gap of one reading")
-    return "<h4>What each model says</h4>" + _table(head, rows)
+def _list_members(predictor: Predictor, answer: Answer) -> pd.DataFrame:
+    names = [predictor.name(name) for name in answer.members]
+    first = [probs[0] for probs in answer.members.values()]
+    table = pd.DataFrame(first, names, LABEL_NAMES)
+    weights = dict(zip(predictor.source.blend.members, predictor.source.blend.weights, strict=True))
+    table.insert(0, "weight", [f"{weights[name]:.0%}" for name in answer.members])
+    gaps = [answer.swap_gaps.get(name) for name in answer.members]
+    table["gap of one reading"] = ["none" if gap is None else _points(gap[0]) for gap in gaps]
+    return table
 
 
 def _show_terms(terms: pd.Series) -> str:
     top = terms[terms.abs() >= 0.005].sort_values(key=np.abs, ascending=False)[:_N_TERMS]
-    rows = ["<h4>Which style differences push which way</h4>"]
+    parts = ["<h4>Which style differences push which way</h4>"]
     for name, value in top.items():
-        width = 100 * abs(value) / max(top.abs().max(), 0.3)
-        side = "left" if value > 0 else "right"
+        end = 0.5 - value / max(top.abs().max(), 0.3) / 2
         color = LABEL_COLORS[0 if value > 0 else 1]
-        bar = f"<i class='{side}' style='width:{width:.1f}%;background:{color}'></i>"
-        cells = (bar, "<span></span>") if value > 0 else ("<span></span>", bar)
-        caption = f"<span>{escape(STYLE_FEATURES[str(name)])}</span>"
-        rows.append(f"<div class='term'>{caption}{''.join(cells)}<b>{_signed(value)}</b></div>")
+        caption = STYLE_FEATURES[str(name)]
+        parts.append(_draw_bar(caption, sorted((0.5, end)), color, _signed(value)))
     about = (
         "Left is towards A, right towards B, in log-odds of A against B: "
         f"{_signed(terms.sum())} in all. These are the terms of the CPU baseline's style member; "
         "words count beside them."
     )
     about = "None that matters: the answers look alike." if top.empty else about
-    return "".join([*rows, f"<p class='note'>{about}</p>"])
+    return "".join([*parts, _show_note(about)])
+
+
+def _draw_probs(probs: Sequence[float] | np.ndarray | pd.Series) -> str:
+    bars = []
+    for name, color, share in zip(LABEL_NAMES, LABEL_COLORS, probs, strict=True):
+        bars.append(_draw_bar(name, (0, share), color, f"{share:.1%}"))
+    return "".join(bars)
+
+
+def _draw_bar(name: str, span: Sequence[float], color: str, value: str) -> str:
+    """A bar from one share of the width to another, with its name and value."""
+    look = f"margin-left:{span[0]:.2%};width:{span[1] - span[0]:.2%};background:{color}"
+    return f"<div class='bar'><span>{escape(name)}</span><i style='{look}'></i><b>{value}</b></div>"
+
+
+def _show_table(title: str, table: pd.DataFrame) -> str:
+    shown = table.to_html(float_format="{:.1%}".format, na_rep="–", border=0)
+    return f"<h4>{title}</h4>{shown}"
+
+
+def _points(gap: float) -> str:
+    return f"{100 * gap:.1f} points"
 
 
 def _signed(value: float) -> str:
@@ -465,25 +438,19 @@ def _show_status(predictor: Predictor) -> str:
         text += f" Not there: {missing}; the others have its weight."
     if predictor.source.is_demo:
         text += " The model learned from a simulated arena: no opinion of a person is in it."
-    return f"<div class='pg note' id='status'>{_escape(text)}</div>"
+    return _wrap(f"<div id='status'>{_show_note(text)}</div>")
 
 
 def _show_mistake(error: Exception) -> str:
-    return f"<div class='pg'><p class='bad' role='alert'>{_escape(str(error))}</p></div>"
+    return _wrap(f"<p class='bad' role='alert'>{escape(clean_text(str(error)))}</p>")
 
 
-def _escape(text: Any) -> str:
-    return escape(clean_text(str(text)))
+def _show_note(text: str) -> str:
+    return f"<p class='note'>{escape(clean_text(text))}</p>"
 
 
-def _percent(share: float) -> str:
-    return "–" if np.isnan(share) else f"{share:.1%}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{name}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+def _wrap(*parts: str) -> str:
+    return f"<div class='pg'>{''.join(parts)}</div>"
 
 
 # ---- serving ---------------------------------------------------------------------------------
@@ -496,35 +463,19 @@ class _Guard:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        n_bytes = headers.get(b"content-length", b"0")
-        is_upload = scope["path"].rstrip("/").endswith("/upload")
-        if b"transfer-encoding" in headers and not is_upload:
-            await _refuse(send, 411, "expected a content-length")
-        elif not is_upload and int(n_bytes) > _MAX_BODY:
-            await _refuse(send, 413, f"expected at most {_MAX_BODY:,} bytes in a request")
-        else:
-            await self.app(scope, receive, _with_policy(send))
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["content-security-policy"] = _POLICY
+            await send(message)
 
-
-async def _refuse(send: Any, code: int, text: str) -> None:
-    headers = [(b"content-type", b"text/plain")]
-    await send({"type": "http.response.start", "status": code, "headers": headers})
-    await send({"type": "http.response.body", "body": text.encode()})
-
-
-def _with_policy(send: Any) -> Any:
-    policy = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
-
-    async def sending(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], (b"content-security-policy", policy)]
-        await send(message)
-
-    return sending
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        is_upload = scope.get("path", "").rstrip("/").endswith("/upload")
+        app = self.app
+        if "transfer-encoding" in headers and not is_upload:
+            app = PlainTextResponse("expected a content-length", 411)
+        elif int(headers.get("content-length", 0)) > _MAX_BODY and not is_upload:
+            app = PlainTextResponse(f"expected at most {_MAX_BODY:,} bytes in a request", 413)
+        await app(scope, receive, sending)
 
 
 def show(model: str | Path = "", *, revision: str = "", **options: Any) -> gr.Blocks:
@@ -540,8 +491,6 @@ def show(model: str | Path = "", *, revision: str = "", **options: Any) -> gr.Bl
     page = make_page(predictor)
     threading.Thread(target=_load_networks, args=(predictor,), daemon=True).start()
     fonts = ["system-ui", "sans-serif"]
-    look = {"theme": gr.themes.Default(font=fonts, font_mono=["monospace"]), "css": _CSS}
-    guard = {"middleware": [_middleware()]}
     chosen: dict[str, Any] = {
         "server_name": "127.0.0.1",
         "share": False,
@@ -554,17 +503,12 @@ def show(model: str | Path = "", *, revision: str = "", **options: Any) -> gr.Bl
         "ssr_mode": False,
         "mcp_server": False,
         "enable_monitoring": False,
-        "app_kwargs": guard,
-        **look,
+        "app_kwargs": {"middleware": [Middleware(_Guard)]},
+        "theme": gr.themes.Default(font=fonts, font_mono=["monospace"]),
+        "css": _CSS,
     }
     page.launch(**(chosen | options))
     return page
-
-
-def _middleware() -> Any:
-    from starlette.middleware import Middleware  # comes with gradio
-
-    return Middleware(_Guard)
 
 
 def _load_networks(predictor: Predictor) -> None:
@@ -587,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = show(
             given.model, revision=given.revision, server_name=given.host, server_port=given.port
         )
-    except _MISTAKES as error:
+    except MISTAKES as error:
         print(f"playground: {error}", file=sys.stderr)
         return 1
     print(f"Open {page.local_url} ({time.monotonic() - start:.1f} s); Ctrl-C ends it.", flush=True)

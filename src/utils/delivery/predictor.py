@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.utils.config import name_model
+from src.utils.config import SuiteError, name_model
 from src.utils.models.baseline import Baseline, load_baseline
 from src.utils.paths import list_tables
 from src.utils.runs import read_json
@@ -23,6 +23,7 @@ from src.utils.stats.blend import Blend, apply_blend
 
 BASELINE, ENSEMBLE = "02_baseline", "05_ensemble"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MISTAKES = (ValueError, OSError, RuntimeError, SuiteError)  # whose message says enough
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # nothing that runs
 
 
@@ -101,15 +102,12 @@ def _find_in_folder(folder: Path, name: str = "") -> Source:
 
 def _find_blend(artifacts: Path) -> Source:
     blend = Blend.from_json(read_json(artifacts / ENSEMBLE / "blend.json"))
-    runs, absent = {}, []
-    for name in blend.members:
-        if (artifacts / name / "metrics.json").exists():
-            runs[name] = artifacts / name
-        else:
-            absent.append(name)
+    runs = {name: artifacts / name for name in blend.members}
+    runs = {name: run for name, run in runs.items() if (run / "metrics.json").exists()}
     if not runs:
         raise FileNotFoundError(f"{artifacts}: expected a finished run of {blend.members}")
-    return Source(runs, blend, tuple(absent), artifacts)
+    absent = tuple(name for name in blend.members if name not in runs)
+    return Source(runs, blend, absent, artifacts)
 
 
 def list_files(path: str | Path) -> list[Path]:
@@ -164,18 +162,18 @@ class Predictor:
         """
         weights = dict(zip(self.source.blend.members, self.source.blend.weights, strict=True))
         wanted = [name for name in self.networks if weights[name] or ask_all or not self.baselines]
-        if not wanted:
-            self.is_ready = True
+        self.is_ready = not wanted
+        if self.is_ready:
             return
         from src.utils.delivery.submit import Models, list_models  # imports torch
 
-        models = Models(n_workers=0, keep=True)
+        models = Models(n_workers=0)
         models.baselines = {self.runs[name]: each for name, each in self.baselines.items()}
         trouble = []
         for name in wanted:
             try:
                 for folder in list_models(self.runs[name]):
-                    with models.open_network(folder, math.inf):
+                    with models.open_network(folder):
                         pass  # is kept
             except Exception as error:  # whatever is wrong with one, the others still predict
                 trouble.append(f"{name}: {type(error).__name__}: {error}")

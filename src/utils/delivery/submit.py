@@ -8,6 +8,7 @@ the one worth most per second first. One that fails or runs out of time costs qu
 import contextlib
 import functools
 import html
+import math
 import sys
 import time
 import traceback
@@ -117,46 +118,37 @@ def check_submission(submission: pd.DataFrame, sample_ids: np.ndarray) -> pd.Dat
 
 
 class Models:
-    """Opens the models of runs. Kept ones are loaded once, for any number of calls.
+    """Opens the models of runs, each for its turn, with a progress bar.
 
-    `n_workers` is that of `open_reader`. Those that are not kept are closed after their turn.
+    `n_workers` is that of `open_reader`. With 0 all are read in this process, and stay in its
+    memory for any number of calls.
     """
 
-    def __init__(self, n_workers: int | None = None, keep: bool = False) -> None:
-        self.n_workers, self.keep = n_workers, keep
+    def __init__(self, n_workers: int | None = None) -> None:
+        self.n_workers = n_workers
         self.baselines: dict[Path, Baseline] = {}  # by run folder, where they are kept
-        self._kept: dict[Path, tuple[Network, contextlib.ExitStack]] = {}
+        self._networks: dict[Path, Network] = {}
 
     def load_baseline(self, run: Path) -> Baseline:
         """Load the CPU baseline of a run folder."""
         if run in self.baselines:
             return self.baselines[run]
         read_json(run / "config.json")  # names a damaged run
-        baseline = load_baseline(run / "model")
-        if self.keep:
-            self.baselines[run] = baseline
-        return baseline
+        return load_baseline(run / "model")
 
     @contextlib.contextmanager
-    def open_network(self, folder: Path, deadline: float) -> Iterator[Network]:
+    def open_network(self, folder: Path, deadline: float = math.inf) -> Iterator[Network]:
         """Open a fine-tuned model; the deadline is a `time.monotonic()` value."""
-        if folder in self._kept:
-            yield self._kept[folder][0]
+        if folder in self._networks:
+            yield self._networks[folder]
             return
-        with contextlib.ExitStack() as stack:
-            config = read_settings(folder)
-            load = functools.partial(load_reader, folder, config, find_base(folder, config))
-            reader = open_reader(load, deadline, self.n_workers)
-            stack.callback(reader.close)
+        config = read_settings(folder)
+        load = functools.partial(load_reader, folder, config, find_base(folder, config))
+        with contextlib.closing(open_reader(load, deadline, self.n_workers)) as reader:
             network = (reader, load_tokenizer(folder), config)
-            if self.keep:
-                self._kept[folder] = (network, stack.pop_all())
+            if self.n_workers == 0:
+                self._networks[folder] = network
             yield network
-
-    def close(self) -> None:
-        """End the processes of the kept models."""
-        while self._kept:
-            self._kept.popitem()[1][1].close()
 
 
 def predict_submission(
@@ -266,8 +258,10 @@ def read_settings(folder: Path) -> FinetuneConfig:
             names |= {*weights.keys()}
     head: Any = "contrast" if any("contrast." in name for name in names) else "joint"
     default = FinetuneConfig(checkpoint=str(folder), revision="", head=head)
-    architecture, origin = (read_json(folder / f"{name}.json") for name in ("config", "origin"))
-    longest = origin.get("predict_tokens") or architecture.get("max_position_embeddings")
+    architecture = read_json(folder / "config.json")
+    if "battle" in architecture:  # 07 wrote it
+        return replace(default, predict_tokens=architecture["battle"]["max_tokens"])
+    longest = architecture.get("max_position_embeddings")
     return replace(default, predict_tokens=min(default.predict_tokens, longest or sys.maxsize))
 
 
@@ -430,7 +424,7 @@ def _predict_network(
             max_tokens=config.predict_tokens,
             tokens_per_batch=config.tokens_per_batch,
             deadline=deadline,
-            progress="" if models.keep else f"{folder.parents[1].name} {folder.name}",
+            progress="" if models.n_workers == 0 else f"{folder.parents[1].name} {folder.name}",
             keep=keep,
             uncertainty=member.uncertainty,
             twice_share=member.twice_share,

@@ -9,8 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from src.utils.config import FinetuneConfig
-from src.utils.models.frozen import FrozenClassifier, load_head, save_head
+from src.utils.models.frozen import DavidsonHead, FrozenClassifier, load_head, save_head
 from src.utils.models.hardware import choose_device, choose_dtype
 from src.utils.models.heads import add_contrast
 from src.utils.models.template import TEMPLATE_VERSION, make_pieces
@@ -39,15 +38,8 @@ from src.utils.runs import atomic_folder, read_json, write_json
 from src.utils.schema import LABELS
 
 MAX_LOGIT = 2.0  # standard deviation of a random head's first logits, above which it starts at 0
+SHARD = "4GB"  # of one file of weights: a download that breaks is resumed file by file
 Classifier = tuple[nn.Module, PreTrainedTokenizerBase]
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hide a warning: peft asks transformers by the old name of a property."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        yield
 
 
 def load_classifier(config: FinetuneConfig, base: Path | None = None) -> Classifier:
@@ -133,9 +125,10 @@ def _load_base(config: FinetuneConfig, base: Path | None, dtype: str = "") -> Cl
             **safely,
             **options,
         )
-    _check_loaded(source, head_names(skeleton), loading)
+    new = {*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}
+    _check_loaded(source, head_names(skeleton), new)
     _replace_mismatched_heads(model, skeleton)
-    _zero_new_heads(model, skeleton, loading)
+    _zero_new_heads(model, head_names(skeleton), new)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
@@ -211,11 +204,10 @@ def make_skeleton(architecture: PreTrainedConfig, head: str) -> Any:
         return add_contrast(type(joint))(architecture)  # type: ignore[arg-type]  # is hashable
 
 
-def _check_loaded(source: str, heads: list[str], loading: dict[str, Iterable]) -> None:
+def _check_loaded(source: str, heads: list[str], new: set[str]) -> None:
     """Check that only heads are new: any other missing weight would silently stay random."""
-    names = {*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}
     prefixes = tuple(f"{head}." for head in heads)
-    missing = sorted(name for name in names if not name.startswith(prefixes))
+    missing = sorted(name for name in new if not name.startswith(prefixes))
     if missing:
         raise ValueError(
             f"checkpoint {source}: expected every weight except the head's ({', '.join(heads)}), "
@@ -232,17 +224,15 @@ def _replace_mismatched_heads(model: Any, skeleton: nn.Module) -> None:
                 parameter.data = parameter.new_zeros(expected.shape)
 
 
-def _zero_new_heads(model: Any, skeleton: nn.Module, loading: dict[str, Iterable]) -> None:
+def _zero_new_heads(model: Any, heads: list[str], new: set[str]) -> None:
     """Start a new contrast, and a new joint head on large states, at zero: a loss of ln 3.
 
     A decoder's joint head is one layer behind the last norm. Where that norm is large, random
     weights cost nats in the first steps; elsewhere they learn faster (notebooks/LOG.md).
     """
-    new = {*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}
-    heads = {*head_names(skeleton)}
-    zeroed = {"contrast"} & heads
+    zeroed = [head for head in heads if head == "contrast"]
     norm = getattr(model.base_model, "norm", None)
-    if len(heads - zeroed) == 1 and norm is not None:
+    if len(heads) - len(zeroed) == 1 and norm is not None:
         spread = model.config.get_text_config().initializer_range * norm.weight.float().norm()
         zeroed = heads if spread > MAX_LOGIT else zeroed
     for head in zeroed:
@@ -315,8 +305,7 @@ def _add_lora(model: Any, config: FinetuneConfig) -> PeftModel:
         exclude_modules=rf"({'|'.join(map(re.escape, heads))})\..*",
         modules_to_save=heads,
     )
-    with quiet_transformers():
-        adapted = get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -325,7 +314,7 @@ def _add_lora(model: Any, config: FinetuneConfig) -> PeftModel:
 
 def write_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights (with LoRA: adapters and head), tokenizer and `origin.json` into a folder."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
     config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
     source = Path(config.name_or_path)
@@ -346,7 +335,7 @@ def write_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
 
 
 def write_head(
-    head: nn.Sequential,
+    head: DavidsonHead,
     config: FinetuneConfig,
     base: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -419,11 +408,10 @@ def load_finetuned(folder: Path, config: FinetuneConfig, base: Path | None = Non
         config = dataclasses.replace(config, revision=origin["commit"])
     if config.train == "head":
         frozen, tokenizer = load_frozen(config, base)
-        frozen.head = load_head(folder, frozen.n_states).to(choose_device())
+        frozen.head = load_head(folder, *frozen.head_shape).to(choose_device())
         return frozen.eval(), tokenizer
     model, tokenizer = _load_base(config, base)
-    with quiet_transformers():
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=False)
+    adapted = PeftModel.from_pretrained(model, folder, is_trainable=False)
     return adapted.eval(), tokenizer
 
 

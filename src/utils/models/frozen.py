@@ -4,6 +4,7 @@ The states of a battle are, for each of these layers, the state at the token tha
 read, and the means over the tokens of either answer. Layers above the last of them are not run.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -17,7 +18,6 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from src.utils.models.heads import Pieces, find_answers
-from src.utils.schema import LABELS
 
 N_STATES = 3  # of a layer: read-out, mean over A, mean over B
 HEAD_FILE = "head.safetensors"
@@ -39,7 +39,8 @@ class FrozenClassifier(nn.Module):
         stack = find_layers(classifier)
         self.layers = choose_layers(shares, len(stack))
         del stack[self.layers[-1] :]
-        self.n_states = N_STATES * len(self.layers) * self.config.get_text_config().hidden_size
+        self.head_shape = len(self.layers), self.config.get_text_config().hidden_size
+        self.n_states = N_STATES * math.prod(self.head_shape)
         # As transformers' own heads: a decoder's reads the last token, an encoder's the first or
         # the mean of all.
         self._reads_last = hasattr(classifier, "score")
@@ -125,28 +126,50 @@ def choose_layers(shares: Sequence[float], n_layers: int) -> list[int]:
     return sorted({max(1, round(share * n_layers)) for share in shares})
 
 
-def make_head(n_inputs: int, n_hidden: int) -> nn.Sequential:
-    """Make a head of one layer (`n_hidden` 0) or two."""
-    if not n_hidden:
-        return nn.Sequential(nn.Linear(n_inputs, len(LABELS)))
-    return nn.Sequential(nn.Linear(n_inputs, n_hidden), nn.GELU(), nn.Linear(n_hidden, len(LABELS)))
+def split_parts(states: torch.Tensor, hidden: int) -> torch.Tensor:
+    """Split (rows, n_states) into what a head reads of each layer: (4, rows, layers, hidden).
+
+    The first answer's mean minus the second's, the read-out, the mean of both answers' means, the
+    read-out again: the first two speak for an answer, the others for a tie.
+    """
+    readout, first, second = states.unflatten(1, (-1, N_STATES, hidden)).unbind(2)
+    return torch.stack([first - second, readout, (first + second) / 2, readout])
 
 
-def save_head(head: nn.Sequential, folder: Path) -> None:
+class DavidsonHead(nn.Module):
+    """Bradley-Terry with Davidson's ties on the states of a reading; see `models.baseline`.
+
+    Exchanging the states of the answers exchanges A and B, whatever the weights; what the read-out
+    says for an answer changes its sign only with the order that a battle is read in.
+    """
+
+    def __init__(self, n_layers: int, hidden: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(4, n_layers, hidden))  # of `split_parts`
+        self.biases = nn.Parameter(torch.zeros(2))  # of the log-odds of A, and of a tie
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Turn (rows, n_states) into logits, (rows, C)."""
+        parts = split_parts(states, self.weights.shape[2])
+        terms = torch.einsum("prlh,plh->pr", parts, self.weights)
+        half = (terms[0] + (terms[1] + self.biases[0])) / 2
+        return torch.stack([half, -half, terms[2] + terms[3] + self.biases[1]], dim=1)
+
+
+def save_head(head: DavidsonHead, folder: Path) -> None:
     """Write the weights of a head into a folder."""
     save_file(head.state_dict(), folder / HEAD_FILE)
     (folder / HEAD_FILE).chmod(0o644)  # safetensors writes files that only their owner can read
 
 
-def load_head(folder: Path, n_inputs: int) -> nn.Sequential:
-    """Load a head; ValueError if it reads another number of states than `n_inputs`."""
-    weights = load_file(folder / HEAD_FILE)
-    n_hidden, found = weights["0.weight"].shape
-    if found != n_inputs:
+def load_head(folder: Path, n_layers: int, hidden: int) -> DavidsonHead:
+    """Load a head; ValueError if it reads other states than those of so many layers."""
+    weights, head = load_file(folder / HEAD_FILE), DavidsonHead(n_layers, hidden)
+    found = tuple(weights["weights"].shape[1:]) if "weights" in weights else "another kind of head"
+    if found != (n_layers, hidden):
         raise ValueError(
-            f"{folder}: expected a head on {n_inputs} states, as STATE_LAYERS and the base ask, "
-            f"found one on {found}"
+            f"{folder}: expected a head on {n_layers} layers of {hidden} states, as STATE_LAYERS "
+            f"and the base ask, found {found}; train it again"
         )
-    head = make_head(n_inputs, n_hidden if "2.weight" in weights else 0)
     head.load_state_dict(weights)
     return head

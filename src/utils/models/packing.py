@@ -158,7 +158,8 @@ class _Attention:
             window_size=(reach, 0 if self.is_causal else reach),
             scale=self.scale,
             enable_gqa=self.query.shape[1] != self.key.shape[1],
-            **_batch_invariance(),
+            # In a prediction attention must not depend on the other documents.
+            num_splits=None if torch.is_grad_enabled() else 1,
         )
         return attended.unsqueeze(0)
 
@@ -202,7 +203,8 @@ def _has_flash(query: torch.Tensor) -> bool:
 def _has_kernel(query: torch.Tensor) -> bool:
     # torch 2.10, as on Kaggle, has neither windows nor a scale, torch 2.11 no grouped heads.
     parameters = inspect.signature(varlen_attn).parameters
-    return {"window_size", "scale", "enable_gqa"} <= parameters.keys() and _has_flash(query)
+    needed = {"window_size", "scale", "enable_gqa", "num_splits"}
+    return needed <= parameters.keys() and _has_flash(query)
 
 
 def _groups_heads(query: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -212,13 +214,6 @@ def _groups_heads(query: torch.Tensor, bias: torch.Tensor | None) -> bool:
     the MATH kernel: 32 bit, and the scores of a whole document in memory.
     """
     return not query.is_cuda or (bias is None and _has_flash(query))
-
-
-def _batch_invariance() -> dict[str, int]:
-    """Options with which attention in a prediction does not depend on other documents."""
-    is_known = "num_splits" in inspect.signature(varlen_attn).parameters
-    is_wanted = not torch.is_grad_enabled() and torch.version.hip is None  # ROCm refuses it
-    return {"num_splits": 1} if is_known and is_wanted else {}
 
 
 # Registered at import, because transformers finds an attention by its name in the model's config.

@@ -8,9 +8,9 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -137,23 +137,6 @@ def predict_pairs(
     return readings.result(note)
 
 
-class Readings(Protocol):
-    """The token rows of N battles in one or both orders, and what was read of them."""
-
-    orders: Sequence[int]  # in which battles are read, one after the other
-    lengths: np.ndarray  # (N,) int, tokens of each battle
-    n_tok: int  # of all that is to be read, about
-
-    def wanted(self, order: int) -> np.ndarray:
-        """Battles to read in this order, indices."""
-
-    def row(self, order: int, battle: int) -> np.ndarray:
-        """(tokens,) int32, what the model reads of a battle in this order."""
-
-    def put(self, order: int, battles: np.ndarray, values: np.ndarray) -> None:
-        """Take what was read of these battles: one row of values each."""
-
-
 def read_battles(
     reader: Reader,
     readings: Any,
@@ -165,8 +148,9 @@ def read_battles(
 ) -> str:
     """Read batch by batch what `readings` want; return what went wrong, or an empty text.
 
-    Options are those of `predict_pairs`. `readings` are `Readings`; with a deadline or `keep` they
-    also say what may be given up, as those of `predict_pairs` do.
+    Options are those of `predict_pairs`. `readings` have `orders`, in which battles are read one
+    after the other; `lengths`, (N,) int, tokens of each battle, and `n_tok` of all that is to be
+    read; and the methods `wanted`, `row` and `put` of `_Readings`, with a deadline or `keep` all.
     """
     tokens_per_batch = reading_budget(tokens_per_batch, choose_device())
     style: dict[str, Any] = {"unit": "tok", "unit_scale": True, "file": sys.stdout}
@@ -293,7 +277,7 @@ class _Loop:
     """Sends batches to a reader and collects them, replanning by the measured pace."""
 
     reader: Reader
-    readings: Any  # `Readings`
+    readings: Any  # as for `read_battles`
     tokens_per_batch: int
     deadline: float
     bar: tqdm

@@ -8,7 +8,7 @@ errors; without it every battle is its own group.
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,14 +18,14 @@ import statsmodels.api as sm
 from scipy import sparse, stats
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold, KFold, cross_val_predict
+from sklearn.model_selection import GroupKFold, KFold
 from sklearn.preprocessing import SplineTransformer
-from statsmodels.stats.multitest import multipletests
 
 from src.utils.schema import A_WINS, LABEL_NAMES, TEXTS, TIE, join_turns
 from src.utils.stats import scores
 from src.utils.stats.plots import with_interval
 from src.utils.stats.ranking import MAX_STANDARD_ERROR, MIN_SUPPORT, group_codes
+from src.utils.stats.scores import correct
 
 # What a modeller should do about an effect, by its name.
 ADVICE = {
@@ -68,18 +68,6 @@ def win_share(labels: np.ndarray, values: np.ndarray | None = None) -> dict[str,
     test = stats.binomtest(int(hits[kept].sum()), n)
     found["low"], found["high"] = test.proportion_ci(method="exact")
     return found | {"share": test.statistic, "p_value": test.pvalue, "n": n, "reason": None}
-
-
-def correct(p_values: Any) -> np.ndarray:
-    """Correct p-values for their number by Holm's method; NaN stays NaN, (N,) -> (N,) float.
-
-    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
-    """
-    corrected = np.asarray(p_values, dtype=np.float64).copy()
-    known = ~np.isnan(corrected)
-    if known.any():
-        corrected[known] = multipletests(corrected[known], method="holm")[1]
-    return corrected
 
 
 def win_share_grid(
@@ -137,17 +125,28 @@ def win_share_by_level(
     kept, hits = _decided(labels, values)
     tables = []
     for name, levels in properties.items():
-        level = pd.Categorical(levels)[kept]
-        n = np.bincount(level.codes, minlength=len(level.categories))
-        n_hits = np.bincount(level.codes[hits[kept]], minlength=len(n))
-        table = pd.DataFrame({"property": name, "level": list(level.categories), "n": n})
-        table["share"] = n_hits / table["n"]  # NaN where n is 0
-        table["low"], table["high"] = scores.proportion_interval(n_hits, n, exact=True)
-        seen = np.column_stack([n_hits, n - n_hits])[n > 0]
-        testable = len(seen) > 1 and seen.sum(axis=0).all()
-        table["p_value"] = stats.chi2_contingency(seen).pvalue if testable else np.nan
+        table = share_by_level(pd.Categorical(levels)[kept], hits[kept], exact=True)
+        table.insert(0, "property", name)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
+
+
+def share_by_level(levels: pd.Categorical, hits: np.ndarray, exact: bool = False) -> pd.DataFrame:
+    """Count the share of `hits`, (N,) bool, on each level; battles without a level are left out.
+
+    Returns:
+        One row per level: level, n, share, low, high (Wilson, or `exact`), and p_value of the
+        chi-square test that all levels have one share.
+    """
+    known = levels.codes >= 0
+    n = np.bincount(levels.codes[known], minlength=len(levels.categories))
+    n_hits = np.bincount(levels.codes[known & hits], minlength=len(n))
+    table = pd.DataFrame({"level": list(levels.categories), "n": n})
+    table["share"] = n_hits / table["n"]  # NaN where n is 0
+    table["low"], table["high"] = scores.proportion_interval(n_hits, n, exact)
+    seen = np.column_stack([n_hits, n - n_hits])[n > 0]
+    testable = len(seen) > 1 and seen.sum(axis=0).all()
+    return table.assign(p_value=stats.chi2_contingency(seen).pvalue if testable else np.nan)
 
 
 def _rate_by_bin(values: np.ndarray, hits: np.ndarray, n_bins: int) -> pd.DataFrame:
@@ -324,18 +323,13 @@ def measure_leak(
     columns = ["part", "battles", "grouped", "random", "leak", "low", "high"]
     if len(np.unique(groups)) < n_folds or len(np.unique(labels)) < 2:
         return pd.DataFrame(columns=columns)
-    features, losses = _leak_features(pairs, differences), {}
-    model = LogisticRegression(C=0.1, max_iter=60)
-    for name, splitter in (("grouped", GroupKFold), ("random", KFold)):
-        folds = splitter(n_folds, shuffle=True, random_state=seed)
-        how = {"groups": groups, "cv": folds, "method": "predict_proba"}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # 60 steps are enough for a comparison
-            probs = cross_val_predict(model, features, labels, **how)
-        losses[name] = -np.log(np.maximum(probs[np.arange(len(labels)), labels], 1e-6))
+    features = _leak_features(pairs, differences)
+    grouped = GroupKFold(n_folds, shuffle=True, random_state=seed).split(features, groups=groups)
+    random = KFold(n_folds, shuffle=True, random_state=seed).split(features)
+    losses = [_simple_losses(features, labels, folds) for folds in (grouped, random)]
     repeats = pairs["group"].duplicated(keep=False).to_numpy()
     parts = {"all battles": np.ones_like(repeats), "battles whose prompt repeats": repeats}
-    table = scores.compare_slices(losses["grouped"], {"random": losses["random"]}, parts, groups)
+    table = scores.compare_slices(losses[0], {"random": losses[1]}, parts, groups)
     return table.drop(columns="verdict").set_axis(columns, axis=1)
 
 
@@ -369,24 +363,19 @@ def measure_future(
     """
     kept = scores.draw_groups(pairs["group"].to_numpy(), max_pairs, seed)
     pairs, differences, newest = pairs.iloc[kept], differences[kept], is_newest[kept]
-    labels, groups = pairs["label"].to_numpy(), pairs["group"].to_numpy()
+    labels, groups = pd.factorize(pairs["label"], sort=True)[0], pairs["group"].to_numpy()
     columns = ["battles", "other_prompts", "future", "cost", "low", "high"]
     n_prompts = len(np.unique(groups[newest]))
     if n_prompts < 2 or set(labels[~newest]) != set(labels) or len(set(labels)) < 2:
         return pd.DataFrame(columns=columns)
-    features, model = _leak_features(pairs, differences), LogisticRegression(C=0.1, max_iter=60)
-    folds = GroupKFold(n_folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 60 steps are enough for a comparison
-        how = {"groups": groups, "cv": folds, "method": "predict_proba"}
-        grouped = cross_val_predict(model, features, labels, **how)[newest]
-        future = model.fit(features[~newest], labels[~newest]).predict_proba(features[newest])
-    places = pd.factorize(labels, sort=True)[0][newest]
-    rows = np.arange(len(places))
-    losses = -np.log(np.maximum(np.stack([future, grouped])[:, rows, places], 1e-6))
-    gap = scores.paired_difference(losses[0], losses[1], groups[newest])
-    means = losses.mean(axis=1)
-    return pd.DataFrame([(len(places), means[1], means[0], *gap.values())], columns=columns)
+    features = _leak_features(pairs, differences)
+    folds = GroupKFold(n_folds, shuffle=True, random_state=seed).split(features, groups=groups)
+    grouped = _simple_losses(features, labels, folds)[newest]
+    past = [(np.flatnonzero(~newest), np.flatnonzero(newest))]
+    future = _simple_losses(features, labels, past)[newest]
+    gap = scores.paired_difference(future, grouped, groups[newest])
+    row = (len(future), grouped.mean(), future.mean(), *gap.values())
+    return pd.DataFrame([row], columns=columns)
 
 
 def describe_future(future: pd.DataFrame) -> str:
@@ -403,6 +392,20 @@ def describe_future(future: pd.DataFrame) -> str:
     if found["low"] > 0:
         return f"{text}. The future is harder, by {cost}."
     return f"{text}: the future is not measurably harder ({cost})."
+
+
+def _simple_losses(
+    features: sparse.csr_matrix, labels: np.ndarray, folds: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """Losses of a logistic regression on what each fold holds out, (N,) nats; NaN elsewhere."""
+    losses = np.full(len(labels), np.nan)
+    for fitted, held_out in folds:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # 60 steps are enough for a comparison
+            model = LogisticRegression(C=0.1, max_iter=60).fit(features[fitted], labels[fitted])
+        probs = model.predict_proba(features[held_out])
+        losses[held_out] = scores.row_losses(probs, labels[held_out])
+    return losses
 
 
 def _leak_features(pairs: pd.DataFrame, differences: np.ndarray) -> sparse.csr_matrix:

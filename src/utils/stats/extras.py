@@ -6,10 +6,9 @@ intervals 95 % (Wilson).
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from src.utils.schema import A_WINS, B_WINS, BOTH_BAD, LABEL_NAMES
-from src.utils.stats import effects, scores
+from src.utils.stats import effects
 from src.utils.stats.plots import with_interval
 
 _MIN_SLICE = 20  # battles of a language that has a level of its own
@@ -77,18 +76,10 @@ def vote_shares(
     hits = {name: labels == label for label, name in enumerate(LABEL_NAMES)}
     if both_bad is not None:
         hits["both bad"] = both_bad
-    kept = levels.codes >= 0
-    n = np.bincount(levels.codes[kept], minlength=len(levels.categories))
     tables = []
     for outcome, hit in hits.items():
-        n_hits = np.bincount(levels.codes[kept & hit], minlength=len(n))
-        table = pd.DataFrame({"level": list(levels.categories), "outcome": outcome, "n": n})
-        table["share"] = n_hits / table["n"]  # NaN where n is 0
-        table["low"], table["high"] = scores.proportion_interval(n_hits, n)
-        seen = np.column_stack([n_hits, n - n_hits])[n > 0]
-        testable = len(seen) > 1 and seen.sum(axis=0).all()
-        table["p_value"] = stats.chi2_contingency(seen).pvalue if testable else np.nan
-        tables.append(table)
+        tables.append(effects.share_by_level(levels, hit))
+        tables[-1].insert(1, "outcome", outcome)
     return pd.concat(tables, ignore_index=True)
 
 

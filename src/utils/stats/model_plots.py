@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -27,11 +28,11 @@ from src.utils.stats.plots import (
     place_legend,
     with_interval,
 )
+from src.utils.stats.sentences import describe_gap
 
 _OTHER, _ALARM = "#777777", "#CC79A7"
 _BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncol": 3}
 _BELOW["frameon"] = False
-_PANELS = ("Log loss", "Accuracy", "Speed and learning rate")
 _HISTORY = ("fold", "seed", "minutes", "epoch")
 
 
@@ -78,33 +79,28 @@ def plot_ladder(ax: Axes, table: pd.DataFrame, reference: str, published: str = 
         published: the model that is coloured and named in the title; empty: the best one.
     """
     rows = table.sort_values("log_loss", ascending=False).reset_index(drop=True)
-    rows = rows.assign(low=rows["difference_low"], high=rows["difference_high"])
+    rows = rows.assign(low=rows["difference_low"], high=rows["difference_high"], mark="o")
     published = published or rows["model"].iloc[-1]
-    for place in range(len(rows)):
-        color = ACCENT if rows["model"][place] == published else _OTHER
-        row = rows[place : place + 1]
-        draw_intervals(ax, row, "difference", [place], color=color, markersize=8)
-        loss, right = f"{rows['log_loss'][place]:.3f}", ax.get_yaxis_transform()
-        weight = "bold" if color == ACCENT else "normal"
-        ax.text(1.02, place, loss, transform=right, va="center", color=color, weight=weight)
+    colors = np.where(rows["model"] == published, ACCENT, _OTHER)
+    _draw_losses(ax, rows.assign(name=rows["model"], color=colors), "difference")
     ax.text(1.02, len(rows) - 0.4, "log loss", transform=ax.get_yaxis_transform(), fontsize=9)
     ax.axvline(0, **BLACK)
-    ax.set_yticks(range(len(rows)), rows["model"])
-    ax.set_ylim(-0.6, len(rows) - 0.4)
     gap = rows[rows["model"] == published].iloc[0]
     title = f"{published}: {describe_gap(gap['difference'], gap['low'], gap['high'], reference)}"
     x = f"log loss minus that of {reference}, nats per battle (paired 95 % interval)"
     return label_axes(ax, title, x, "")
 
 
-def describe_gap(gap: float, low: float, high: float, reference: str) -> str:
-    """Say how far a loss is from a reference, or that the interval (low, high) holds 0; nats."""
-    if low <= 0 <= high:
-        found = with_interval(gap, low, high, "{:+.3f}")
-        return f"no measurable difference to {reference} ({found.replace(' (', ', ', 1)}"
-    near, far = sorted((abs(low), abs(high)))
-    side = "above" if gap > 0 else "below"
-    return f"{abs(gap):.3f} nats ({near:.3f} to {far:.3f}) {side} {reference}"
+def _draw_losses(ax: Axes, rows: pd.DataFrame, value: str) -> None:
+    """Draw a row per name, from the bottom: `value` in its mark and colour; log_loss beside it."""
+    for place, row in enumerate(rows.to_dict("records")):
+        look = {"color": row["color"], "fmt": row["mark"], "markersize": 8}
+        draw_intervals(ax, rows[place : place + 1], value, [place], **look)
+        look = {"color": row["color"], "weight": "bold" if row["color"] == ACCENT else "normal"}
+        look |= {"transform": ax.get_yaxis_transform(), "va": "center"}
+        ax.text(1.02, place, f"{row['log_loss']:.3f}", **look)
+    ax.set_yticks(range(len(rows)), rows["name"])
+    ax.set_ylim(-0.6, len(rows) - 0.4)
 
 
 def plot_published(ax: Axes, published: pd.DataFrame, ours: Mapping[str, float] | None) -> Axes:
@@ -123,35 +119,21 @@ def plot_published(ax: Axes, published: pd.DataFrame, ours: Mapping[str, float] 
         interval = f"{ours['log_loss']:.3f} ({ours['low']:.3f} to {ours['high']:.3f})"
         title = f"Ours: {interval}; {n_better} published scores are below it, {n_worse} above"
     rows = rows.sort_values("log_loss", ascending=False).reset_index(drop=True)
-    for place, row in enumerate(rows.to_dict("records")):
-        mark = "s" if "leaderboard" in str(row["kind"]) else "o"
-        ax.plot(row["log_loss"], place, mark, color=row["color"], markersize=8)
-        ax.plot([row["low"], row["high"]], [place, place], color=row["color"], linewidth=2)
-        ax.annotate(
-            f"{row['log_loss']:.3f}",
-            (1.02, place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            color=row["color"],
-        )
-    ax.set_yticks(range(len(rows)), rows["name"])
+    marks = np.where(rows["kind"].str.contains("leaderboard"), "s", "o")
+    _draw_losses(ax, rows.assign(mark=marks), "log_loss")
     x = "log loss, nats per battle (circle: cross-validated, square: a leaderboard)"
     return label_axes(ax, title, x, "")
 
 
 def plot_confusion(ax: Axes, table: pd.DataFrame) -> Axes:
     """Show how often each vote was the most probable one, from `scores.count_confusion`."""
-    counts = table[list(LABEL_NAMES)].to_numpy()
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    ax.imshow(shares, cmap="Greens", vmin=0, vmax=1, aspect="auto")
-    for (row, column), share in np.ndenumerate(shares):
-        text = f"{counts[row, column]:,}\n{number(share, '{:.0%}')}"
-        ax.text(column, row, text, ha="center", va="center", color="w" if share > 0.6 else "k")
-    ax.set_xticks(range(len(LABEL_NAMES)), LABEL_NAMES)
-    ax.set_yticks(
-        range(len(LABEL_NAMES)), [f"{row.vote} ({row.n:,})" for row in table.itertuples()]
-    )
-    ax.grid(visible=False)
+    counts = table[list(LABEL_NAMES)]
+    counts.index = pd.Index([f"{row.vote} ({row.n:,})" for row in table.itertuples()])
+    shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+    texts = counts.map("{:,}\n".format) + shares.map(number, text="{:.0%}")
+    look: dict[str, Any] = {"cmap": "Greens", "vmin": 0, "vmax": 1, "cbar": False}
+    sns.heatmap(shares, ax=ax, annot=texts, fmt="", **look)
+    ax.tick_params(axis="y", rotation=0)
     tie = table.iloc[TIE]
     found = with_interval(tie["recall"], tie["low"], tie["high"], "{:.0%}")
     return label_axes(ax, f"Of the ties it calls {found}", "most probable", "vote (votes)")
@@ -231,14 +213,14 @@ def plot_training(axes: np.ndarray, history: pd.DataFrame, prior: float = np.nan
         prior: log loss of the class prior, nats per battle.
     """
     loss, accuracy, speed, memory = np.ravel(axes)
-    plot_history(
-        loss, history, {"training": "train_loss", "held out": "log_loss"}, "log loss, nats"
-    )
+    seen = {"training": "train_loss", "held out": "log_loss"}
+    plot_history(loss, history, seen, "log loss, nats", "Log loss")
     loss.axhline(prior, linestyle="--", label="class prior", **BLACK)
     loss.legend(**_BELOW)
     seen = {"training": "train_accuracy", "held out": "accuracy"}
-    plot_history(accuracy, history, seen, "accuracy", percent_on="y")
-    plot_history(speed, history, {"tokens per second": "tokens_per_second"}, "tokens per second")
+    plot_history(accuracy, history, seen, "accuracy", "Accuracy", percent_on="y")
+    seen = {"tokens per second": "tokens_per_second"}
+    plot_history(speed, history, seen, "tokens per second", "Speed and learning rate")
     speed.set_ylim(0, None)
     rate = speed.twinx()
     plot_history(rate, history, {"learning rate": "learning_rate"}, "learning rate")
@@ -246,9 +228,6 @@ def plot_training(axes: np.ndarray, history: pd.DataFrame, prior: float = np.nan
     rate.grid(visible=False)
     speed.legend(handles=[speed.lines[0], rate.lines[0]], **_BELOW)
     plot_memory(memory, history)
-    for place, title in zip((loss, accuracy, speed), _PANELS, strict=True):
-        place.set_title(title, loc="left")
-    rate.set_title("")
     return axes
 
 

@@ -234,9 +234,8 @@ def plot_model_records(
     if shown.empty:
         return np.array([explain(ax, "No chatbot is named in these battles.") for ax in axes])
     names, start = shown["model"].tolist(), np.zeros(len(shown))
-    counts = {"won": shown["win_share"].fillna(0) * shown["n_decided"], "tied": shown["tie_share"]}
-    counts["tied"] = shown["n"] - shown["n_decided"]
-    counts["lost"] = shown["n"] - counts["won"] - counts["tied"]
+    won = shown["win_share"].fillna(0) * shown["n_decided"]
+    counts = {"won": won, "tied": shown["n"] - shown["n_decided"], "lost": shown["n_decided"] - won}
     for (name, count), color in zip(counts.items(), (ACCENT, MUTED, "#E69F00"), strict=True):
         left.barh(range(len(names)), count, left=start, color=color, label=name)
         start = start + count.to_numpy()
@@ -272,22 +271,17 @@ def plot_head_to_head(ax: Axes, table: pd.DataFrame, min_battles: int = 10) -> A
 
 
 def _draw_cells(ax: Axes, shares: pd.DataFrame, known: pd.DataFrame) -> None:
-    """Colour shares around one half; bold where `is_clear`, and grey numbers elsewhere."""
-    look: dict[str, Any] = {"cmap": "PuOr", "vmin": 0, "vmax": 1, "linewidths": 1}
+    """Colour shares around one half, each with its battles, and bold where `is_clear`."""
+    texts = (100 * known["share"]).map("{:.0f}".format) + known["n"].map("\n({:,})".format)
+    look: dict[str, Any] = {"cmap": "PuOr", "vmin": 0, "vmax": 1, "linewidths": 1, "fmt": ""}
+    look |= {"annot": texts.unstack().reindex_like(shares), "annot_kws": {"fontsize": 8}}
     sns.heatmap(shares.astype(float), ax=ax, cbar=False, **look)
     ax.grid(visible=False)
-    clear, values = is_clear(known, 0.5), shares.to_numpy(dtype=float)
-    for row, name in enumerate(shares.index):
-        for column, other in enumerate(shares.columns):
-            share = float(values[row, column])
-            if pd.isna(share):
-                continue
-            weight = "bold" if clear[name, other] else "normal"
-            text = f"{100 * share:.0f}\n({known.loc[(name, other), 'n']:,})"
-            color = "white" if abs(share - 0.5) > 0.3 else "black"
-            place = (column + 0.5, row + 0.5)
-            look = {"ha": "center", "va": "center", "fontsize": 8, "weight": weight}
-            ax.text(*place, text, color=color, **look)
+    drawn = shares.stack().dropna()
+    clear = is_clear(known, 0.5).reindex(drawn.index)
+    for text, share, is_bold in zip(ax.texts, drawn, clear, strict=True):
+        text.set(weight="bold" if is_bold else "normal")
+        text.set_color("white" if abs(share - 0.5) > 0.3 else "black")
     ax.tick_params(axis="y", rotation=0)
     ax.tick_params(axis="x", rotation=0 if len(shares.columns) < 7 else 45)
 
@@ -321,22 +315,17 @@ def plot_kinds(axes: np.ndarray, ties: pd.DataFrame, longer: pd.DataFrame) -> np
     overall = float((ties["share"] * ties["n"]).sum() / max(ties["n"].sum(), 1))
     parts = (
         (ties, overall, "ties", "share of ties"),
-        (longer, 0.5, "", "share of decided battles"),
+        (longer, 0.5, "what length does", "share of decided battles"),
     )
     order = ties["level"].tolist()[::-1]
-    for ax, (rows, null, _, x) in zip(axes, parts, strict=True):
-        rows = rows[["level", "n", "share", "low", "high"]]
+    for ax, (rows, null, what, x) in zip(axes, parts, strict=True):
         draw_rows(ax, {"": (ACCENT, rows)}, "share", "level", order, null=null)
-        label_axes(ax, "", f"{x} (95 % interval)", "", percent_on="x")
+        is_moved = len(rows) > 0 and rows["p_value"].iloc[0] < ALPHA / 2
+        begin = "Kinds of prompt differ" if is_moved else "No measurable difference"
+        label_axes(ax, f"{begin} in {what}", f"{x} (95 % interval)", "", percent_on="x")
     counts = ties.set_index("level")["n"]
     axes[0].set_yticks(range(len(order)), [f"{name} ({counts[name]:,})" for name in order])
     axes[1].set_yticks(range(len(order)), [""] * len(order))
-    for ax, rows, what in zip(axes, (ties, longer), ("ties", "what length does"), strict=True):
-        is_moved = len(rows) > 0 and rows["p_value"].iloc[0] < ALPHA / 2
-        title = f"Kinds of prompt differ in {what}"
-        if not is_moved:
-            title = f"No measurable difference in {what}"
-        ax.set_title(fill(title, _HALF_CHARS), loc="left")
     return axes
 
 
@@ -536,8 +525,10 @@ def plot_planted(ax: Axes, planted: pd.Series, estimated: pd.DataFrame) -> Axes:
     draw_intervals(ax, rows[::-1], "log_odds_per_unit", range(len(rows)), color=ACCENT)
     ax.set_yticks(range(len(rows)), names[::-1])
     ax.axvline(1, **BLACK)
-    covered = int(((rows["low"] <= 1) & (rows["high"] >= 1)).sum())
-    title = f"{covered} of {len(rows)} intervals cover the planted effect"
+    missed = rows.index[(rows["low"] > 1) | (rows["high"] < 1)]
+    title = f"{len(rows) - len(missed)} of {len(rows)} intervals cover the planted effect"
+    if len(missed):
+        title += f"; not that of {', '.join(missed)} (one in twenty is expected to miss)"
     x = "estimated over planted effect (95 % interval); planted log-odds in brackets"
     return label_axes(ax, title, x, "")
 

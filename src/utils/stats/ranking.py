@@ -17,10 +17,9 @@ from scipy.optimize import minimize
 from scipy.sparse.csgraph import connected_components
 from scipy.special import log_softmax
 from scipy.stats import binomtest
-from statsmodels.stats.multitest import multipletests
 
 from src.utils.schema import A_WINS, B_WINS, TIE, UNKNOWN_MODEL
-from src.utils.stats.scores import Z_95, proportion_interval
+from src.utils.stats.scores import Z_95, correct, proportion_interval
 
 MIN_SUPPORT = 10  # battles in which a feature must differ before its effect is estimated
 # A larger standard error, in log-odds, means that the data bound an effect on one side only.
@@ -59,8 +58,7 @@ def model_records(
     table = known.agg(n=("won", "size"), n_won=("won", "sum"), n_tied=("tied", "sum")).reset_index()
     table["n_decided"] = table["n"] - table["n_tied"]
     table["win_share"] = table["n_won"] / table["n_decided"]  # NaN where all are ties
-    counts = table["n_won"].to_numpy(), table["n_decided"].to_numpy()
-    table["low"], table["high"] = proportion_interval(*counts)
+    table["low"], table["high"] = proportion_interval(table["n_won"], table["n_decided"])
     table["tie_share"] = table["n_tied"] / table["n"]
     table = table.drop(columns=["n_won", "n_tied"])
     return table.sort_values("n", ascending=False, kind="stable", ignore_index=True)
@@ -78,28 +76,22 @@ def head_to_head(
     """
     records = model_records(model_a, model_b, labels).head(n_shown)
     order = records.sort_values("win_share", ascending=False)["model"].tolist()
-    battles = pd.DataFrame({"a": np.asarray(model_a), "b": np.asarray(model_b), "label": labels})
-    battles = battles[battles["label"] != TIE]
-    rows = []
-    for place, model in enumerate(order):
-        for opponent in order[place + 1 :]:
-            first = battles[(battles["a"] == model) & (battles["b"] == opponent)]
-            second = battles[(battles["a"] == opponent) & (battles["b"] == model)]
-            n = len(first) + len(second)
-            if n:
-                won = int((first["label"] == A_WINS).sum() + (second["label"] == B_WINS).sum())
-                rows.append((model, opponent, n, won))
-    table = pd.DataFrame(rows, columns=["model", "opponent", "n", "won"])
-    tests = [binomtest(won, n).pvalue for n, won in table[["n", "won"]].itertuples(index=False)]
-    table = table.assign(p_value=np.array(tests, dtype=float))
-    table["p_holm"] = multipletests(tests, method="holm")[1] if tests else []
+    a, b = map(pd.Index(order, dtype=object).get_indexer, (model_a, model_b))
+    met = (labels != TIE) & (a >= 0) & (b >= 0) & (a != b)
+    won = (labels == A_WINS) == (a < b)  # by the better one of the two, which is the first
+    sides = {"model": np.minimum(a, b), "opponent": np.maximum(a, b), "won": won}
+    meetings = pd.DataFrame(sides)[met].groupby(["model", "opponent"])["won"]
+    table = meetings.agg(n="size", won="sum").reset_index()
+    tests = [binomtest(*row).pvalue for row in table[["won", "n"]].to_numpy().tolist()]
+    table["p_value"] = np.array(tests, dtype=float)
+    table["p_holm"] = correct(tests)
     mirrored = table.rename(columns={"model": "opponent", "opponent": "model"})
-    table = pd.concat([table, mirrored.assign(won=table["n"] - table["won"])], ignore_index=True)
+    table = pd.concat([table, mirrored.assign(won=table["n"] - table["won"])])
+    table = table.sort_values("model", kind="stable", ignore_index=True)
     table["share"] = table["won"] / table["n"]
-    counts = table["won"].to_numpy(), table["n"].to_numpy()
-    table["low"], table["high"] = proportion_interval(*counts, exact=True)
-    table["model"] = pd.Categorical(table["model"], order)
-    return table.sort_values("model", kind="stable", ignore_index=True).astype({"model": object})
+    table["low"], table["high"] = proportion_interval(table["won"], table["n"], exact=True)
+    each = dict(enumerate(order))
+    return table.assign(model=table["model"].map(each), opponent=table["opponent"].map(each))
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,15 @@ with rows that sum to 1 and columns in the order of `schema.LABELS`, `labels` (N
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, norm
+from numpy.typing import ArrayLike
+from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from src.utils.runs import read_json
 from src.utils.schema import (
@@ -153,18 +157,26 @@ def paired_difference(
 
 
 def proportion_interval(
-    n_hits: np.ndarray, n: np.ndarray, exact: bool = False
+    n_hits: ArrayLike, n: ArrayLike, exact: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bound proportions at 95 % by Wilson, or `exact` by Clopper and Pearson: low, high (K,) float.
 
     `n_hits` and `n` are (K,) int, hits and trials; no trials give NaN.
     """
-    bounds = np.full((len(n), 2), np.nan)
-    for row, (k, trials) in enumerate(zip(n_hits, n, strict=True)):
-        if trials:
-            test = binomtest(int(k), int(trials))
-            bounds[row] = test.proportion_ci(method="exact" if exact else "wilson")
-    return bounds[:, 0], bounds[:, 1]
+    trials = np.where(n, n, np.nan)
+    return proportion_confint(np.asarray(n_hits), trials, method="beta" if exact else "wilson")
+
+
+def correct(p_values: Any) -> np.ndarray:
+    """Correct p-values for their number by Holm's method; NaN stays NaN, (N,) -> (N,) float.
+
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
+    """
+    corrected = np.asarray(p_values, dtype=np.float64).copy()
+    known = ~np.isnan(corrected)
+    if known.any():
+        corrected[known] = multipletests(corrected[known], method="holm")[1]
+    return corrected
 
 
 def reliability_curve(probs: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> pd.DataFrame:

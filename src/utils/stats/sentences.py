@@ -4,7 +4,7 @@ A number is given with its 95 % interval, and called an effect only where that e
 Tables are those of `stats.effects`, `stats.extras`, `stats.ranking` and `models.insight`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,16 @@ def literal(name: str) -> str:
     )
 
 
+def describe_gap(gap: float, low: float, high: float, reference: str) -> str:
+    """Say how far a loss is from a reference, or that the interval (low, high) holds 0; nats."""
+    if low <= 0 <= high:
+        found = with_interval(gap, low, high, "{:+.3f}")
+        return f"no measurable difference to {reference} ({found.replace(' (', ', ', 1)}"
+    near, far = sorted((abs(low), abs(high)))
+    side = "above" if gap > 0 else "below"
+    return f"{abs(gap):.3f} nats ({near:.3f} to {far:.3f}) {side} {reference}"
+
+
 def describe_winner(found: Found, who: str) -> str:
     """Say whether `who` ("position A", "the longer answer") wins more than half."""
     name = who[:1].upper() + who[1:]
@@ -68,18 +78,8 @@ def describe_near_equal(in_characters: Found, in_words: Found, n_chars: int, n_w
     """Say who wins where the answers are about equally long, in both units of length."""
     parts = []
     for unit, n, found in (("characters", n_chars, in_characters), ("words", n_words, in_words)):
-        where = f"Within {n} {unit} of each other"
-        if found["n"] == 0:
-            parts.append(f"{where} no battle was decided.")
-        elif not found["p_value"] < ALPHA:
-            parts.append(f"{where} there is no measurable preference: the longer wins ")
-            parts[-1] += f"{share_of(found)} of {found['n']:,}."
-        else:
-            side = "longer" if found["share"] > 0.5 else "shorter"
-            seen = found | {"share": 1 - found["share"]}
-            seen |= {"low": 1 - found["high"], "high": 1 - found["low"]}
-            shown = share_of(found if side == "longer" else seen)
-            parts.append(f"{where} the {side} answer wins **{shown}** of {found['n']:,}.")
+        text = describe_winner(found, "the longer answer")
+        parts.append(f"Within {n} {unit} of each other, {text[:1].lower()}{text[1:]}")
     return " ".join(parts)
 
 
@@ -90,14 +90,16 @@ def describe_levels(table: pd.DataFrame, what: str) -> str:
     moved = p_values.index[p_values < ALPHA / max(len(p_values), 1)]
     parts = []
     for name in moved:
-        rows = table[table["property"] == name].sort_values("share")
-        ends = [
-            f"{share_of(row)} for {row['level']}" for row in rows.iloc[[0, -1]].to_dict("records")
-        ]
-        parts.append(f"by {name}, from {' to '.join(ends)}")
+        parts.append(f"by {name}, from {_name_ends(table[table['property'] == name])}")
     if parts:
         return f"{what} differs {'; '.join(parts)}."
     return f"{what} does not measurably depend on {join_names(p_values.index, 'anything here')}."
+
+
+def _name_ends(rows: pd.DataFrame) -> str:
+    """Name the levels with the smallest and the largest share."""
+    ends = rows.sort_values("share").iloc[[0, -1]].to_dict("records")
+    return " to ".join(f"{share_of(row)} for {row['level']}" for row in ends)
 
 
 def describe_grid(table: pd.DataFrame) -> str:
@@ -192,20 +194,6 @@ def describe_strengths(plain: pd.DataFrame, styled: pd.DataFrame) -> str:
     return f"{text} At equal style {join_names(map(literal, apart['model']))} moved measurably."
 
 
-def describe_trends(curves: Mapping[str, pd.DataFrame]) -> str:
-    """Say how wins of the longer answer and ties follow the ratio, from `effects.length_curves`."""
-    trends = curves["trends"].set_index("what")["p_value"]
-    parts = []
-    for name, what in (("longer", "wins of the longer answer"), ("ties", "ties")):
-        bins = curves[f"{name}_bins"]["share"]
-        if not trends[name] < ALPHA or len(bins) < 2:
-            parts.append(f"{what} show no measurable trend")
-        else:
-            way = "more" if bins.iloc[-1] > bins.iloc[0] else "less"
-            parts.append(f"{what} are {way} frequent")
-    return f"The more the lengths differ: {'; '.join(parts)} (Spearman's test)."
-
-
 def describe_records(records: pd.DataFrame, min_battles: int) -> str:
     """Name the chatbots that win measurably more or less than half, of `ranking.model_records`."""
     ranked = records[(records["n"] >= min_battles) & (records["n_decided"] > 0)]
@@ -225,40 +213,11 @@ def describe_kinds(ties: pd.DataFrame, longer: pd.DataFrame) -> str:
     for table, what in ((ties, "the share of ties"), (longer, "how often the longer answer wins")):
         table = table[table["n"] > 0]
         if len(table) and table["p_value"].iloc[0] < ALPHA / 2:
-            rows = table.sort_values("share").iloc[[0, -1]].to_dict("records")
-            ends = [f"{share_of(row)} for {row['level']}" for row in rows]
-            parts.append(f"{what} goes from {' to '.join(ends)}")
+            parts.append(f"{what} goes from {_name_ends(table)}")
         else:
             parts.append(f"{what} shows no measurable difference between kinds")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def describe_blend(ladder: pd.DataFrame, blend: str, best: str, gap: Found) -> str:
-    """Say whether a blend beats its best member; `gap` is of `scores.paired_difference`."""
-    losses = ladder.set_index("model")["log_loss"]
-    numbers = with_interval(gap["mean"], gap["low"], gap["high"], "{:+.4f}")
-    text = (
-        f"The blend scores {losses[blend]:.4f} nats, its best member, {best}, {losses[best]:.4f}:"
-    )
-    if gap["high"] < 0:
-        return f"{text} the blend is better, by {numbers}."
-    if gap["low"] > 0:
-        return f"{text} the blend is **worse** than that member, by {numbers}."
-    return f"{text} no measurable difference, {numbers}."
-
-
-def describe_planted(planted: pd.Series, estimated: pd.DataFrame) -> str:
-    """Name the planted effects that their intervals miss, from `ranking.VoteModel.effects`."""
-    rows = estimated.set_index("effect").loc[list(planted.index)]
-    is_missed = (rows["low"] > planted) | (rows["high"] < planted)
-    missed = planted.index[is_missed.to_numpy()]
-    n_missed = f"{len(missed)} of {len(planted)}" if len(missed) else "None"
-    named = f": {join_names(missed)}" if len(missed) else ""
-    return (
-        f"{n_missed} of the intervals misses the planted effect{named}; "
-        "one in twenty is expected to."
-    )
 
 
 def describe_words(words: pd.DataFrame, member: str, weight: float) -> str:
@@ -314,21 +273,6 @@ def describe_score(result: Mapping[str, float], n_pairs: int) -> str:
         f"{text} The oracle log loss is {result['oracle_log_loss']:.3f}: "
         f"{result['excess_log_loss']:.3f} nats are left to learn."
     )
-
-
-def describe_guesses(table: pd.DataFrame) -> str:
-    """Say what knowing the position is worth; the last row's difference is to the blind prior."""
-    row = table.iloc[-1]
-    low, high = row["difference_low"], row["difference_high"]
-    numbers = with_interval(row["difference"], low, high, "{:+.4f}")
-    if high < 0:
-        return f"Knowing the position changes the loss by {numbers} nats."
-    return f"Knowing the position brings no measurable gain: {numbers} nats."
-
-
-def describe_spread(values: Sequence[float]) -> str:
-    """Write a mean with its standard deviation: "1.031 ± 0.012"."""
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
 
 
 def describe_training(fitted: Found, is_head: bool) -> str:

@@ -25,7 +25,6 @@ def show(
     table: pd.DataFrame,
     formats: Mapping[str, str] | None = None,
     digits: int = 4,
-    index: bool = False,
     intervals: Mapping[str, tuple[str, str]] | None = None,
     headers: Mapping[str, str] | None = None,
     best: str = "",
@@ -34,12 +33,11 @@ def show(
 
     Args:
         formats: column -> format, e.g. "{:.1%}" or "{:+.3f}"; others get `digits` decimals.
-        index: show the index, which is escaped, too.
         intervals: column -> the columns of its bounds, shown with it as "0.920 (0.910–0.928)".
         headers: column -> header; the others lose their underscores.
         best: column whose smallest value makes its row bold.
     """
-    table = table if index else table.reset_index(drop=True)
+    table = table.reset_index(drop=True)
     is_best = table[best] == table[best].min() if best else np.zeros(len(table), dtype=bool)
     intervals, formats = intervals or {}, _NAMES | dict(formats or {})
     bounds = {name for pair in intervals.values() for name in pair}
@@ -60,8 +58,7 @@ def show(
         if not pd.api.types.is_numeric_dtype(column):
             texts.append(title)
     styler = pd.DataFrame(cells, index=table.index, dtype=object).style.format(escape="html")
-    styler = styler.format_index(escape="html", axis=1)
-    styler = styler.format_index(escape="html", axis=0) if index else styler.hide(axis="index")
+    styler = styler.format_index(escape="html", axis=1).hide(axis="index")
     styler = styler.set_properties(subset=pd.Index(texts), **{"text-align": "left"})
     left = [f"th.col{place}" for place, title in enumerate(cells) if title in texts]
     if left:

@@ -54,7 +54,7 @@ STAGES = (
     Stage("04_qwen", ("history.csv", *_MODEL), _PAIRS),
     Stage("05_ensemble", _BLEND, _PAIRS | _SCORED, chosen_by="MEMBERS"),
     Stage("06_kaggle_inference", _SUBMITTED, _WEIGHTS, _LOADED, raw=_TEST),
-    Stage("07_publish", _CARD, _PAIRS | _PUBLISHED, chosen_by="SOURCE"),
+    Stage("07_publish", _CARD, _PAIRS, _SCORED | _PUBLISHED),
 )
 
 

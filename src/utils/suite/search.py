@@ -9,45 +9,34 @@
       LEARNING_RATE: {low: 1e-5, high: 1e-3, log: true}
 
 Values are written as after SET=; a range from a whole number gives whole numbers. If every
-parameter is a list, each combination is tried once, else a trial whose validations are worse
-than the median is stopped. `name` (else that of the file) and `seed` may be added. The same
-command resumes (with other settings or data it starts another search); it can run several times
-at once, on several machines, with one storage.
+parameter is a list, each combination is tried once. `name` (else that of the file) and `seed` may
+be added. The same command resumes (with other settings or data it starts another search); it can
+run several times at once, on several machines with the URL of one database.
 """
 
 import argparse
+import dataclasses
 import math
-import platform
+import os
 import re
-import shutil
-import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
-import pandas as pd
-import psutil
 import yaml
-from matplotlib import pyplot as plt
-from optuna.storages import JournalStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import BaseTrial, FixedTrial, Trial, TrialState
-from optuna.visualization import matplotlib
 
 from src.utils import runs
 from src.utils.config import SuiteError, find_name, make_parameters, with_options
-from src.utils.suite.pipeline import CHECKPOINTS, CODE, Pipeline, measure_states
+from src.utils.suite.pipeline import CODE, Pipeline, measure_states
 from src.utils.suite.run import make_pipeline, parse_arguments, report_errors, run_suite
 
-SUITE = [sys.executable, "-m", "src.utils.suite.run"]
-POLL_S = 1.0  # between two looks at history.csv
-COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
+BEAT_S = 10  # between two signs of life of a trial; without two of them it counts as killed
 
 
 @dataclass
@@ -73,6 +62,13 @@ class Space:
         domains = self.parameters.values()
         is_grid = all(isinstance(domain, list) for domain in domains)
         return math.prod(map(len, domains)) if is_grid else 0
+
+    def make_sampler(self, n_trials: int) -> optuna.samplers.BaseSampler:
+        """Make what draws the values of the next trial, after `n_trials` of them."""
+        if self.n_combinations:
+            return optuna.samplers.GridSampler(self.parameters, int(self.seed))
+        # Processes that share a storage must not draw the same values.
+        return optuna.samplers.TPESampler(seed=int(self.seed) + n_trials)
 
 
 def read_space(path: Path, pipeline: Pipeline, notebook: str = "") -> Space:
@@ -105,79 +101,41 @@ def suggest(trial: BaseTrial, name: str, domain: Any) -> Any:
     return method(name, **limits, log=domain.get("log") == "true")
 
 
-def open_study(space: Space, storage: str) -> optuna.Study:
-    """Create a study, or load it and queue its failed and interrupted trials again."""
-    study = optuna.create_study(
-        storage=storage if "://" in storage else JournalStorage(JournalFileBackend(storage)),
-        pruner=optuna.pruners.NopPruner() if space.n_combinations else None,  # None: the median
-        study_name=space.name,
-        load_if_exists=True,
-    )
-    alive = [_identify(process) for process in psutil.process_iter()]
-    latest = {trial.user_attrs.get("folder"): trial for trial in study.trials}
+def open_study(name: str, storage: str) -> optuna.Study:
+    """Create a study, or load it and queue the values of its failed and killed trials again."""
+    database = RDBStorage(storage, heartbeat_interval=BEAT_S)
+    study = optuna.create_study(storage=database, study_name=name, load_if_exists=True)
+    fail_stale_trials(study)
+    latest = {str(trial.params): trial for trial in study.trials}
     for trial in latest.values():
-        process = trial.user_attrs.get("process", "")
-        is_dead = process.startswith(f"{platform.node()} ") and process not in alive
-        if trial.state == TrialState.RUNNING and is_dead:
-            study.tell(trial.number, state=TrialState.FAIL)
-        elif trial.state != TrialState.FAIL:
-            continue
-        RetryHeartbeatStaleTrialCallback()(study, trial)
+        if trial.state == TrialState.FAIL and trial.params:
+            study.enqueue_trial(trial.params)
     return study
 
 
-def _identify(process: psutil.Process) -> str:
-    return f"{platform.node()} {process.pid} {process.create_time()}"
-
-
-def run_trial(
-    trial: Trial, space: Space, pipeline: Pipeline, folder: Path, options: Sequence[str]
-) -> float:
-    """Run one trial in a folder of its own and return its log loss, nats per battle.
-
-    TrialPruned if its validations are worse than the median, SuiteError if the notebook fails.
-    """
+def run_trial(trial: Trial, space: Space, pipeline: Pipeline, folder: Path) -> float:
+    """Run one trial and return its log loss, nats per battle; SuiteError if the notebook fails."""
     values = {name: suggest(trial, name, domain) for name, domain in space.parameters.items()}
-    texts = [f"{trial.number:03d}", *[f"{name}={value}" for name, value in values.items()]]
-    name = re.sub(r"[^\w.=,+-]", "_", ",".join(texts))[:80]
-    artifacts = folder / trial.user_attrs.get("folder", name)  # a retry resumes in its folder
-    trial.set_user_attr("folder", artifacts.name)
-    trial.set_user_attr("process", _identify(psutil.Process()))
+    texts = [runs.hash_json(values)[:6], *[f"{name}={value}" for name, value in values.items()]]
+    # Named by the values: where they are tried again, the run resumes in its folder.
+    artifacts = folder / re.sub(r"[^\w.=,+-]", "_", ",".join(texts))[:80]
     artifacts.mkdir(parents=True, exist_ok=True)
     for upstream in pipeline.needs(pipeline.by_name[space.notebook]):
         if not (artifacts / upstream).exists():
             (artifacts / upstream).symlink_to(Path("../../..", upstream))
-    command = [*SUITE, *options, "--only", space.notebook, "--artifacts", str(artifacts)]
-    command += ["--set", *space.settings(values)]
-    log, history = artifacts / "suite.log", artifacts / space.notebook / "history.csv"
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-    n_reported, is_pruned = 0, False
-    try:
-        while process.poll() is None and not is_pruned:
-            time.sleep(POLL_S)
-            losses = list(pd.read_csv(history)["log_loss"].dropna()) if history.exists() else []
-            for step in range(n_reported, len(losses)):
-                trial.report(losses[step], step)
-            n_reported = max(n_reported, len(losses))  # a run that starts again has fewer
-            is_pruned = process.poll() is None and trial.should_prune()
-    finally:
-        process.terminate()  # its kernel ends with it
-        process.wait()
-    if is_pruned:
-        shutil.rmtree(history.parent / CHECKPOINTS, ignore_errors=True)
-        raise optuna.TrialPruned
-    if process.returncode:
-        raise SuiteError(f"{log}: {log.read_text()[-2000:]}")
-    return runs.read_json(history.with_name("metrics.json"))["log_loss"]
+    os.environ["ARENA_ARTIFACTS"] = str(artifacts.resolve())  # where the notebook writes
+    parameters = make_parameters(
+        pipeline.defaults, profile=pipeline.parameters, settings=space.settings(values)
+    )
+    own = dataclasses.replace(pipeline, artifacts=artifacts, parameters=parameters)
+    run_suite(own, [space.notebook], sys.stdout)
+    return runs.read_json(artifacts / space.notebook / "metrics.json")["log_loss"]
 
 
-def search(
-    space: Space, pipeline: Pipeline, storage: str, n_trials: int, options: Sequence[str]
-) -> optuna.Study:
-    """Run trials until `n_trials` (0: 20, or all of a grid) are finished, and write the results.
+def search(space: Space, pipeline: Pipeline, storage: str, n_trials: int) -> optuna.Study:
+    """Run trials until `n_trials` (0: 20, or all of a grid) are complete, and write the results.
 
-    `storage` is a journal file or a database URL, `options` are the suite's, for every trial.
+    `storage` is the URL of a database, or a file that gets one; empty: in the search's folder.
     """
     stage = pipeline.by_name[space.notebook]
     run_suite(pipeline, list(pipeline.needs(stage)), sys.stdout)
@@ -188,45 +146,21 @@ def search(
     space.name += f"-{runs.hash_json(made_with)[:6]}"
     folder = pipeline.artifacts / "searches" / space.name
     folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(space, storage or str(folder / "journal.log"))
+    storage = storage or str(folder / "trials.db")
+    study = open_study(space.name, storage if "://" in storage else f"sqlite:///{storage}")
     n_wanted = n_trials or space.n_combinations or 20
-    if space.n_combinations:
-        n_wanted = min(n_wanted, space.n_combinations)
+    n_wanted = min(n_wanted, space.n_combinations or n_wanted)
     for _ in range(n_wanted):
-        if len(study.get_trials(states=(COMPLETE, PRUNED))) >= n_wanted:
+        complete = study.get_trials(states=(TrialState.COMPLETE,))
+        if len({str(trial.params) for trial in complete}) >= n_wanted:
             break
-        if space.n_combinations:
-            study.sampler = optuna.samplers.GridSampler(space.parameters, int(space.seed))
-        else:
-            # Processes that share a storage must not draw the same values.
-            seed = int(space.seed) + len(study.trials)
-            study.sampler = optuna.samplers.TPESampler(seed=seed)
+        study.sampler = space.make_sampler(len(study.trials))
         study.optimize(
-            lambda trial: run_trial(trial, space, pipeline, folder, options),
-            n_trials=1,
-            catch=(SuiteError,),
+            lambda trial: run_trial(trial, space, pipeline, folder), n_trials=1, catch=(SuiteError,)
         )
     runs.write_table(folder / "trials.csv", study.trials_dataframe())
-    write_pictures(study, folder)
     runs.write_leaderboard(pipeline.artifacts)
     return study
-
-
-def write_pictures(study: optuna.Study, folder: Path) -> None:
-    """Write pictures of the search, as far as there are different values to show."""
-    # Optuna's default evaluator looks only at the best trials, where the best choice is constant.
-    fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    for name in ("optimization_history", "slice", "param_importances"):
-        more = {"evaluator": fanova} if name == "param_importances" else {}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of values that are all alike
-                axes = getattr(matplotlib, f"plot_{name}")(study, target_name="log loss", **more)
-        except (ValueError, RuntimeError) as error:  # too few different values
-            print(f"No picture of {name}: {error}")
-        else:
-            runs.write_figure(folder / f"{name}.png", np.ravel(axes)[0].figure)
-    plt.close("all")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -238,18 +172,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("space", type=Path, help="YAML file")
     parser.add_argument("--notebook", default="", metavar="NB", help="in place of the file's")
     parser.add_argument("--n-trials", type=int, default=0, help="in all (20, or all of a grid)")
-    parser.add_argument("--storage", default="", help="journal file or database URL")
+    parser.add_argument("--storage", default="", help="URL of a database, or a file for one")
     given, rest = parser.parse_known_args(arguments)
-    options = parse_arguments(rest)
-    pipeline = make_pipeline(options)
-    for name, value in options.named.items():  # a trial's folder remembers nothing
-        rest += [f"--{name.lower()}", value]
+    pipeline = make_pipeline(parse_arguments(rest))
     space = read_space(given.space, pipeline, given.notebook)
-    study = search(space, pipeline, given.storage, given.n_trials, rest)
-    trials = study.get_trials(states=(COMPLETE,))
-    for loss, name in sorted((trial.value or 0.0, trial.user_attrs["folder"]) for trial in trials):
-        print(f"{loss:.4f}  {name}")
-    print(f"\nTrials and pictures: {pipeline.artifacts / 'searches' / space.name}")
+    study = search(space, pipeline, given.storage, given.n_trials)
+    trials = study.get_trials(states=(TrialState.COMPLETE,))
+    for trial in sorted(trials, key=lambda trial: trial.value or 0.0):
+        values = " ".join(f"{name}={value}" for name, value in trial.params.items())
+        print(f"{trial.value:.4f}  {values}")
+    print(f"\nAll trials: {pipeline.artifacts / 'searches' / space.name}/trials.csv")
     return 0 if trials else 1
 
 

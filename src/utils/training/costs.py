@@ -119,7 +119,7 @@ class Shape:
         if config.train == "all":
             return self.n_weights
         if config.train == "head":
-            return 64 * self.n_states(config)  # the network of two layers; the other has 3 each
+            return self.n_states(config) * 4 // N_STATES + 2
         return config.lora_rank * (self.linear_in + self.linear_out) + self.n_head
 
     def n_states(self, config: FinetuneConfig) -> int:
@@ -182,7 +182,13 @@ def count_memory(
     """Count the memory of training on one GPU: bytes always there by part, and bytes per token.
 
     Trained weights are 32-bit, activations 16-bit under autocast, norms and their inputs 32-bit.
+    For a head on states they are only read: no layer's activations outlive the next one.
     """
+    context = CONTEXT_GIB * GIB * (machine.n_gpus > 0)
+    if config.train == "head":
+        weights = count_frozen(shape, config.quantization)  # all of them, until they are loaded
+        per_token = count_layer(shape, config, machine.has_kernel) + 8.0 * shape.hidden
+        return {"weights": weights, "CUDA": context}, per_token
     trained, is_lora = shape.n_trained(config), config.uses_lora
     frozen = count_frozen(shape, config.quantization) if is_lora else 0.0
     # Autocast keeps a 16-bit copy of every trained matrix until the pass is over.
@@ -191,8 +197,8 @@ def count_memory(
         "weights": frozen + 4.0 * trained + copies,
         # With several GPUs one vector of all gradients is summed over the processes.
         "gradients": 4.0 * trained * (2 if machine.n_gpus > 1 else 1),
-        "optimizer": (8.0 if config.optimizer == "adamw" else 2.0) * trained,
-        "CUDA": CONTEXT_GIB * GIB * (machine.n_gpus > 0),
+        "optimizer": 8.0 * trained,
+        "CUDA": context,
     }
     per_token = count_kept(shape, config, machine.has_kernel)
     # Backward, gradients of one MLP (its input, product and output) and of the residual stream.

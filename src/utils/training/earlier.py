@@ -31,8 +31,8 @@ _NOT_IDENTITY = frozenset(
 )
 _OF_LORA = frozenset({"lora_rank", "lora_alpha", "lora_dropout"})
 _OF_STEPS = frozenset(  # of optimizer steps through the base
-    "head max_tokens tokens_per_step n_epochs both_orders learning_rate warmup_share weight_decay "
-    "optimizer".split()
+    "head max_tokens tokens_per_step n_epochs both_orders learning_rate warmup_share "
+    "weight_decay soft_temperature".split()
 )
 _NAME = re.compile(r"fold_\d+(_seed_\d+)?|refit")
 

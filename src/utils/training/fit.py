@@ -25,7 +25,6 @@ from src.utils.models.checkpoints import (
     load_finetuned,
     longest_row,
     make_skeleton,
-    quiet_transformers,
     read_architecture,
 )
 from src.utils.models.reading import LocalReader
@@ -77,7 +76,8 @@ def fit(
     models of other settings were in the way.
 
     With TRAIN `head` every fold is held out, whatever FOLDS says, and the refit is always there:
-    all heads share the states of the frozen base (`states`), so that they cost minutes.
+    all heads share the states of the frozen base (`states`), so that they cost minutes. A trial,
+    with MAX_PAIRS, holds out FOLDS alone and reads no battle that its models do not need.
 
     ValueError if a fold is empty or holds all battles, FloatingPointError if a validation loses
     more than one in a hundred battles to logits that are not finite, SessionOver when
@@ -98,7 +98,8 @@ def fit(
     rows: list[dict] = []  # of all validations so far
     states = None
     if is_head and to_train:
-        states = _read_states(pairs, config, run_dir, base, session_end)
+        needed = [member for member in members if member.name in to_train]
+        states = _read_states(pairs, needed, run_dir, base, session_end)
     for member in members:
         if member.name in to_train and on_first(time.monotonic)() > session_end:
             raise SessionOver
@@ -137,21 +138,22 @@ def _take_all_folds(config: FinetuneConfig, pairs: pd.DataFrame) -> FinetuneConf
             f"train: head needs one process, got {world_size()}; its readers use every GPU of a "
             "machine: run the notebook without torchrun"
         )
+    if config.max_pairs:
+        return config
     folds = sorted({int(fold) for fold in pairs["fold"]} - {PAST})
     return dataclasses.replace(config, folds=tuple(folds), refit=True)
 
 
 def _read_states(
-    pairs: pd.DataFrame,
-    config: FinetuneConfig,
-    run_dir: Path,
-    base: Path | None,
-    session_end: float,
+    pairs: pd.DataFrame, members: list[Member], run_dir: Path, base: Path | None, session_end: float
 ) -> States:
-    skeleton = make_skeleton(read_architecture(config, base), "joint")
-    _check_length(skeleton, config)
-    nobody = np.zeros(len(pairs), dtype=bool)
-    read = add_extra_battles(pairs, nobody, config)
+    config = members[0].config
+    _check_length(make_skeleton(read_architecture(config, base), "joint"), config)
+    if config.max_pairs:
+        parts = [part for member in members for part in _split(pairs, member.fold, member.config)]
+        read = pd.concat([part.astype({"id": object}) for part in parts], ignore_index=True)
+    else:
+        read = add_extra_battles(pairs, np.zeros(len(pairs), dtype=bool), config)
     return read_states(read, config, run_dir, base, session_end)
 
 
@@ -162,10 +164,11 @@ def _train_head(
     head, probs, record = train_head(states, train_pairs, heldout, member)
     record["tokens_per_second"] = read_pace(states)
     write_member(head, probs, record, heldout, member, run_dir, base)
-    best = record["history"][0]
+    penalties = ", ".join(f"{name} {value:g}" for name, value in record["penalties"].items())
+    best = min(row["log_loss"] for row in record["history"])
     print(
-        f"{member.name}: {best['head']}, penalty {best['penalty']:,g}, chosen at "
-        f"{best['log_loss']:.4f} of {len(record['history'])} heads, {record['seconds']:.0f} s",
+        f"{member.name}: penalties {penalties}, chosen at {best:.4f} of "
+        f"{len(record['history'])} heads, {record['seconds']:.0f} s",
         flush=True,
     )
 
@@ -221,8 +224,7 @@ def _train_member(
     trainer = FoldTrainer(model, tokenizer, train_pairs, heldout, member, run_dir, earlier)
     begun = {"identity": member.identity, "n_steps": len(trainer.steps)}
     on_first(write_json)(folder / BEGUN, begun)
-    with quiet_transformers():
-        trainer.train(find_checkpoint(folder), *ends)
+    trainer.train(find_checkpoint(folder), *ends)
     del trainer, model
     release_memory()
 

@@ -1,247 +1,231 @@
 """Train a small head on the states of a frozen base: on the CPU, in minutes.
 
-The states are standardised and, where they are many, projected onto the directions in which those
-of each layer and place vary most. A logistic regression and a network of two layers are tried,
-each with several penalties, by cross-validation grouped by prompt inside the training battles, so
-that nothing that scores a fold is chosen on it. Both readings of a battle are learned from, with
-exchanged votes.
-
-For 57,477 battles and two layers of 2,560: 1,536 projected columns, 0.7 GB in 32 bit and 3 GB in
-all at the peak; a head takes minutes on two cores.
+The head is the model of the CPU baseline (`models.baseline`), on the answers' mean states: their
+difference says who wins, their sum whether it is a tie. Both, and the state at the read-out, have a
+penalty of their own, chosen by cross-validation grouped by prompt inside the training battles, so
+that nothing that scores a fold is chosen on it; the read-out is read only where that helps there.
+A head is fitted to the mean of both readings of a battle, and chosen by how it serves: the mean of
+what it predicts for either. States are standardised and turned into the directions in which each
+layer and part varies most.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.model_selection import GroupKFold
-from torch import nn
 
 from src.utils.config import FinetuneConfig
+from src.utils.models.baseline import Blocks, Davidson, fit_davidson
 from src.utils.models.checkpoints import find_base_folder, load_base_tokenizer, write_head
-from src.utils.models.frozen import make_head
+from src.utils.models.frozen import DavidsonHead, split_parts
 from src.utils.runs import atomic_folder, write_json, write_manifest, write_table
 from src.utils.schema import LABELS, probs_table, swap_probs
-from src.utils.training.data import loss_of, make_targets
+from src.utils.training.data import make_targets
 from src.utils.training.earlier import RECORD
 from src.utils.training.heldout import Member
 from src.utils.training.states import States, make_keys
 
 HEAD_COLUMNS = ("fold", "seed", "head", "penalty", "train_loss", "log_loss")
-# Sum of squared weights that costs a battle's nat, times two; it does not grow with the battles.
-PENALTIES = {"logistic": (100.0, 1e3, 3e3, 1e4, 3e4, 1e5), "network": (100.0, 1e3, 1e4)}
-_N_HIDDEN = {"logistic": 0, "network": 64}
+# One over the prior variance of what a part adds to a battle's log-odds.
+PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_START = {"winner": 3.0, "tie": 3.0, "read-out": math.inf}
+_PARTS = ("winner", "read-out", "tie", "read-out")  # of `split_parts`: whose penalty each has
+_SIGNS = torch.tensor([-1.0, -1.0, 1.0, 1.0])[:, None, None]  # of the exchanged reading
 _N_INNER = 3  # parts of the cross-validation
-_MOST_TRIED = 20_000  # battles of the cross-validation at most
-_MOST_DIRECTIONS = 256  # of one layer and place
-_SAMPLE = 8192  # readings that the directions are found in
-_N_EPOCHS, _ROWS_PER_STEP, _RATE, _DROPOUT = 12, 256, 1e-3, 0.2  # of the network
+_MOST_TRIED = 10_000  # battles of the cross-validation at most
+_MOST_DIRECTIONS = 512  # of one layer and part
+_SAMPLE = 4096  # battles that the directions are found in
 
 
 @dataclass
 class Columns:
-    """How states become the columns that a head is trained on: x = (states − mean) @ matrix."""
+    """How states become the columns that a head is fitted to, each part by itself."""
 
-    mean: np.ndarray  # (width,) float32
-    scale: np.ndarray  # (width,) one over the standard deviation
-    directions: list[np.ndarray] | None  # of each layer and place, (hidden, k), orthonormal
+    mean: torch.Tensor  # (4, layers, hidden)
+    matrices: torch.Tensor  # (4, layers, hidden, directions)
 
-    def apply(self, states: np.ndarray) -> np.ndarray:
-        """Turn (M, width) states into (M, columns) float32."""
-        standard = (states - self.mean) * self.scale
-        if self.directions is None:
-            return standard
-        blocks = np.split(standard, len(self.directions), axis=1)
-        return np.concatenate([b @ d for b, d in zip(blocks, self.directions, strict=True)], axis=1)
+    def apply(self, states: np.ndarray) -> torch.Tensor:
+        """Turn (M, width) states into (4, M, columns) float32."""
+        parts = split_parts(torch.from_numpy(states), self.mean.shape[2]) - self.mean[:, None]
+        return torch.einsum("pmlh,plhk->pmlk", parts, self.matrices).flatten(2)
 
-    def unfold(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn a layer on columns, (outputs, columns) and (outputs,), into one on states."""
-        full = weight.double().numpy()
-        if self.directions is not None:
-            ends = np.cumsum([d.shape[1] for d in self.directions])[:-1]
-            blocks = np.split(full, ends, axis=1)
-            pairs = zip(blocks, self.directions, strict=True)
-            full = np.concatenate([block @ d.T for block, d in pairs], axis=1)
-        full = full * self.scale
-        shifted = bias.double().numpy() - full @ self.mean
-        return torch.from_numpy(full).float(), torch.from_numpy(shifted).float()
+    def make_head(self, model: Davidson, penalties: dict[str, float]) -> DavidsonHead:
+        """Make the head that reads states as they are."""
+        head = DavidsonHead(*self.mean.shape[1:])
+        full = torch.zeros(self.mean.shape, dtype=torch.float64)
+        shape = (-1, *self.matrices.shape[1::2])  # no read-out, or a second part
+        for side, found in enumerate((model.differences, model.shared)):
+            weights = torch.from_numpy(found).double().unflatten(0, shape)
+            for place, weight in enumerate(weights, start=2 * side):
+                scaled = self.matrices[place].double() * penalties[_PARTS[place]] ** -0.5
+                full[place] = torch.einsum("lhk,lk->lh", scaled, weight)
+        moved = (full * self.mean).sum((1, 2))
+        biases = torch.stack([-moved[:2].sum(), model.intercept - moved[2:].sum()])
+        head.load_state_dict({"weights": full.float(), "biases": biases.float()})
+        return head.eval()
 
 
 def find_columns(states: States, rows: np.ndarray, seed: int) -> Columns:
-    """Find mean, scale and directions from the readings of the training battles, without votes."""
-    total, squares = np.zeros(states.width), np.zeros(states.width)
-    for _, some in states.stream(rows):
-        total += some.sum(axis=0, dtype=np.float64)
-        squares += np.square(some, dtype=np.float64).sum(axis=0)
-    mean = total / len(rows)
-    spread = np.sqrt(np.maximum(squares / len(rows) - mean**2, 0))
-    scale = np.where(spread > 1e-6, 1 / np.maximum(spread, 1e-6), 0.0)
-    columns = Columns(mean.astype(np.float32), scale.astype(np.float32), None)
-    if states.width // states.n_blocks <= _MOST_DIRECTIONS:
-        return columns
-    sample = np.random.default_rng(seed).permutation(len(rows))[:_SAMPLE]
-    blocks = np.split(columns.apply(states.take(rows[sample])), states.n_blocks, axis=1)
-    columns.directions = []
-    for block in blocks:
-        _, vectors = np.linalg.eigh(block.T @ block)
-        columns.directions.append(vectors[:, -_MOST_DIRECTIONS:].astype(np.float32))
-    return columns
+    """Find the columns in training battles, without their votes; `rows` are (N, 2) of states."""
+    sample = rows[np.random.default_rng(seed).permutation(len(rows))[:_SAMPLE]]
+    given, exchanged = (
+        split_parts(torch.from_numpy(states.take(r)), states.hidden) for r in sample.T
+    )
+    mean = (given.mean(1) + exchanged.mean(1)) / 2
+    mean[0] = 0  # keeps the sign of a difference
+    battles = given - mean[:, None] + _SIGNS[..., None] * (exchanged - mean[:, None])
+    spread = battles.square().mean(1).sqrt() / 2
+    scale = torch.where(spread > 1e-6, 1 / spread, 0.0)
+    battles *= scale[:, None]
+    _, vectors = torch.linalg.eigh(torch.einsum("pmlh,pmlg->plhg", battles, battles))
+    scale = scale / math.prod(mean.shape[1:]) ** 0.5  # so that the squares of a row sum to about 1
+    return Columns(mean, scale[..., None] * vectors[..., -_MOST_DIRECTIONS:])
 
 
-@dataclass
-class Readings:
-    """Columns and targets of N battles in both orders."""
+def project(states: States, rows: np.ndarray, columns: Columns) -> torch.Tensor:
+    """Find the columns of N battles in both orders, (4, 2, N, columns), signs as of the given one.
 
-    columns: torch.Tensor  # (2, N, columns) float32
-    targets: torch.Tensor  # (2, N, 2, C) float32, of `make_targets`
-
-    def part(self, battles: np.ndarray) -> "Readings":
-        """Return the readings of some battles."""
-        chosen = torch.from_numpy(battles)
-        return Readings(self.columns[:, chosen], self.targets[:, chosen])
-
-
-def fit_head(
-    kind: str, penalty: float, readings: Readings, config: FinetuneConfig
-) -> nn.Sequential:
-    """Fit a head: its mean loss (`loss_of`) over the readings, and a penalty on squared weights.
-
-    The regression is fitted to the end by L-BFGS; the network for 12 epochs by Adam, with a rate
-    that goes to zero.
+    `rows` are (N, 2) of the states.
     """
-    torch.manual_seed(config.seed)
-    x, targets = readings.columns.flatten(0, 1), readings.targets.flatten(0, 1)
-    head = make_head(x.shape[1], _N_HIDDEN[kind])
-    matrices = [weight for weight in head.parameters() if weight.ndim > 1]
-
-    def measure(rows: torch.Tensor, wanted: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-        loss, _ = loss_of(head(nn.functional.dropout(rows, dropout)), wanted, config)
-        squares = sum(weight.square().sum() for weight in matrices)
-        return loss / len(rows) + penalty / 2 * squares / len(x)
-
-    if kind == "logistic":
-        for weight in head.parameters():
-            nn.init.zeros_(weight)
-        solver = torch.optim.LBFGS(
-            head.parameters(), max_iter=150, tolerance_change=1e-7, line_search_fn="strong_wolfe"
-        )
-        solver.step(lambda: _take_back(measure(x, targets), solver))
-        return head.eval()
-    optimizer = torch.optim.Adam(head.parameters(), lr=_RATE)
-    n_steps = _N_EPOCHS * -(-len(x) // _ROWS_PER_STEP)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, n_steps + 1)
-    for _ in range(_N_EPOCHS):
-        for some in torch.randperm(len(x)).split(_ROWS_PER_STEP):
-            _take_back(measure(x[some], targets[some], _DROPOUT), optimizer)
-            optimizer.step()
-            schedule.step()
-    return head.eval()
+    n_layers, _, n_directions = columns.matrices.shape[1:]
+    found = torch.empty(4, 2, len(rows), n_layers * n_directions)
+    for order in (0, 1):
+        for places, some in states.stream(rows[:, order]):
+            found[:, order, torch.from_numpy(places)] = columns.apply(some)
+    found[:, 1] *= _SIGNS
+    return found
 
 
-def _take_back(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-    optimizer.zero_grad()
-    loss.backward()
-    return loss
+def _blocks(columns: torch.Tensor, penalties: dict[str, float]) -> tuple[Blocks, Blocks]:
+    """Scale (4, N, columns) by their penalties: what tells the winner, and what tells a tie."""
+    parts: list[tuple[np.ndarray | csr_matrix, np.ndarray]] = []
+    for part, name in zip(columns.numpy(), _PARTS, strict=True):
+        scale = np.asarray(penalties[name] ** -0.5, dtype=np.float32)
+        parts.append((part if scale else part[:, :0], scale))
+    return Blocks(parts[:2]), Blocks(parts[2:])
 
 
-@torch.no_grad()
-def predict_readings(head: nn.Sequential, columns: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Predict battles from (2, N, columns): (N, C) float64 in both orders, columns as given."""
-    given, exchanged = torch.softmax(head(columns).double(), dim=2).numpy()
-    return given, swap_probs(exchanged)
+def fit_head(columns: torch.Tensor, votes: np.ndarray, penalties: dict[str, float]) -> Davidson:
+    """Fit to the mean of both readings, `columns` of `project`, and (N, C) shares of votes."""
+    return fit_davidson(*_blocks(columns.mean(1), penalties), votes, ridge=1.0)
 
 
-def score(head: nn.Sequential, readings: Readings, config: FinetuneConfig) -> float:
-    """Score the mean over both orders: nats per battle, as `loss_of` reports them."""
-    probs = np.mean(predict_readings(head, readings.columns), axis=0)
-    logits = torch.from_numpy(np.log(np.maximum(probs, 1e-30))).float()
-    return float(loss_of(logits, readings.targets[0], config)[1] / len(probs))
+def predict_columns(
+    model: Davidson, columns: torch.Tensor, penalties: dict[str, float]
+) -> np.ndarray:
+    """Predict from columns of `project` as the head serves, both orders' mean: (N, C)."""
+    both = [model.predict(*_blocks(columns[:, order], penalties)) for order in (0, 1)]
+    return np.mean(both, axis=0)
 
 
-def try_heads(readings: Readings, groups: np.ndarray, config: FinetuneConfig) -> list[dict]:
-    """Try each kind of head with each penalty: what they lose on prompts that they did not see.
+def choose_penalties(
+    columns: torch.Tensor, taught: np.ndarray, votes: np.ndarray, groups: np.ndarray, seed: int
+) -> tuple[dict[str, float], list[dict]]:
+    """Choose the penalties, one after the other, by what is lost on prompts that were not seen.
 
-    `groups` has the prompt of each battle. Returns one row per head, the best first: head, penalty,
-    train_loss and log_loss, nats per battle, seconds.
+    A penalty changes only for a gain above its standard error: with few battles the choice itself
+    costs more than it brings. Heads learn from `taught` and are scored on `votes`, (N, C) each;
+    `groups` has the prompt of each battle.
+
+    Returns the penalties, infinite for a part that is not read, and a row per head tried: head
+    (the part whose penalty is tried), penalty, train_loss and log_loss, nats per battle.
     """
-    some = np.arange(len(groups))
-    if len(groups) > _MOST_TRIED:
-        order = pd.Series(groups).sample(frac=1, random_state=config.seed).unique()
-        places = pd.Index(order).get_indexer(groups)
-        some = np.sort(np.argsort(places, kind="stable")[:_MOST_TRIED])
+    order = pd.Series(groups).sample(frac=1, random_state=seed).unique()
+    some = np.argsort(pd.Index(order).get_indexer(groups), kind="stable")[:_MOST_TRIED]
     n_parts = min(_N_INNER, len(np.unique(groups[some])))
     parts = [*GroupKFold(n_parts).split(some, groups=groups[some])]
-    rows = []
-    for kind, penalties in PENALTIES.items():
-        for penalty in penalties:
-            started, losses = time.perf_counter(), []
-            for train, test in parts:
-                head = fit_head(kind, penalty, readings.part(some[train]), config)
-                seen = score(head, readings.part(some[train]), config)
-                losses.append([seen, score(head, readings.part(some[test]), config)])
-            train_loss, log_loss = np.mean(losses, axis=0).tolist()
-            row: dict[str, Any] = {"head": kind, "penalty": penalty, "train_loss": train_loss}
-            seconds = time.perf_counter() - started
-            rows.append(row | {"log_loss": log_loss, "seconds": seconds})
-    return sorted(rows, key=lambda row: row["log_loss"])
+
+    def measure(penalties: dict[str, float]) -> tuple[float, np.ndarray]:
+        """Measure the loss in training, and of each battle when it is not seen."""
+        seen, unseen = [], np.empty(len(some))
+        for train, test in parts:
+            model = fit_head(columns[:, :, some[train]], taught[some[train]], penalties)
+            probs = predict_columns(model, columns[:, :, some], penalties)
+            losses = -(votes[some] * np.log(probs)).sum(axis=1)
+            seen.append(losses[train].mean())
+            unseen[test] = losses[test]
+        return float(np.mean(seen)), unseen
+
+    chosen, rows = _START, []
+    _, kept = measure(chosen)
+    for name in _START:
+        found = []
+        for penalty in PENALTIES:
+            train_loss, losses = measure(chosen | {name: penalty})
+            log_loss = float(losses.mean())
+            row = {"head": name, "penalty": penalty, "train_loss": train_loss}
+            rows.append(row | {"log_loss": log_loss})
+            found.append((log_loss, penalty, losses))
+        _, penalty, losses = min(found, key=lambda each: each[0])
+        gains = kept - losses
+        if gains.mean() > gains.std() / len(gains) ** 0.5:
+            chosen, kept = chosen | {name: penalty}, losses
+    return chosen, rows
 
 
-def _project(states: States, rows: np.ndarray, columns: Columns) -> torch.Tensor:
-    """Columns of N battles in both orders, (2, N, columns); `rows` are (N, 2) of the states."""
-    wanted = rows.T.ravel()
-    projected = torch.empty(0)
-    for places, some in states.stream(wanted):
-        found = torch.from_numpy(columns.apply(some))
-        if not len(projected):
-            projected = torch.empty(len(wanted), found.shape[1])
-        projected[torch.from_numpy(places)] = found
-    return projected.unflatten(0, (2, -1))
+def _mix(targets: np.ndarray, config: FinetuneConfig) -> tuple[np.ndarray, np.ndarray]:
+    """What (N, 2, C) targets teach, (N, C), and what they are scored on.
+
+    Teacher and vote are mixed by SOFT_WEIGHT, at a temperature of 1.
+    """
+    votes, soft = targets[:, 0].astype(float), targets[:, 1]
+    has_vote, has_soft = (np.asarray(each.any(axis=1)) for each in (votes, soft))
+    weight = (np.where(has_vote, config.soft_weight, 1.0) * has_soft)[:, None]
+    return (1 - weight) * votes + weight * soft, np.where(has_vote[:, None], votes, soft)
 
 
 def train_head(
     states: States, train_pairs: pd.DataFrame, heldout: pd.DataFrame, member: Member
-) -> tuple[nn.Sequential, np.ndarray, dict]:
-    """Choose a head, fit it to all training battles, and predict the held-out ones.
+) -> tuple[DavidsonHead, np.ndarray, dict]:
+    """Choose penalties, fit a head to all training battles, and predict the held-out ones.
 
     Returns:
-        The head, which reads states as they are; (N, C) probabilities of `heldout`, the mean of
-        both orders; and the record of the training.
+        The head; (N, C) probabilities of `heldout`, the mean of both orders; and the record of the
+        training.
     """
     config, started = member.config, time.perf_counter()
     rows = states.find(make_keys(train_pairs))
     is_read = np.flatnonzero((rows >= 0).all(axis=1))
     train_pairs, rows = train_pairs.iloc[is_read], rows[is_read]
-    columns = find_columns(states, rows.ravel(), config.seed)
-    targets = make_targets(train_pairs, config)
-    both = torch.from_numpy(np.stack([targets, swap_probs(targets)]))
-    readings = Readings(_project(states, rows, columns), both)
-    tried = try_heads(readings, train_pairs["group"].to_numpy(), config)
-    head = fit_head(tried[0]["head"], tried[0]["penalty"], readings, config)
-    probs, swap_gap = _predict(states, heldout, columns, head)
-    of_model = {"fold": member.fold, "seed": config.seed}
+    directions = find_columns(states, rows, config.seed)
+    columns = project(states, rows, directions)
+    taught, votes = _mix(make_targets(train_pairs, config), config)
+    groups = train_pairs["group"].to_numpy()
+    penalties, tried = choose_penalties(columns, taught, votes, groups, config.seed)
+    model = fit_head(columns, taught, penalties)
+    head = directions.make_head(model, penalties)
+    probs, swap_gap = predict_heldout(states, heldout, head)
     record = {
-        "history": [of_model | row for row in tried],
+        "history": [{"fold": member.fold, "seed": config.seed} | row for row in tried],
+        "penalties": {name: value for name, value in penalties.items() if value < math.inf},
         "n_parameters": sum(weight.numel() for weight in head.parameters()),
         "n_train_pairs": len(train_pairs),
         "swap_gap": swap_gap,
         "seconds": time.perf_counter() - started,
     }
-    return _unfold(head, columns), probs, record
+    return head, probs, record
 
 
-def _predict(
-    states: States, pairs: pd.DataFrame, columns: Columns, head: nn.Sequential
+@torch.no_grad()
+def predict_heldout(
+    states: States, pairs: pd.DataFrame, head: DavidsonHead
 ) -> tuple[np.ndarray, float | None]:
     """Predict battles in both orders, (N, C), and measure the gap between the orders."""
     rows = states.find(make_keys(pairs))
     is_read = (rows >= 0).all(axis=1)
     if not is_read.any():
         return np.zeros((0, len(LABELS))), None
-    given, exchanged = predict_readings(head, _project(states, rows[is_read], columns))
+    both = np.empty((2, int(is_read.sum()), len(LABELS)))
+    for order in (0, 1):
+        for places, some in states.stream(rows[is_read, order]):
+            both[order, places] = head(torch.from_numpy(some)).double().softmax(1).numpy()
+    given, exchanged = both[0], swap_probs(both[1])
     probs = np.empty((len(pairs), len(LABELS)))
     probs[is_read] = (given + exchanged) / 2
     a, b, tie = probs[is_read].mean(axis=0)
@@ -249,17 +233,8 @@ def _predict(
     return probs, float(np.abs(given - exchanged).mean())
 
 
-def _unfold(head: nn.Sequential, columns: Columns) -> nn.Sequential:
-    """Make the head that reads states as they are."""
-    first: Any = head[0]
-    weight, bias = columns.unfold(first.weight.detach(), first.bias.detach())
-    served = make_head(weight.shape[1], len(bias) if len(head) > 1 else 0)
-    served.load_state_dict(head.state_dict() | {"0.weight": weight, "0.bias": bias})
-    return served.eval()
-
-
 def write_member(
-    head: nn.Sequential,
+    head: DavidsonHead,
     probs: np.ndarray,
     record: dict,
     heldout: pd.DataFrame,

@@ -33,7 +33,6 @@ from src.utils.config import (
 )
 from src.utils.models.frozen import choose_layers
 from src.utils.models.hardware import choose_device
-from src.utils.models.predict import reading_budget
 from src.utils.runs import read_pairs
 from src.utils.training import costs
 from src.utils.training.costs import CARDS, CONTEXT_GIB, GIB, Machine, Shape
@@ -71,6 +70,19 @@ def measure_texts(pairs: pd.DataFrame | None) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What all models of a notebook have to read and learn."""
+
+    n_train: int  # battles that one model learns from
+    n_models: int
+    hours: float
+    output_gb: float
+    submission_h: float  # hours to predict the hidden rows, in both orders, by all models
+    steps_share: float = 1.0  # of all steps, for which TRAIN_HOURS leaves time
+    valid_share: float = 0.0  # of the hours
+
+
+@dataclass(frozen=True)
 class Need:
     """What training all models of a notebook needs on a machine."""
 
@@ -78,123 +90,97 @@ class Need:
     machine: Machine
     shape: Shape
     text_tok: np.ndarray  # (N,) of the battles
-    n_train: int  # battles that one model learns from
-    n_models: int
-    hours: float
-    steps_share: float  # of all steps, for which TRAIN_HOURS leaves time
-    valid_share: float  # of the hours
-    train_cut: float  # share of the battles over MAX_TOKENS
-    predict_cut: float  # share over PREDICT_TOKENS
-    memory: dict[str, float]  # GiB of each part, with micro-batches of `micro_batch`
-    most_tokens: int  # of a micro-batch for which there is memory
-    micro_batch: int  # tokens of one forward pass
-    download_gb: float
-    output_gb: float
-    submission_h: float  # hours to predict the hidden rows, in both orders, by all models
+    work: Work
+    memory: dict[str, float]  # GiB of each part, in passes of one battle of `longest` tokens
+    most_tokens: int  # of a pass for which there is memory; training finds it by trial
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest battle that a pass must hold."""
+        is_head = self.config.train == "head"
+        return self.config.predict_tokens if is_head else self.config.max_tokens
+
+    @property
+    def download_gb(self) -> float:
+        """Size of the checkpoint, GB."""
+        return self.shape.n_weights * (2 if self.config.is_frozen else 4) / 1e9
+
+    def cut_share(self, budget: int) -> float:
+        """Compute the share of the battles that are longer than a budget of tokens."""
+        return float((self.text_tok + TEMPLATE_TOK[self.shape.is_causal] > budget).mean())
 
 
 def plan_training(
     config: FinetuneConfig, text_tok: np.ndarray, machine: Machine, shape: Shape
 ) -> Need:
     """Plan the training of all models of a notebook; `text_tok` is from `measure_texts`."""
-    if config.train == "head":
-        return _plan_head(config, text_tok, machine, shape)
-    given = text_tok + TEMPLATE_TOK[shape.is_causal]
-    trained = np.minimum(given, config.max_tokens)
-    predicted = np.minimum(given, config.predict_tokens)
+    plan_work = _plan_head if config.train == "head" else _plan_steps
+    work = plan_work(config, text_tok + TEMPLATE_TOK[shape.is_causal], machine, shape)
+    fixed, per_token = costs.count_memory(shape, config, machine)
+    room = machine.gib * USABLE * GIB - sum(fixed.values())
+    need = Need(config, machine, shape, text_tok, work, {}, max(0, int(room / per_token)))
+    parts = fixed | {"activations": need.longest * per_token}
+    memory = {name: n_bytes / GIB for name, n_bytes in parts.items()}
+    return dataclasses.replace(need, memory=memory)
+
+
+def _count_reading(
+    config: FinetuneConfig, given: np.ndarray, machine: Machine, shape: Shape
+) -> float:
+    """Count the FLOPs to predict one battle in one order, a mean of those with `given` tokens."""
+    read = np.minimum(given, config.predict_tokens)
     padding = 1.0 if shape.is_packed else PADDING
+    return (
+        float(read.mean()) * padding * costs.count_flops(shape, config, read, machine.has_kernel)[1]
+    )
+
+
+def _plan_steps(config: FinetuneConfig, given: np.ndarray, machine: Machine, shape: Shape) -> Work:
+    """Plan to train a model per fold and seed, and a refit, on battles with `given` tokens."""
+    trained = np.minimum(given, config.max_tokens)
     n_heldout = round(len(given) / EdaConfig().n_folds)
     most = config.max_pairs or len(given)
     n_train = min(len(given) - n_heldout, most)
     n_folds = len(config.folds) * config.n_seeds
     n_models = n_folds + config.refit
     n_read = n_folds * n_train + config.refit * min(len(given), most)  # battles, in one epoch
-    orders = 2 if config.both_orders else 1
-    train_tok = n_read * config.n_epochs * orders * float(trained.mean()) * padding
+    n_read *= 2 if config.both_orders else 1
+    train_tok = n_read * config.n_epochs * float(trained.mean())
+    train_tok *= 1.0 if shape.is_packed else PADDING
     # In between some battles in one order, at the end the fold in both.
     n_between = max(1, round(config.n_evals * config.n_epochs))
     n_valid = n_folds * (n_between * min(config.eval_pairs, n_heldout) + 2 * n_heldout)
-    train_flops, _ = costs.count_flops(shape, config, trained, machine.has_kernel)
-    _, predict_flops = costs.count_flops(shape, config, predicted, machine.has_kernel)
-    reading_flops = float(predicted.mean()) * padding * predict_flops  # of one battle
-    flops = train_tok * train_flops + n_valid * reading_flops
-
+    reading_flops = _count_reading(config, given, machine, shape)
+    flops = train_tok * costs.count_flops(shape, config, trained, machine.has_kernel)[0]
+    flops += n_valid * reading_flops
     all_hours = machine.hours(flops)
     hours = min(all_hours, config.train_hours or math.inf)
-
-    fixed, per_token = costs.count_memory(shape, config, machine)
-    room = machine.gib * USABLE * GIB - sum(fixed.values())
-    most_tokens = max(0, int(room / per_token))
-    share = config.tokens_per_step // max(machine.n_gpus, 1)
-    micro_batch = min(share, config.tokens_per_batch or share)
-    while micro_batch > most_tokens > config.max_tokens:  # as the trainer does
-        micro_batch //= 2
-    micro_batch = max(micro_batch, config.max_tokens)
-    parts = fixed | {"activations": micro_batch * per_token}
-    weights_gb = 4 * shape.n_trained(config) / 1e9
-    checkpoint_gb = weights_gb + fixed["optimizer"] / 1e9
-    return Need(
-        config,
-        machine,
-        shape,
-        text_tok,
+    n_trained = shape.n_trained(config)
+    checkpoint_gb = (4 + 8) * n_trained / 1e9  # the weights, and AdamW's moments
+    return Work(
         n_train,
         n_models,
         hours,
+        output_gb=N_CHECKPOINTS * checkpoint_gb + n_models * 4 * n_trained / 1e9,
+        submission_h=machine.hours(2 * N_TEST * n_models * reading_flops),
         steps_share=hours / all_hours,
         valid_share=n_valid * reading_flops / flops,
-        train_cut=float((given > config.max_tokens).mean()),
-        predict_cut=float((given > config.predict_tokens).mean()),
-        memory={name: n_bytes / GIB for name, n_bytes in parts.items()},
-        most_tokens=most_tokens,
-        micro_batch=micro_batch,
-        download_gb=shape.n_weights * (2 if config.is_frozen else 4) / 1e9,
-        output_gb=N_CHECKPOINTS * checkpoint_gb + n_models * weights_gb,
-        submission_h=machine.hours(2 * N_TEST * n_models * reading_flops),
     )
 
 
-def _plan_head(
-    config: FinetuneConfig, text_tok: np.ndarray, machine: Machine, shape: Shape
-) -> Need:
+def _plan_head(config: FinetuneConfig, given: np.ndarray, machine: Machine, shape: Shape) -> Work:
     """Plan to read every battle once in each order, and to train the heads of all folds."""
-    given = text_tok + TEMPLATE_TOK[shape.is_causal]
-    read = np.minimum(given, config.predict_tokens)
     # Layers above the last one that is read are not run.
     depth = max(choose_layers(config.state_layers, shape.n_layers)) / shape.n_layers
-    flops = depth * costs.count_flops(shape, config, read, machine.has_kernel)[1]
-    reading_flops = float(read.mean()) * (1.0 if shape.is_packed else PADDING) * flops
+    reading_flops = depth * _count_reading(config, given, machine, shape)
     n_folds, n_given = EdaConfig().n_folds, len(given)
     n_models = n_folds * config.n_seeds + 1
     head_hours = n_models * HEAD_MINUTES / 60 * n_given / N_BATTLES
-    reading_hours = machine.hours(2 * n_given * reading_flops)
-    parts = {
-        "weights": costs.count_frozen(shape, config.quantization),  # all, until they are loaded
-        "CUDA": CONTEXT_GIB * GIB * (machine.n_gpus > 0),
-    }
-    per_token = costs.count_layer(shape, config, machine.has_kernel) + 8.0 * shape.hidden
-    room = machine.gib * USABLE * GIB - sum(parts.values())
-    most_tokens = max(0, int(room / per_token))
-    wanted = reading_budget(config.tokens_per_batch, torch.device("cuda"))
-    micro_batch = max(config.predict_tokens, min(wanted, most_tokens))
-    parts["activations"] = micro_batch * per_token
     states_gb = 2 * 2 * n_given * shape.n_states(config) / 1e9
-    return Need(
-        config,
-        machine,
-        shape,
-        text_tok,
-        n_train=n_given - round(n_given / n_folds),
-        n_models=n_models,
-        hours=reading_hours + head_hours,
-        steps_share=1.0,
-        valid_share=0.0,
-        train_cut=float((given > config.predict_tokens).mean()),
-        predict_cut=float((given > config.predict_tokens).mean()),
-        memory={name: n_bytes / GIB for name, n_bytes in parts.items()},
-        most_tokens=most_tokens,
-        micro_batch=micro_batch,
-        download_gb=shape.n_weights * 2 / 1e9,
+    return Work(
+        n_given - round(n_given / n_folds),
+        n_models,
+        machine.hours(2 * n_given * reading_flops) + head_hours,
         output_gb=states_gb + n_models * 4 * shape.n_trained(config) / 1e9,
         submission_h=machine.hours(2 * N_TEST * reading_flops),  # one head serves
     )
@@ -203,14 +189,13 @@ def _plan_head(
 def find_problem(need: Need) -> str:
     """Name what a training lacks on its machine; empty if it fits. T4s are taken for Kaggle's."""
     on_kaggle = need.machine.tflops == CARDS["T4"].tflops
-    is_head = need.config.train == "head"
-    if need.most_tokens < (need.config.predict_tokens if is_head else need.config.max_tokens):
+    if need.most_tokens < need.longest:
         return "Too little memory"
-    if not need.machine.n_gpus and need.hours > MAX_CPU_H:
+    if not need.machine.n_gpus and need.work.hours > MAX_CPU_H:
         return "Too long without a GPU"
-    if on_kaggle and need.hours > SESSION_H * MARGIN:
+    if on_kaggle and need.work.hours > SESSION_H * MARGIN:
         return f"Too long for Kaggle's {SESSION_H:.0f} h a session"
-    if on_kaggle and need.output_gb > OUTPUT_GB:
+    if on_kaggle and need.work.output_gb > OUTPUT_GB:
         return f"Too much for Kaggle's {OUTPUT_GB:.0f} GB of output"
     return ""
 
@@ -241,46 +226,49 @@ def advise(need: Need) -> str:
         if not find_problem(then):
             old, new = config.to_json(), changed.to_json()
             words = [f"{name.upper()}={new[name]}" for name in change if new[name] != old[name]]
-            words += [f"(some {then.steps_share:.0%} of the steps)"] if then.steps_share < 1 else []
+            words += (
+                [f"(some {then.work.steps_share:.0%} of the steps)"]
+                if then.work.steps_share < 1
+                else []
+            )
             ways.append(" ".join(words))
     return f"{problem}: set {' or '.join(ways) or 'a smaller CHECKPOINT'}."
 
 
 def describe(need: Need, notebook: str) -> str:
     """Write a plan as a table for people, with the advice if it does not fit."""
-    config, machine = need.config, need.machine
+    config, work, shape = need.config, need.work, need.shape
     memory = ", ".join(f"{name} {gib:.1f}" for name, gib in need.memory.items())
-    hours = f"{need.hours:,.1f} for {need.steps_share:.0%} of the steps; "
-    hours += f"{need.valid_share:.0%} of them validation"
-    cut = f"{need.train_cut:.1%} are cut to {config.max_tokens:,} tokens in training, "
-    cut += f"{need.predict_cut:.1%} to {config.predict_tokens:,} in prediction"
-    if config.train == "head":
-        hours = f"{need.hours:,.1f} to read every battle in both orders and train the heads"
-        cut = f"{need.predict_cut:.1%} are cut to {config.predict_tokens:,} tokens"
+    least = f"at least {sum(need.memory.values()):.1f} of {need.machine.gib:.1f} GiB"
+    cut, cut_later = (f"{need.cut_share(n):.1%}" for n in (need.longest, config.predict_tokens))
     rows = {
-        "models": f"{need.n_models}, each learns from {need.n_train:,} battles or more; "
-        f"{need.shape.n_trained(config) / 1e6:,.1f} of {need.shape.n_weights / 1e6:,.1f} million "
-        "weights are trained",
-        "hours": hours,
-        "battles": cut,
-        "memory": f"{sum(need.memory.values()):.1f} of {machine.gib:.1f} GiB: {memory}",
-        "micro-batch": f"{need.micro_batch:,} tokens; memory holds {need.most_tokens:,}",
-        "disk": f"{need.download_gb:.1f} GB download, {need.output_gb:.1f} GB output",
+        "models": f"{work.n_models}, each learns from {work.n_train:,} battles or more; "
+        f"{shape.n_trained(config) / 1e6:,.1f} of {shape.n_weights / 1e6:,.1f} million weights are "
+        "trained",
+        "hours": f"{work.hours:,.1f}, for {work.steps_share:.0%} of the steps; "
+        f"{work.valid_share:.0%} of them validation",
+        "battles": f"{cut} are cut to {need.longest:,} tokens in training, {cut_later} to "
+        f"{config.predict_tokens:,} in prediction",
+        "memory": f"{least}: {memory}",
+        "passes": f"of {need.longest:,} tokens or more; memory holds {need.most_tokens:,}",
+        "disk": f"{need.download_gb:.1f} GB download, {work.output_gb:.1f} GB output",
     }
-    lines = [f"{notebook}: {config.checkpoint} on {machine.name}"]
+    lines = [f"{notebook}: {config.checkpoint} on {need.machine.name}"]
     lines += [f"  {name:12} {text}" for name, text in rows.items()]
     return "\n".join([*lines, f"  {advise(need)}"])
 
 
 def summarise(need: Need, notebook: str) -> str:
     """Write a plan in one line, with the advice if it does not fit."""
-    memory = f"{sum(need.memory.values()):5.1f} of {need.machine.gib:4.1f} GiB"
-    return f"{notebook:20} {need.machine.name:16} {need.hours:5.1f} h  {memory}  {advise(need)}"
+    memory = f"at least {sum(need.memory.values()):3.1f} of {need.machine.gib:4.1f} GiB"
+    return (
+        f"{notebook:20} {need.machine.name:16} {need.work.hours:5.1f} h  {memory}  {advise(need)}"
+    )
 
 
 def describe_others(needs: Sequence[Need], on_kaggle: Sequence[Need]) -> dict[str, str]:
     """Say in one line each what the notebooks need that do not train on a GPU: name -> line."""
-    hours = sum(need.submission_h for need in on_kaggle)
+    hours = sum(need.work.submission_h for need in on_kaggle)
     verdict = "It fits." if hours < SUBMISSION_H * MARGIN else "Too long: lower PREDICT_TOKENS."
     rows = f"{N_TEST:,} hidden rows take {hours:.1f} of {SUBMISSION_H:.0f} h on Kaggle's two T4s"
     largest = max((need.download_gb * 1e9 / GIB for need in needs), default=0.0) + CONTEXT_GIB
@@ -310,7 +298,7 @@ def check_device(config: FinetuneConfig, pairs: pd.DataFrame, base: Path | None 
     """
     if config.has_own_base or config.allow_cpu or choose_device().type != "cpu":
         return
-    hours = _plan_here(config, pairs, base).hours
+    hours = _plan_here(config, pairs, base).work.hours
     if hours > MAX_CPU_H:
         built = torch.version.cuda
         reason = f"needs a driver for CUDA {built}" if built else "has no CUDA"

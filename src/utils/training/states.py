@@ -50,7 +50,7 @@ class States:
 
     def __init__(self, folder: Path, n_blocks: int, hidden: int) -> None:
         """Open what is there; a reading has `n_blocks` states, each (hidden,)."""
-        self.folder, self.n_blocks, self.width = folder, n_blocks, n_blocks * hidden
+        self.folder, self.hidden, self.width = folder, hidden, n_blocks * hidden
         self.dtype = np.dtype([("key", "S32"), ("states", np.float16, (self.width,))])
         for leftover in folder.glob(".part-*"):  # of a run that was killed
             leftover.unlink()
@@ -123,7 +123,7 @@ def _hash(*texts: list[str]) -> bytes:
 
 
 class _Missing:
-    """`predict.Readings` of what is not on disk yet; writes it as it comes."""
+    """The readings (`read_battles`) of what is not on disk yet; writes it as it comes."""
 
     orders = (0, 1)
 
@@ -196,8 +196,8 @@ def read_states(
 ) -> States:
     """Read the states of battles in both orders, as far as they are not on disk yet.
 
-    They are in `run_dir / "states" / KEY`, 2 bytes a state: for 57,477 battles, two layers and a
-    width of 2,560, 3.5 GB. The key covers the base's weights and storage, the template, the token
+    They are in `run_dir / "states" / KEY`, 2 bytes a state: for 57,477 battles, a layer and a
+    width of 2,560, 1.8 GB. The key covers the base's weights and storage, the template, the token
     budget (PREDICT_TOKENS) and the layers. Where all are there, the base is not loaded.
 
     Raises:

@@ -240,7 +240,7 @@ class FoldTrainer:
         n_rows = int(np.searchsorted(self.examples.lengths[order].cumsum(), n_tok, side="right"))
         # What a pass does not need, but a step does: both moments, and what processes exchange.
         n_trained = sum(weight.numel() for weight in self.weights)
-        bytes_each = (2 if self.config.optimizer == "adamw_8bit" else 8) + 4 * (world_size() > 1)
+        bytes_each = 8 + 4 * (world_size() > 1)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         free, total = torch.cuda.mem_get_info()
@@ -455,19 +455,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW over the trained weights, with 32- or 8-bit state; norms and biases do not decay."""
+    """AdamW over the trained weights; norms and biases do not decay."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in weights if weight.ndim > 1]},
         {"params": [weight for weight in weights if weight.ndim == 1], "weight_decay": 0.0},
     ]
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **options)
-    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
-
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):  # keeps 32-bit state, as bitsandbytes advises
-            manager = GlobalOptimManager.get_instance()
-            manager.register_module_override(module, "weight", {"optim_bits": 32})
-    return AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
