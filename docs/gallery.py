@@ -218,6 +218,7 @@ def format_notebooks(entries: dict[str, Any], gallery: str) -> str:
         # What 01 finds first is among README's facts already.
         findings = entry["findings"][name == NAMES[0] :] or entry["findings"]
         found = re.split(r"(?<=\.) (?=[A-Z])", findings[0])[0] if findings else ""
+        found = re.sub(r", (real battles \([^)]*\)|simulated arena),?", "", found)  # links say it
         text = f"**{entry['title']}**<br>{found}<br>Read it {' or '.join(links)}"
         lines.append(f"| {small} | {text.replace('<br><br>', '<br>')} |")
     return "\n".join(lines)
@@ -267,7 +268,6 @@ def make_parts(manifest: dict[str, Any]) -> dict[str, str]:
     return {
         "facts": format_facts(manifest["pages"]),
         "notebooks": format_notebooks(manifest["pages"], "docs/gallery/"),
-        "printed": f"```text\n{manifest['printed']}\n```",
     }
 
 
@@ -336,9 +336,7 @@ def main() -> None:
         entries = {page: entry for page, entry in entries.items() if page not in old}
         entries |= write_pages(source, quotes)
         record_suite(source.kind, source.artifacts)
-    summary = (sources[0].artifacts / "summary.md").read_text(encoding="utf-8")
-    printed = "\n".join(line.rstrip() for line in summary.split("\n\n")[1].splitlines()[:-1])
-    manifest = {"package": hash_library(), "printed": printed, "pages": entries}
+    manifest = {"package": hash_library(), "pages": entries}
     write_json(MANIFEST, manifest)
     write_tables(manifest)
     write_readme()
