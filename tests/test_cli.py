@@ -313,5 +313,4 @@ def test_memory_does_not_grow_with_the_file(baseline, tmp_path, suffix):
         size_mib = path.stat().st_size / 2**20
         assert len(pd.read_csv(tmp_path / "out.csv")) == n_rows
     assert suffix == "parquet" or size_mib > 80
-    print(peaks)
     assert peaks[1] - peaks[0] < 40, peaks
