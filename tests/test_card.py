@@ -12,11 +12,9 @@ from src.utils.delivery.card import (
     fold_source,
     make_card,
     measure_facts,
-    name_member,
     render_card,
     summarise_check,
 )
-from src.utils.runs import write_json
 
 TINY = FinetuneConfig(
     checkpoint="tiny:qwen3", revision="", train="lora", lora_rank=4, predict_tokens=160
@@ -136,14 +134,6 @@ def test_facts_are_those_of_the_votes(demo_pairs):
     assert all(30 <= row["n_pairs"] < len(labels) for row in facts["slices"])
     longer = next(row for row in facts["leanings"] if row["leaning"] == "the longer answer")
     assert longer["people"].endswith(")") and longer["people"] != longer["model"]
-
-
-def test_members_are_named_for_people(tmp_path):
-    for name, content in (("02_baseline", {}), ("04_qwen", {"checkpoint": "tiny:qwen3"})):
-        (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "config.json", content)
-    assert name_member(tmp_path / "02_baseline") == "02 CPU baseline"
-    assert name_member(tmp_path / "04_qwen") == "04 tiny decoder (stand-in)"
 
 
 def test_a_check_says_how_far_cut_battles_differ():

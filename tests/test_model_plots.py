@@ -34,7 +34,7 @@ def test_ours_stands_among_published_scores_on_real_battles_only(ax):
     ours = {"name": "ours", "log_loss": 1.01, "low": 1.0, "high": 1.02, "kind": "here"}
     model_plots.plot_published(ax, published, ours)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "ours", "b"]
-    assert "1 published scores are below it, 1 above" in words(ax)
+    assert "Below the interval: 1 published scores; above: 1" in words(ax)
     ax.clear()
     model_plots.plot_published(ax, published, None)
     assert "simulated" in words(ax) and len(ax.get_yticklabels()) == 2

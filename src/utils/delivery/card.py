@@ -19,7 +19,6 @@ from src.utils.battles.download import SETS
 from src.utils.battles.style import measure_style, slice_battles, style_differences
 from src.utils.config import FinetuneConfig, name_model
 from src.utils.models.template import INSTRUCTION, TURN_TEXT
-from src.utils.runs import read_json
 from src.utils.schema import list_votes
 from src.utils.stats.plots import with_interval
 from src.utils.stats.scores import compare_leanings, compare_models, compare_slices, row_losses
@@ -34,12 +33,6 @@ _LEANINGS = {
     "n_list_items": "more list items",
     "is_refusal": "the refusal",
 }
-
-
-def name_member(run: Path) -> str:
-    """Name the model of a run folder for people: "02 CPU baseline", "03 ModernBERT-base"."""
-    checkpoint = read_json(run / "config.json").get("checkpoint")
-    return f"{run.name[:2]} {name_model(checkpoint) if checkpoint else 'CPU baseline'}"
 
 
 def measure_facts(

@@ -152,7 +152,9 @@ class Predictor:
             return "CPU baseline"
         run = self.source.runs.get(member)
         config = read_json(run / "config.json") if run else {}
-        return name_model(config["checkpoint"]) if "checkpoint" in config else member
+        if "checkpoint" not in config:
+            return member
+        return name_model(config["checkpoint"], config.get("train", ""))
 
     def load_networks(self, ask_all: bool = False) -> None:
         """Load the networks into this process; with `ask_all` also those of weight zero.

@@ -114,10 +114,13 @@ def plot_published(ax: Axes, published: pd.DataFrame, ours: Mapping[str, float] 
     title = "What others reached on real battles (this run's are simulated: not comparable)"
     if ours is not None:
         rows = pd.concat([rows, pd.DataFrame([{**ours, "color": ACCENT}])], ignore_index=True)
-        n_worse = int((published["log_loss"] > ours["high"]).sum())
-        n_better = int((published["log_loss"] < ours["low"]).sum())
+        models = published[~published["name"].str.startswith("class prior")]
+        n_worse = int((models["log_loss"] > ours["high"]).sum())
+        n_better = int((models["log_loss"] < ours["low"]).sum())
         interval = f"{ours['log_loss']:.3f} ({ours['low']:.3f} to {ours['high']:.3f})"
-        title = f"Ours: {interval}; {n_better} published scores are below it, {n_worse} above"
+        title = (
+            f"Ours: {interval}. Below the interval: {n_better} published scores; above: {n_worse}"
+        )
     rows = rows.sort_values("log_loss", ascending=False).reset_index(drop=True)
     marks = np.where(rows["kind"].str.contains("leaderboard"), "s", "o")
     _draw_losses(ax, rows.assign(mark=marks), "log_loss")
