@@ -28,6 +28,7 @@ _LICENCES = {
     "answerdotai/ModernBERT-base": "apache-2.0",
     "Qwen/Qwen3-4B-Instruct-2507": "apache-2.0",
 }
+_FEWEST = 30  # battles of a slice that is shown
 _LEANINGS = {
     "n_chars": "the longer answer",
     "n_list_items": "more list items",
@@ -71,6 +72,7 @@ def measure_facts(
     losses = {name: row_losses(probs, labels) for name, probs in models.items()}
     counts = measure_style(pairs)
     parts = {name: mask[rows] for name, mask in slice_battles(counts).items()}
+    parts = {name: mask for name, mask in parts.items() if _FEWEST <= mask.sum() < len(rows)}
     published = models[names[chosen]]
     references = {"class_prior": losses["class prior"]}
     slices = compare_slices(losses[names[chosen]], references, parts, groups, n_boot)

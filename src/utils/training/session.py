@@ -46,8 +46,8 @@ def describe_progress(run_dir: Path, names: Sequence[str], note: str = "") -> st
             f"## Remaining: {', '.join(remaining)}",
             *filter(None, [note]),
             "## Next: run it once more, and it goes on from here",
-            f"On Kaggle: `make kernel NB={number} RESUME=1` with every setting of the first time, then "
-            f"`make kernel-push NB={number}`.",
+            f"On Kaggle: `make kernel NB={number} RESUME=1` with every setting of the first time, "
+            f"then `make kernel-push NB={number}`.",
             "In the browser: *Edit*, *Add Input*, *Your Work*, choose this notebook, *Save "
             "Version*, *Save & Run All*. Elsewhere: run the notebook again.",
             "The cells below do nothing in this session.",
