@@ -27,7 +27,7 @@ class Quotes:
 
         Blocks of Python are left out: they are ours, and people ask chatbots for such lines, too.
         """
-        page = re.sub(r"^```python\n.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+        page = re.sub(r"```python\s.*?```", "", page, flags=re.DOTALL)
         letters = _letters(re.sub(r"<[^<>]*>", "", unescape(page)))
         for place in range(len(letters) - _WINDOW + 1):
             if (passage := letters[place : place + _WINDOW]) in self._windows:
