@@ -66,10 +66,12 @@ def note_source(fig: Figure, source: str, n_pairs: int) -> None:
     """
     # As a label of the figure it gets room of its own from the layout.
     fig.supxlabel(f"{source} · {n_pairs:,} battles", x=1 - _EDGE, ha="right", **_SMALL)
-    # Over long names of rows, too, the title starts at the figure's edge; moving it there changes
-    # the layout once.
-    for _ in range(2 if len(fig.axes) == 1 else 0):
+    # Over long names of rows, too, the title starts at the figure's edge. It takes part in the
+    # layout, which therefore stays as it is once the title has moved.
+    for step in range(2 if len(fig.axes) == 1 else 0):
         fig.draw_without_rendering()
+        if step:
+            fig.set_layout_engine("none")
         place = fig.axes[0].get_position()
         x = (_EDGE - place.x0) / place.width
         fig.axes[0].set_title(fig.axes[0].get_title("left"), loc="left", x=x)
