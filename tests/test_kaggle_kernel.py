@@ -22,6 +22,9 @@ from src.utils.paths import ROOT
 from src.utils.schema import TEXTS
 from src.utils.stats.blend import Blend
 
+# What notebook 06 reads of a run.
+METRICS = json.dumps({"log_loss": 1.0, "accuracy": 0.5, "n_pairs": 9})
+
 
 def load_script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "kaggle_kernel" / f"{name}.py")
@@ -518,7 +521,7 @@ def baseline_artifacts(tmp_path_factory, _demo_pairs):
     config = BaselineConfig(n_hashed=256, n_trees=5)
     save_baseline(fit_baseline(_demo_pairs, config), run / "model")
     (run / "config.json").write_text(json.dumps(config.to_json()))
-    (run / "metrics.json").write_text("{}")
+    (run / "metrics.json").write_text(METRICS)
     return run.parent
 
 
@@ -553,11 +556,11 @@ def test_the_kernel_of_all_members_passes_its_rehearsal(baseline_artifacts, tiny
             *checkpoints.load_classifier(config, base), artifacts / name / "model" / "fold_0"
         )
         (artifacts / name / "config.json").write_text(json.dumps(config.to_json()))
-        (artifacts / name / "metrics.json").write_text("{}")
+        (artifacts / name / "metrics.json").write_text(METRICS)
     blend = Blend(("02_baseline", *networks), (0.4, 0.3, 0.3))
     (artifacts / "05_ensemble").mkdir()
     (artifacts / "05_ensemble" / "blend.json").write_text(json.dumps(blend.to_json()))
-    (artifacts / "05_ensemble" / "metrics.json").write_text("{}")
+    (artifacts / "05_ensemble" / "metrics.json").write_text(METRICS)
     build.build(order(), tmp_path / "kaggle", artifacts)
     timing = rehearse.rehearse(tmp_path / "kaggle", rehearse.Case(100, "new"), tmp_path / "root")
     assert timing["n_pairs_by_members"] == {" + ".join(blend.members): 101}
@@ -579,11 +582,11 @@ def test_an_adapter_on_an_attached_base_is_rehearsed_with_it_and_without(
     )
     settings = config.to_json() | {"checkpoint": "Qwen/Qwen3-Tiny"}
     (artifacts / "04_qwen" / "config.json").write_text(json.dumps(settings))
-    (artifacts / "04_qwen" / "metrics.json").write_text("{}")
+    (artifacts / "04_qwen" / "metrics.json").write_text(METRICS)
     (artifacts / "05_ensemble").mkdir()
     blend = Blend(("02_baseline", "04_qwen"), (0.5, 0.5))
     (artifacts / "05_ensemble" / "blend.json").write_text(json.dumps(blend.to_json()))
-    (artifacts / "05_ensemble" / "metrics.json").write_text("{}")
+    (artifacts / "05_ensemble" / "metrics.json").write_text(METRICS)
     asked = order(model_sources=("ada/qwen3-tiny/transformers/default/1",))
     build.build(asked, tmp_path / "kaggle", artifacts)
     case, bases = rehearse.Case(20, layout), {"qwen3-tiny": tiny_base("qwen3")}
