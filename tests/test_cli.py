@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -235,8 +236,14 @@ def test_a_reader_that_goes_away_is_no_error(baseline, battles):
     os.close(writing)
 
 
+def obey_ctrl_c():
+    # Of a test run in the background of a shell, every process would ignore it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_with_130_and_leaves_no_file(baseline, tmp_path):
-    with start("--model", baseline, "-", "-o", tmp_path / "out.jsonl") as process:
+    options = {"preexec_fn": obey_ctrl_c}
+    with start("--model", baseline, "-", "-o", tmp_path / "out.jsonl", **options) as process:
         process.stdin.write(json.dumps(dict.fromkeys(TEXTS, "x")).encode() + b"\n")
         process.stdin.flush()
         until = time.monotonic() + 60
@@ -245,7 +252,7 @@ def test_ctrl_c_ends_with_130_and_leaves_no_file(baseline, tmp_path):
         ):
             time.sleep(0.05)
         process.send_signal(2)
-        assert process.wait() == 130
+        assert process.wait(60) == 130
     assert list(tmp_path.iterdir()) == []
 
 

@@ -135,10 +135,13 @@ def test_a_run_killed_at_any_moment_goes_on_where_it_was(run, demo_pairs, tiny_b
     fresh = take(read_states(pairs, CONFIG, tmp_path / "fresh", tiny_base("modernbert")), pairs)
     rng, exit_codes = np.random.default_rng(0), []
     counts.touch()
+    # Torch is loaded before the fork, so that a kill meets the reading and not the imports; the
+    # server has no threads, whose locks a fork would keep for ever.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_states"])
     while len(exit_codes) < 20 and 0 not in exit_codes:
-        # A fork has torch loaded, so that a kill meets the reading and not the imports.
         arguments = (pairs, tmp_path, tiny_base("modernbert"), counts)
-        process = multiprocessing.get_context("fork").Process(target=read_slowly, args=arguments)
+        process = context.Process(target=read_slowly, args=arguments)
         process.start()
         wanted = len(counts.read_text().split()) + rng.integers(1, 12)
         while process.is_alive() and len(counts.read_text().split()) < wanted:
