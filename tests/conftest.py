@@ -1,6 +1,7 @@
 """Battles for the tests: demo ones, hand-made ugly ones, and real ones where they are at hand."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from src.utils.battles.demo import make_battles
 from src.utils.battles.readers import add_groups_and_folds, load_pairs
 from src.utils.paths import REAL_DATA
-from src.utils.schema import LABELLED_COLUMNS
+from src.utils.schema import LABELLED_COLUMNS, TEXTS
 
 NO_REAL_DATA = f"no real battles: set ARENA_REAL_DATA to their folder (looked in {REAL_DATA})"
 REAL_TRAIN = [REAL_DATA / "arena_sample.csv", REAL_DATA / "arena_extra.csv"]
@@ -232,3 +233,28 @@ def small_artifacts(_demo_pairs: pd.DataFrame, tiny_base, tmp_path_factory) -> P
     write_json(folder / "05_ensemble" / "metrics.json", {"log_loss": 1.0})
     write_pairs(folder / "01_eda" / "pairs.parquet", _demo_pairs)
     return folder
+
+
+@pytest.fixture
+def battles(_demo_pairs, tmp_path):
+    """A file of 30 battles in the competition's layout."""
+    table = _demo_pairs[:30]
+    encoded = {name: table[name].map(json.dumps) for name in TEXTS}
+    path = tmp_path / "battles.csv"
+    table.assign(**encoded)[["id", *TEXTS]].to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def read_batches(monkeypatch):
+    """A list that fills with the rows of each batch that a frozen base reads."""
+    from src.utils.models.reading import StateReader  # imports torch
+
+    batches, read = [], StateReader.read
+
+    def count(self, rows):
+        batches.append(len(rows))
+        return read(self, rows)
+
+    monkeypatch.setattr(StateReader, "read", count)
+    return batches

@@ -30,16 +30,6 @@ def baseline(small_artifacts):
     return small_artifacts / "02_baseline"
 
 
-@pytest.fixture
-def battles(_demo_pairs, tmp_path):
-    """A file of 30 battles in the competition's layout."""
-    table = _demo_pairs[:30]
-    encoded = {name: table[name].map(json.dumps) for name in TEXTS}
-    path = tmp_path / "battles.csv"
-    table.assign(**encoded)[["id", *TEXTS]].to_csv(path, index=False)
-    return path
-
-
 def run(*arguments, **options):
     return cli.main([*map(str, arguments)], **options)
 

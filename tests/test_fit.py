@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from src.utils.models.checkpoints import load_finetuned
 from src.utils.models.predict import predict_pairs, predict_probs
-from src.utils.models.reading import LocalReader, StateReader
+from src.utils.models.reading import LocalReader
 from src.utils.runs import Stopwatch, find_damage, hash_file, hash_pairs, read_json
 from src.utils.schema import TEXTS, probs_of, probs_table
 from src.utils.stats.scores import log_loss
@@ -630,19 +630,6 @@ def test_extra_battles_are_trained_on_and_never_held_out(
 def frozen(encoder, monkeypatch):
     monkeypatch.setattr(frozen_heads, "PENALTIES", (10.0,))
     return dataclasses.replace(encoder, train="head", max_tokens=512, predict_tokens=96)
-
-
-@pytest.fixture
-def read_batches(monkeypatch):
-    """A list that fills with the rows of each batch that a frozen base reads."""
-    batches, read = [], StateReader.read
-
-    def count(self, rows):
-        batches.append(len(rows))
-        return read(self, rows)
-
-    monkeypatch.setattr(StateReader, "read", count)
-    return batches
 
 
 def test_heads_hold_out_every_fold_and_serve_what_they_predicted(

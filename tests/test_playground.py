@@ -32,15 +32,6 @@ def predictor(small_artifacts):
     return loaded
 
 
-@pytest.fixture
-def battles(_demo_pairs, tmp_path):
-    table = _demo_pairs[:30]
-    encoded = {name: table[name].map(json.dumps) for name in TEXTS}
-    path = tmp_path / "battles.csv"
-    table.assign(**encoded)[["id", *TEXTS]].to_csv(path, index=False)
-    return path
-
-
 # ---- what is shown -----------------------------------------------------------
 
 

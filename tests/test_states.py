@@ -26,19 +26,6 @@ CONFIG = FinetuneConfig(
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """Rows that the base has read, one number per batch."""
-    batches, read = [], StateReader.read
-
-    def count(self, rows):
-        batches.append(len(rows))
-        return read(self, rows)
-
-    monkeypatch.setattr(StateReader, "read", count)
-    return batches
-
-
-@pytest.fixture
 def run(tmp_path, tiny_base):
     def run(pairs, **changes):
         config = dataclasses.replace(CONFIG, **changes)
@@ -53,39 +40,39 @@ def take(states, pairs):
     return states.take(rows.ravel()).reshape(*rows.shape, -1)
 
 
-def test_each_battle_is_read_once_in_each_order_and_never_again(run, counted, demo_pairs):
+def test_each_battle_is_read_once_in_each_order_and_never_again(run, read_batches, demo_pairs):
     first = take(run(demo_pairs[:40]), demo_pairs[:40])
-    assert sum(counted) == 80 and not np.allclose(first[:, 0], first[:, 1])
-    counted.clear()
+    assert sum(read_batches) == 80 and not np.allclose(first[:, 0], first[:, 1])
+    read_batches.clear()
     np.testing.assert_array_equal(take(run(demo_pairs[:40]), demo_pairs[:40]), first)
     exchanged = take(run(swap_pairs(demo_pairs[:40])), swap_pairs(demo_pairs[:40]))
     np.testing.assert_array_equal(exchanged, first[:, ::-1])
-    assert counted == []
+    assert read_batches == []
 
 
-def test_more_battles_add_to_what_is_there(run, counted, demo_pairs):
+def test_more_battles_add_to_what_is_there(run, read_batches, demo_pairs):
     first = take(run(demo_pairs[:20]), demo_pairs[:20])
-    counted.clear()
+    read_batches.clear()
     # Others between them, in another order, with other ids, votes and folds.
     more = pd.concat([demo_pairs[20:30], demo_pairs[:20][::-1]]).assign(id="x", label=0, fold=1)
     np.testing.assert_array_equal(take(run(more), more)[10:][::-1], first)
-    assert sum(counted) == 20
+    assert sum(read_batches) == 20
 
 
-def test_other_settings_do_not_mix_and_come_back(run, counted, demo_pairs):
+def test_other_settings_do_not_mix_and_come_back(run, read_batches, demo_pairs):
     few = demo_pairs[:10]
     first = take(run(few), few)
     for changes in ({"predict_tokens": 64}, {"state_layers": (1.0,)}):
-        counted.clear()
+        read_batches.clear()
         assert not np.array_equal(take(run(few, **changes), few), first)
-        assert sum(counted) == 20
-    counted.clear()
+        assert sum(read_batches) == 20
+    read_batches.clear()
     np.testing.assert_array_equal(take(run(few), few), first)
-    assert counted == []
+    assert read_batches == []
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "empty"])
-def test_a_damaged_part_is_named_and_read_again(run, counted, demo_pairs, monkeypatch, harm):
+def test_a_damaged_part_is_named_and_read_again(run, read_batches, demo_pairs, monkeypatch, harm):
     monkeypatch.setattr(module, "_PART_MIB", 0)  # a part for each batch
     first = take(run(demo_pairs[:20]), demo_pairs[:20])
     states = run(demo_pairs[:20])
@@ -94,16 +81,16 @@ def test_a_damaged_part_is_named_and_read_again(run, counted, demo_pairs, monkey
     content = path.read_bytes()
     damaged = {"cut": content[:-100], "changed": content[:-1] + b"?", "empty": b""}
     path.write_bytes(damaged[harm])
-    counted.clear()
+    read_batches.clear()
     with pytest.warns(UserWarning, match=f"{path.name} is damaged"):
         again = run(demo_pairs[:20])
-    assert 0 < sum(counted) < 40
+    assert 0 < sum(read_batches) < 40
     # A battle may have other neighbours now, which moves what is rounded.
     np.testing.assert_allclose(take(again, demo_pairs[:20]), first, atol=2e-3)
 
 
 def test_states_that_are_not_finite_are_refused_if_many_and_read_again(
-    run, counted, demo_pairs, monkeypatch
+    run, read_batches, demo_pairs, monkeypatch
 ):
     def lose(self, values):
         return np.full(values.shape, np.nan, dtype=np.float16)
