@@ -19,6 +19,7 @@ learn from both orders of every battle and predict the mean of both.
 Source: Davidson 1970, JASA 65(329):317-328, doi:10.1080/01621459.1970.10481082.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -256,19 +257,22 @@ def fit_davidson(differences: Blocks, shared: Blocks, votes: np.ndarray, ridge: 
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         w, v, intercept = np.split(weights, [n_differences, len(weights) - 1])
-        logits = davidson_logits(differences.times(w), shared.times(v) + intercept)
+        tie = thread.submit(shared.times, v)
+        logits = davidson_logits(differences.times(w), tie.result() + intercept)
         log_probs = log_softmax(logits, axis=1)
         residual = np.exp(log_probs) - votes
+        tied = thread.submit(shared.transposed_times, residual[:, TIE])
         gradient_w = differences.transposed_times((residual[:, A_WINS] - residual[:, B_WINS]) / 2)
-        gradient_v = shared.transposed_times(residual[:, TIE])
         gradient = np.concatenate(
-            [gradient_w + ridge * w, gradient_v + ridge * v, [residual[:, TIE].sum()]]
+            [gradient_w + ridge * w, tied.result() + ridge * v, [residual[:, TIE].sum()]]
         )
         loss = -(log_probs * votes).sum() + ridge / 2 * (w @ w + v @ v)
         return loss / len(votes), gradient / len(votes)
 
     start = np.zeros(n_differences + shared.width + 1)
-    with threadpool_limits(1):
+    # scipy multiplies sparse matrices without the interpreter's lock, so that both sides of a
+    # battle's odds are computed at once.
+    with threadpool_limits(1), ThreadPoolExecutor(1) as thread:
         limits: Any = {"maxiter": 200, "ftol": 1e-6, "gtol": 1e-5}
         best = minimize(objective, start, jac=True, method="L-BFGS-B", options=limits)
     w, v, intercept = np.split(best.x, [n_differences, len(best.x) - 1])
