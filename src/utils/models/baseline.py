@@ -80,6 +80,7 @@ _OWN_VARIANCE = {"has_apology": 0.05}
 
 WORD_PATTERN = r"\w+|[^\w\s]"  # words and signs
 _N_GRAMS = (2, 3, 4)  # bytes
+_AT_ONCE = 4096  # battles
 # 2^64 over the golden ratio: Fibonacci hashing, Knuth volume 3, section 6.4.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MAX_DEVIATION = 4.0  # standardised features are cut here: one odd answer must not decide a fit
@@ -119,12 +120,15 @@ def measure_features(pairs: pd.DataFrame, config: BaselineConfig) -> Features:
     """Measure battles for all members; `n_hashed` of the settings is the width of a text block."""
     style = measure_style(pairs)
     words = _hash_words(config.n_hashed)
-    texts_a = [join_turns(turns) for turns in pairs["response_a"]]
-    texts_b = [join_turns(turns) for turns in pairs["response_b"]]
-    texts = {
-        "words": words.transform(texts_a) - words.transform(texts_b),
-        "characters": hash_bytes(texts_a, config.n_hashed) - hash_bytes(texts_b, config.n_hashed),
-    }
+    parts: dict[str, list[sparse.csr_matrix]] = {"words": [], "characters": []}
+    # Some battles at a time: all blocks of both answers would take four times the room.
+    for start in range(0, len(pairs), _AT_ONCE) or [0]:
+        part = pairs.iloc[start : start + _AT_ONCE]
+        texts_a, texts_b = ([*part[name].map(join_turns)] for name in ("response_a", "response_b"))
+        parts["words"].append(words.transform(texts_a) - words.transform(texts_b))
+        characters = [hash_bytes(texts, config.n_hashed) for texts in (texts_a, texts_b)]
+        parts["characters"].append(characters[0] - characters[1])
+    texts = {name: sparse.vstack(parts.pop(name), format="csr") for name in [*parts]}
     return Features(style_differences(style)[0], style_shared(style), texts)
 
 
