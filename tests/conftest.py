@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
 from src.utils.battles.demo import make_battles
 from src.utils.battles.readers import add_groups_and_folds, load_pairs
 from src.utils.paths import REAL_DATA
-from src.utils.schema import LABELLED_COLUMNS, TEXTS
+from src.utils.schema import LABELLED_COLUMNS, TEXTS, join_turns
 
 NO_REAL_DATA = f"no real battles: set ARENA_REAL_DATA to their folder (looked in {REAL_DATA})"
 REAL_TRAIN = [REAL_DATA / "arena_sample.csv", REAL_DATA / "arena_extra.csv"]
@@ -95,6 +97,23 @@ def _real_pairs() -> pd.DataFrame:
 def real_pairs(_real_pairs: pd.DataFrame) -> pd.DataFrame:
     """898 real battles with label, group and fold; skips where there are none."""
     return _real_pairs.copy()
+
+
+@pytest.fixture(scope="session")
+def vectors(_demo_pairs: pd.DataFrame):
+    """Word vectors of eight random numbers, of the words of demo battles."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from src.utils.models.word_vectors import WordVectors
+
+    texts = _demo_pairs["response_a"].map(join_turns)
+    words = ["[UNK]", *sorted(set(re.findall(r"[A-Za-z]+", " ".join(texts))))]
+    known = {word: place for place, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    values = np.random.default_rng(0).normal(size=(len(words), 8))
+    values[0] = 0
+    return WordVectors(tokenizer, values.astype(np.float16))
 
 
 @pytest.fixture(scope="session")

@@ -133,6 +133,9 @@ class BaselineConfig(Config):
     """Settings of 02, the CPU baseline."""
 
     n_hashed: int = field(131_072, "width of each hashed text block", "columns", ge=16)
+    word_vectors: str = field(
+        f"{PACKAGE}wordllama", "static vectors of words, from a package; none does without"
+    )
     ridge: float = field(1.0, "linear models' penalty; doubling it halves prior variances", gt=0)
     n_trees: int = field(200, "boosting rounds at most; one per 15 battles", "rounds", ge=1)
     learning_rate: float = field(0.05, "shrinkage of each tree", gt=0, le=1)

@@ -4,12 +4,12 @@ Members see the same battles differently and are blended on held-out rows:
 
     style   counts of `style.py`: length, markdown, refusals, overlap with the prompt …
     words   style, and the share of each word among an answer's words
-    text    all of these, and which sequences of two to four bytes an answer holds; where the
-            answers hold different ones also speaks for or against a tie
-    trees   gradient boosting on style, for thresholds and interactions
+    text    all of these, characters, how the answers open and end, and what they mean; how
+            unlike the answers are in this speaks for or against a tie
+    trees   gradient boosting on style and likeness, for thresholds and interactions
 
-All but the trees are one model, Bradley-Terry with Davidson's ties: with d the features
-that change sign when A and B are exchanged, and s those that do not,
+`features.py` says what is read. All but the trees are one model, Bradley-Terry with Davidson's
+ties: with d the features that change sign when A and B are exchanged, and s those that do not,
 
     p_A : p_B : p_tie = exp(w·d / 2) : exp(-w·d / 2) : exp(v·s + b)
 
@@ -31,12 +31,13 @@ from safetensors.numpy import load_file, save
 from scipy import sparse
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
-from sklearn.feature_extraction.text import HashingVectorizer
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from src.utils.battles.style import STYLE_FEATURES, measure_style, style_differences, style_shared
+from src.utils.battles.style import STYLE_FEATURES, measure_style, style_differences
 from src.utils.config import BaselineConfig
+from src.utils.models.features import Features, hash_words, measure_features
+from src.utils.models.word_vectors import WordVectors, fetch_vectors, load_vectors
 from src.utils.runs import atomic_path, read_json, write_json
 from src.utils.schema import (
     A_WINS,
@@ -46,7 +47,6 @@ from src.utils.schema import (
     TIE,
     average_over_swap,
     check_pairs,
-    join_turns,
     list_votes,
     swap_labels,
     vote_shares,
@@ -57,34 +57,41 @@ from src.utils.stats.ranking import davidson_logits
 
 @dataclass(frozen=True)
 class Prior:
-    """What a linear member reads, and the prior variance of each part, in squared logits.
+    """Which blocks of features a linear member reads, and the prior variance of each.
 
-    A variance is that of the part's contribution to a typical battle: to the log-odds of A
-    against B, or to the log-odds of a tie for `shared` and `tie_texts`.
+    A variance is that of the block's contribution to a typical battle, in squared logits: to the
+    log-odds of A against B, or to the log-odds of a tie. Blocks that nobody measured are left out.
     """
 
-    style: float
-    shared: float
-    texts: dict[str, float] = field(default_factory=dict)  # text block -> variance
-    tie_texts: dict[str, float] = field(default_factory=dict)  # the same, of absolute values
+    signed: dict[str, float]  # for A against B
+    unsigned: dict[str, float]  # for a tie
+    unlike: dict[str, float] = field(default_factory=dict)  # for a tie: absolute values of signed
+    own: dict[str, float] = field(default_factory=dict)  # of single style features
 
 
+# People mind an apology wherever they vote, so its weight is not shrunk with the others.
+_APOLOGY = {"has_apology": 0.05}
 # Chosen by repeated grouped cross-validation, see notebooks/LOG.md.
 LINEAR_MEMBERS = {
-    "style": Prior(style=0.4, shared=0.3),
-    "words": Prior(style=0.4, shared=0.3, texts={"words": 1.0}),
-    "text": Prior(0.05, 0.15, {"words": 0.7, "characters": 1.2}, {"characters": 0.8}),
+    "style": Prior({"style": 0.4}, {"shared": 0.3}, own=_APOLOGY),
+    "words": Prior({"style": 0.4, "words": 1.0}, {"shared": 0.3}, own=_APOLOGY),
+    "text": Prior(
+        signed={
+            "style": 0.04,
+            "words": 0.5,
+            "characters": 1.0,
+            "opening": 0.4,
+            "ending": 0.4,
+            "meaning": 0.3,
+            "relevance": 0.02,
+        },
+        unsigned={"shared": 0.1, "likeness": 0.12},
+        unlike={"signs": 0.2, "opening": 0.3, "ending": 0.25},
+    ),
 }
-# People mind an apology wherever they vote, so its weight is not shrunk with the others.
-_OWN_VARIANCE = {"has_apology": 0.05}
-
-WORD_PATTERN = r"\w+|[^\w\s]"  # words and signs
-_N_GRAMS = (2, 3, 4)  # bytes
-_AT_ONCE = 4096  # battles
-# 2^64 over the golden ratio: Fibonacci hashing, Knuth volume 3, section 6.4.
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MAX_DEVIATION = 4.0  # standardised features are cut here: one odd answer must not decide a fit
 _BATTLES_PER_TREE = 15  # with fewer battles per round, the trees overfit
+_TREE_BLOCKS = ("style", "relevance")
 _TREES = {
     "objective": "multiclass",
     "num_class": len(LABELS),
@@ -102,63 +109,6 @@ _TREES = {
 }
 
 
-@dataclass(frozen=True)
-class Features:
-    """What the members read of N battles, not yet scaled."""
-
-    differences: np.ndarray  # (N, F) float64, changes sign under the swap
-    shared: np.ndarray  # (N, G) float64, unchanged under the swap
-    texts: dict[str, sparse.csr_matrix]  # block -> (N, width) float32, changes sign
-
-    def take(self, rows: np.ndarray) -> "Features":
-        """Select rows by mask or position."""
-        texts = {name: block[rows] for name, block in self.texts.items()}
-        return Features(self.differences[rows], self.shared[rows], texts)
-
-
-def measure_features(pairs: pd.DataFrame, config: BaselineConfig) -> Features:
-    """Measure battles for all members; `n_hashed` of the settings is the width of a text block."""
-    style = measure_style(pairs)
-    words = _hash_words(config.n_hashed)
-    parts: dict[str, list[sparse.csr_matrix]] = {"words": [], "characters": []}
-    # Some battles at a time: all blocks of both answers would take four times the room.
-    for start in range(0, len(pairs), _AT_ONCE) or [0]:
-        part = pairs.iloc[start : start + _AT_ONCE]
-        texts_a, texts_b = ([*part[name].map(join_turns)] for name in ("response_a", "response_b"))
-        parts["words"].append(words.transform(texts_a) - words.transform(texts_b))
-        characters = [hash_bytes(texts, config.n_hashed) for texts in (texts_a, texts_b)]
-        parts["characters"].append(characters[0] - characters[1])
-    texts = {name: sparse.vstack(parts.pop(name), format="csr") for name in [*parts]}
-    return Features(style_differences(style)[0], style_shared(style), texts)
-
-
-def _hash_words(n_hashed: int) -> HashingVectorizer:
-    look = {"token_pattern": WORD_PATTERN, "alternate_sign": False, "norm": "l1"}
-    return HashingVectorizer(n_features=n_hashed, dtype=np.float32, **look)
-
-
-def hash_bytes(texts: list[str], n_hashed: int) -> sparse.csr_matrix:
-    """Find which sequences of 2 to 4 bytes each text holds: (N, n_hashed) float32 of 0 and 1."""
-    found = np.zeros(n_hashed, dtype=bool)  # used in turn: several times as fast as np.unique
-    columns = [_hash_text(text, found) for text in texts]
-    ends = np.cumsum([0] + [len(found) for found in columns])
-    indices = np.concatenate([*columns, np.empty(0, dtype=np.int32)])
-    ones = np.ones(len(indices), dtype=np.float32)
-    return sparse.csr_matrix((ones, indices, ends), shape=(len(texts), n_hashed))
-
-
-def _hash_text(text: str, found: np.ndarray) -> np.ndarray:
-    data = np.frombuffer(f" {text.lower()} ".encode(), dtype=np.uint8).astype(np.uint64)
-    for length in _N_GRAMS:
-        codes = np.full(max(len(data) - length + 1, 0), length, dtype=np.uint64)
-        for offset in range(length):
-            codes = codes << np.uint64(8) | data[offset : offset + len(codes)]
-        found[(codes * _MULTIPLIER >> np.uint64(32)) % np.uint64(len(found))] = True
-    columns = np.flatnonzero(found).astype(np.int32)
-    found[columns] = False
-    return columns
-
-
 Units = dict[str, np.ndarray]
 
 
@@ -166,19 +116,22 @@ def measure_units(features: Features) -> Units:
     """Measure the scale of training features; none of it changes under the swap.
 
     Returns:
-        "differences" (F,), root mean square about zero; "shared_mean" and "shared_std" (G,);
-        for each text block, the root mean square length of its rows, ().
+        For each block, by name: of each signed column the root mean square, (width,); of each
+        unsigned one mean and standard deviation, (2, width); the root mean square length of a
+        text's rows, (). A scale is 1 where a feature never varies.
     """
-    units = {
-        "differences": np.sqrt((features.differences**2).mean(axis=0)),
-        "shared_mean": features.shared.mean(axis=0),
-        "shared_std": features.shared.std(axis=0),
-    }
-    for name, block in features.texts.items():
-        units[name] = np.sqrt(np.vdot(block.data, block.data) / max(block.shape[0], 1))
-    # A feature that never varies is left at zero, not divided by it.
-    varying = {name: np.where(unit > 1e-9, unit, 1.0) for name, unit in units.items()}
-    return varying | {"shared_mean": units["shared_mean"]}
+    units = {}
+    for name, block in features.signed.items():
+        units[name] = _or_one(np.sqrt((block**2).mean(axis=0, dtype=np.float64)))
+    for name, block in features.unsigned.items():
+        units[name] = np.stack([block.mean(axis=0), _or_one(block.std(axis=0))])
+    for name, text in features.texts.items():
+        units[name] = _or_one(np.sqrt(np.vdot(text.data, text.data) / max(text.shape[0], 1)))
+    return units
+
+
+def _or_one(scale: np.ndarray) -> np.ndarray:
+    return np.where(scale > 1e-9, scale, 1.0)
 
 
 @dataclass(frozen=True)
@@ -213,27 +166,38 @@ class Blocks:
 
 def linear_inputs(features: Features, units: Units, prior: Prior) -> tuple[Blocks, Blocks]:
     """Scale what a linear member reads: what changes sign under the swap, and what does not."""
-    style = features.differences / units["differences"]
-    style = np.clip(style, -_MAX_DEVIATION, _MAX_DEVIATION)
-    shared = (features.shared - units["shared_mean"]) / units["shared_std"]
-    shared = np.clip(shared, -_MAX_DEVIATION, _MAX_DEVIATION)
-    signed: list = [(style, style_scales(prior))]
-    unsigned: list = [(shared, np.full(shared.shape[1], np.sqrt(prior.shared / shared.shape[1])))]
-    for name, variance in prior.texts.items():
-        signed.append((features.texts[name], np.float32(np.sqrt(variance) / units[name])))
-    for name, variance in prior.tie_texts.items():
-        block = features.texts[name]
-        # abs(block) would copy the positions of the entries as well.
-        positive = (np.abs(block.data), block.indices, block.indptr)
+    signed: list = []
+    for name, variance in prior.signed.items():
+        if name in features.texts:
+            scale = np.float32(np.sqrt(variance) / units[name])
+            signed.append((features.texts[name], scale))
+        elif name in features.signed:
+            scales = _share(variance, features.signed[name].shape[1])
+            if name == "style":
+                own = np.array([prior.own.get(feature, 0.0) for feature in STYLE_FEATURES])
+                scales = np.where(own, np.sqrt(own), scales)
+            signed.append((_cut(features.signed[name] / units[name]), scales))
+    unsigned: list = []
+    for name, variance in prior.unsigned.items():
+        if name in features.unsigned:
+            mean, std = units[name]
+            scales = _share(variance, len(mean))
+            unsigned.append((_cut((features.unsigned[name] - mean) / std), scales))
+    for name, variance in prior.unlike.items():
+        text = features.texts[name]
+        # abs(text) would copy the positions of the entries as well.
+        positive = (np.abs(text.data), text.indices, text.indptr)
         scale = np.float32(np.sqrt(variance) / units[name])
-        unsigned.append((sparse.csr_matrix(positive, shape=block.shape), scale))
+        unsigned.append((sparse.csr_matrix(positive, shape=text.shape), scale))
     return Blocks(signed), Blocks(unsigned)
 
 
-def style_scales(prior: Prior) -> np.ndarray:
-    """The prior standard deviation of each style feature's weight: (F,)."""
-    each = prior.style / len(STYLE_FEATURES)
-    return np.sqrt([_OWN_VARIANCE.get(name, each) for name in STYLE_FEATURES])
+def _share(variance: float, width: int) -> np.ndarray:
+    return np.full(width, np.sqrt(variance / width))
+
+
+def _cut(standardised: np.ndarray) -> np.ndarray:
+    return np.clip(standardised, -_MAX_DEVIATION, _MAX_DEVIATION)
 
 
 @dataclass(frozen=True)
@@ -284,9 +248,10 @@ def fit_davidson(differences: Blocks, shared: Blocks, votes: np.ndarray, ridge: 
 
 
 def _tree_inputs(features: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Style features of the battles and of their mirror images."""
-    forward = np.hstack([features.differences, features.shared])
-    return forward, np.hstack([-features.differences, features.shared])
+    """What the trees read of the battles and of their mirror images."""
+    signed = np.hstack([features.signed[n] for n in _TREE_BLOCKS if n in features.signed])
+    unsigned = np.hstack([*features.unsigned.values()])
+    return np.hstack([signed, unsigned]), np.hstack([-signed, unsigned])
 
 
 def _fit_trees(features: Features, votes: np.ndarray, config: BaselineConfig) -> lgb.Booster:
@@ -338,6 +303,7 @@ class Baseline:
     config: BaselineConfig
     ensemble: Ensemble
     blend: Blend
+    vectors: WordVectors | None = None  # those that it was fitted with, if any
 
     def predict_probs(self, pairs: pd.DataFrame, n_at_once: int = 4096) -> np.ndarray:
         """Predict how people vote on N battles, `n_at_once` at a time to limit memory: (N, C).
@@ -348,7 +314,9 @@ class Baseline:
         probs = [np.empty((0, len(LABELS)))]
         starts = range(0, len(pairs), n_at_once)
         for start in tqdm(starts, desc="baseline", unit="chunk", disable=len(starts) < 2):
-            features = measure_features(pairs.iloc[start : start + n_at_once], self.config)
+            features = measure_features(
+                pairs.iloc[start : start + n_at_once], self.config, self.vectors
+            )
             probs.append(apply_blend(self.blend, self.ensemble.predict(features)))
         return np.concatenate(probs)
 
@@ -357,9 +325,9 @@ class Baseline:
 
         `member` is "words" or "text", which read words.
         """
-        columns = _hash_words(self.config.n_hashed).transform(words).tocoo()
-        variance = LINEAR_MEMBERS[member].texts["words"]
-        scale = np.sqrt(variance) / self.ensemble.units["words"]
+        columns = hash_words(self.config.n_hashed).transform(words).tocoo()
+        signed = LINEAR_MEMBERS[member].signed
+        scale = np.sqrt(signed["words"]) / self.ensemble.units["words"]
         # The columns of words follow those of style.
         weights = self.ensemble.linear[member].differences[len(STYLE_FEATURES) :]
         found = np.zeros(len(words))
@@ -374,9 +342,9 @@ class Baseline:
             the difference of the answers adds to the log-odds of A against B. Terms change sign
             when A and B are exchanged. Words and characters have their say in other members.
         """
-        style = measure_style(pairs)
-        features = Features(style_differences(style)[0], style_shared(style), {})
-        inputs, _ = linear_inputs(features, self.ensemble.units, LINEAR_MEMBERS["style"])
+        features = Features({"style": style_differences(measure_style(pairs))[0]}, {}, {})
+        prior = Prior(LINEAR_MEMBERS["style"].signed, {}, own=LINEAR_MEMBERS["style"].own)
+        inputs, _ = linear_inputs(features, self.ensemble.units, prior)
         differences, scales = inputs.parts[0]
         weights = self.ensemble.linear["style"].differences * scales
         return pd.DataFrame(differences * weights, pairs.index, list(STYLE_FEATURES))
@@ -416,12 +384,18 @@ def fit_baseline(
     members = cross_fit(pairs, config, features) if members is None else members
     rows, labels = list_votes(pairs[pairs["fold"] >= 0])
     blend = fit_blend({name: probs[rows] for name, probs in members.items()}, labels)
-    return Baseline(config, fit_ensemble(features, vote_shares(pairs), config), blend)
+    vectors = None if config.word_vectors == "none" else fetch_vectors(config.word_vectors)
+    return Baseline(config, fit_ensemble(features, vote_shares(pairs), config), blend, vectors)
 
 
 def save_baseline(baseline: Baseline, folder: Path) -> None:
-    """Write `baseline.json`, `linear.safetensors` and `trees.txt`; reading them runs no code."""
+    """Write `baseline.json`, `linear.safetensors`, `trees.txt`; reading them runs no code.
+
+    With word vectors, `vectors.safetensors` and `tokenizer.json` as well.
+    """
     folder = Path(folder)
+    if baseline.vectors is not None:
+        baseline.vectors.save(folder)
     arrays = {f"units.{name}": unit for name, unit in baseline.ensemble.units.items()}
     for name, model in baseline.ensemble.linear.items():
         arrays |= {f"{name}.{part}": np.asarray(value) for part, value in vars(model).items()}
@@ -448,4 +422,6 @@ def load_baseline(folder: Path) -> Baseline:
         linear[name] = Davidson(parts["differences"], parts["shared"], float(parts["intercept"]))
     trees = lgb.Booster(model_file=folder / "trees.txt")
     config = BaselineConfig.from_json(content["config"])
-    return Baseline(config, Ensemble(units, linear, trees), Blend.from_json(content["blend"]))
+    vectors = None if config.word_vectors == "none" else load_vectors(folder)
+    ensemble = Ensemble(units, linear, trees)
+    return Baseline(config, ensemble, Blend.from_json(content["blend"]), vectors)

@@ -6,6 +6,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from src.utils.config import BaselineConfig
 from src.utils.models import baseline
+from src.utils.models.features import WORD_PATTERN, Features
 from src.utils.schema import join_turns, list_votes, vote_shares
 from src.utils.stats import effects, scores
 from src.utils.stats.blend import apply_blend, fit_blend
@@ -38,7 +39,7 @@ def word_effects(
     """
     pairs = pairs.iloc[scores.draw_groups(pairs["group"].to_numpy(), _MAX_PAIRS, seed)]
     texts = [join_turns(turns) for name in ("response_a", "response_b") for turns in pairs[name]]
-    counter = CountVectorizer(token_pattern=baseline.WORD_PATTERN)  # as the words member
+    counter = CountVectorizer(token_pattern=WORD_PATTERN)  # as the words member
     counts = counter.fit_transform(texts).astype(np.float64)
     n_each = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
     shares = counts.multiply(1 / n_each[:, None]).tocsr()
@@ -57,7 +58,7 @@ def word_effects(
 def learning_curve(
     pairs: pd.DataFrame,
     config: BaselineConfig,
-    features: baseline.Features,
+    features: Features,
     members: dict[str, np.ndarray],
     n_sizes: int = 4,
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
@@ -96,7 +97,7 @@ def learning_curve(
 def _score_sizes(
     pairs: pd.DataFrame,
     config: BaselineConfig,
-    features: baseline.Features,
+    features: Features,
     members: dict[str, np.ndarray],
     fold: int,
     n_sizes: int,
