@@ -279,6 +279,7 @@ def test_a_length_model_is_symmetric_and_learns_from_the_other_folds():
     first = (pairs["fold"] == 0).to_numpy()
     np.testing.assert_allclose(predict_by_length(flipped)[first], probs[first])
     assert predict_by_length(pairs.assign(fold=0)).shape == (600, 3)
+    assert (predict_by_length(pairs[labels != 2])[:, 2] == 0).all()
 
 
 def test_runs_are_compared_on_shared_battles_with_the_prior_of_all():

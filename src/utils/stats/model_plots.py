@@ -154,14 +154,13 @@ def plot_tie_calibration(
 
 def _draw_reliability(ax: Axes, bins: Mapping[str, pd.DataFrame], colors: Sequence[str]) -> None:
     """Draw reliability curves by name, and the diagonal, over the part where they are."""
-    drawn = pd.concat(bins.values())[["predicted", "low", "high"]].to_numpy(dtype=float)
-    ends = [max(0.0, drawn.min() - 0.02), min(1.0, drawn.max() + 0.02)]
-    ax.plot(ends, ends, **BLACK)
+    predicted = pd.concat(bins.values())["predicted"]
+    ax.axline((predicted.mean(),) * 2, slope=1, **BLACK)
     for (name, rows), color in zip(bins.items(), colors, strict=True):
         look = {"fmt": "o-", "color": color, "label": name}
         draw_intervals(ax, rows, "observed", rows["predicted"], vertical=True, **look)
-    ax.set(xlim=ends, ylim=ends)
-    ax.legend(loc="upper left")
+    ax.set_xlim(max(predicted.min() - 0.03, -0.01), min(predicted.max() + 0.03, 1.01))
+    ax.legend()
 
 
 def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:

@@ -470,7 +470,9 @@ def predict_by_length(pairs: pd.DataFrame) -> np.ndarray:
         both = np.vstack([inputs[rows[kept]], mirrored[rows[kept]]])
         votes = np.concatenate([labels[kept], swap_labels(labels[kept])])
         model = LogisticRegression(C=10.0).fit(both, votes)
-        orders = [model.predict_proba(each[folds == fold]) for each in (inputs, mirrored)]
+        orders = np.zeros((2, (folds == fold).sum(), len(LABELS)))  # a class may have no vote
+        for order, each in zip(orders, (inputs, mirrored), strict=True):
+            order[:, model.classes_] = model.predict_proba(each[folds == fold])
         probs[folds == fold] = average_over_swap(*orders)
     return probs
 

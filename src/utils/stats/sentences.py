@@ -278,7 +278,7 @@ def describe_score(result: Mapping[str, float], n_pairs: int) -> str:
 def describe_slope(found: Found) -> str:
     """Say whether a row of `scores.calibrate_ties` is calibrated, and if not, how it errs."""
     if pd.isna(found["p_value"]):
-        return "too few of either outcome, or all predicted alike, to judge calibration"
+        return "calibration not measurable here"
     slope = with_interval(found["slope"], found["slope_low"], found["slope_high"], "{:.2f}")
     if not found["p_value"] < ALPHA:
         return f"no measurable miscalibration (slope {slope.replace(' (', ', ', 1)}"
