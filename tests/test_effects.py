@@ -1,7 +1,5 @@
 """Effects: textbook values, coverage of the intervals, symmetry, and what cannot be estimated."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -252,14 +250,6 @@ def test_cells_split_the_battles_by_two_properties():
     assert table.loc[("y", "p"), "share"] == 0 and np.isnan(table.loc[("y", "q"), "share"])
 
 
-def test_records_hold_nothing_that_json_refuses():
-    table = pd.DataFrame({"x": [np.float32(1.5), np.nan, 1e-30], "n": np.array([1, 2, 3])})
-    records = effects.to_records(table.assign(reason=[None, "few", None]))
-    assert json.loads(json.dumps(records, allow_nan=False)) == records
-    assert records[0] == {"x": 1.5, "n": 1, "reason": None}
-    assert records[1]["x"] is None and records[2]["x"] == 1e-30
-
-
 # ── leak ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -330,3 +320,28 @@ def test_a_future_with_a_single_vote_is_not_measured(demo_pairs):
     assert effects.measure_future(one, differences, newest).empty
     assert "Too few" in effects.describe_future(effects.measure_future(one, differences, newest))
     assert effects.measure_future(demo_pairs, differences, newest & False).empty
+
+
+def test_ties_are_counted_by_likeness_refusals_and_length():
+    n = 48
+    style = pd.DataFrame({"word_jaccard": np.linspace(0.1, 0.9, n), "is_identical": 0.0})
+    style["is_refusal_a"], style["is_refusal_b"] = np.arange(n) % 2.0, np.arange(n) % 4 > 1
+    style["n_chars_a"], style["n_chars_b"] = np.arange(n), np.arange(n)[::-1]
+    style.loc[n - 10 :, "is_identical"] = 1
+    properties = effects.tie_properties(style)
+    alike, refused, longer = properties.values()
+    assert alike.value_counts()["the same text"] == 10 and alike[0] == "10–30 %"
+    assert refused[:4].tolist() == ["none", "one", "one", "both"]
+    assert longer[0] == longer[n - 1] == longer.categories[-1]
+
+
+def test_levels_show_the_ties_seen_and_predicted_and_hide_those_of_few_battles():
+    labels = np.repeat([2, 0], [30, 25])
+    probs = np.tile([0.2, 0.2, 0.6], (55, 1))
+    probs[:20] = 0.1, 0.1, 0.8
+    levels = pd.Categorical(np.repeat(["a", "b", "rare"], [20, 30, 5]))
+    table = effects.tie_shares({"kind": levels}, labels, probs)
+    assert table["level"].tolist() == ["a", "b"] and table["n"].tolist() == [20, 30]
+    assert table["share"].tolist() == pytest.approx([1, 1 / 3])
+    assert table["predicted"].tolist() == pytest.approx([0.8, 0.6])
+    assert table["p_value"].iloc[0] < 0.001

@@ -4,9 +4,11 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pytest
 
 from src.utils.schema import LABEL_NAMES
 from src.utils.stats import model_plots, plots, scores
+from tests.votes import blur, make_votes
 
 
 def ladder(*gaps):
@@ -40,15 +42,6 @@ def test_ours_stands_among_published_scores_on_real_battles_only(ax):
     assert "simulated" in words(ax) and len(ax.get_yticklabels()) == 2
 
 
-def test_a_confusion_counts_and_says_how_many_ties_are_called(ax):
-    labels = np.array([0, 0, 1, 2, 2])
-    table = scores.count_confusion(np.eye(3)[[0, 0, 1, 2, 0]] * 0.7 + 0.1, labels)
-    model_plots.plot_confusion(ax, table)
-    cells = {text.get_text() for text in ax.texts}
-    assert {"2\n100\u00a0%", "1\n50\u00a0%", "0\n0\u00a0%"} <= cells
-    assert "50" in words(ax) and "(" in words(ax)
-
-
 def test_reliability_is_drawn_in_the_fixed_colours(ax):
     curve = pd.DataFrame(
         {"label": [0, 1, 2], "predicted": 0.3, "observed": 0.4, "low": 0.3, "high": 0.5}
@@ -58,6 +51,29 @@ def test_reliability_is_drawn_in_the_fixed_colours(ax):
         matplotlib.colors.to_hex(bars[0].get_color()).upper() for bars in ax.containers
     ] == list(plots.LABEL_COLORS)
     assert "10.0 points" in ax.get_title(loc="left")
+
+
+def test_ties_are_drawn_before_and_after_and_the_title_is_about_after(ax):
+    truth, labels = make_votes(600)
+    models = {"sharp": blur(truth, 0, power=3.0), "blend": truth}
+    curves = {
+        name: scores.reliability_curve(probs, labels, np.arange(600))
+        for name, probs in models.items()
+    }
+    calibration = scores.calibrate_ties(models, labels, np.arange(600))
+    model_plots.plot_tie_calibration(ax, curves, calibration)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(models)
+    after = curves["blend"][curves["blend"]["label"] == 2]
+    assert ax.containers[1][0].get_xdata().tolist() == after["predicted"].tolist()
+    assert words(ax).startswith("P(tie) of blend: no measurable miscalibration")
+
+
+def test_battles_without_a_tie_are_drawn_too(ax):
+    probs, labels = np.tile([0.5, 0.4, 0.1], (90, 1)), np.arange(90) % 2
+    curve = scores.reliability_curve(probs, labels, np.arange(90))
+    calibration = scores.calibrate_ties({"blend": probs}, labels, np.arange(90))
+    model_plots.plot_tie_calibration(ax, {"alone": curve, "blend": curve}, calibration)
+    assert "not measurable here" in words(ax) and ax.get_xlim() == pytest.approx((0.07, 0.13))
 
 
 def test_preferences_name_and_colour_where_the_model_is_unlike_people(ax):

@@ -206,3 +206,11 @@ def test_the_columns_of_probabilities_are_checked(tmp_path):
 def test_a_run_says_whose_battles_it_read(tmp_path, kind, files, expected):
     runs.write_json(tmp_path / "bias.json", {"source": {"kind": kind, "files": files}})
     assert expected in runs.read_source(tmp_path)
+
+
+def test_records_hold_nothing_that_json_refuses():
+    table = pd.DataFrame({"x": [np.float32(1.5), np.nan, 1e-30], "n": np.array([1, 2, 3])})
+    records = runs.to_records(table.assign(reason=[None, "few", None]))
+    assert json.loads(json.dumps(records, allow_nan=False)) == records
+    assert records[0] == {"x": 1.5, "n": 1, "reason": None}
+    assert records[1]["x"] is None and records[2]["x"] == 1e-30

@@ -9,12 +9,12 @@ from src.utils.schema import LABEL_NAMES, list_votes, probs_of, probs_table, swa
 from src.utils.stats.scores import (
     bootstrap_interval,
     by_fold,
+    calibrate_ties,
     class_prior,
     compare_leanings,
     compare_models,
     compare_runs,
     compare_slices,
-    count_confusion,
     describe_folds,
     draw_groups,
     held_out_prior,
@@ -27,6 +27,8 @@ from src.utils.stats.scores import (
     reliability_curve,
     row_losses,
     score,
+    score_classes,
+    share_interval,
     summarise,
     swap_gap,
     worst_battles,
@@ -124,18 +126,25 @@ def test_models_are_compared_with_the_reference():
 
 def test_a_calibrated_model_lies_on_the_diagonal():
     truth, labels = make_votes(5000)
-    curve = reliability_curve(truth, labels)
+    curve = reliability_curve(truth, labels, np.arange(5000))
     assert len(curve) == 30 and curve.groupby("label")["n_rows"].sum().eq(5000).all()
     inside = (curve["low"] <= curve["predicted"]) & (curve["predicted"] <= curve["high"])
     assert inside.mean() > 0.85
 
 
 def test_a_constant_model_has_one_bin_per_class():
-    assert reliability_curve(np.full((200, 3), 1 / 3), np.arange(200) % 3)["n_rows"].tolist() == [
-        200,
-        200,
-        200,
-    ]
+    curve = reliability_curve(np.full((200, 3), 1 / 3), np.arange(200) % 3, np.arange(200))
+    assert curve["n_rows"].tolist() == [200, 200, 200]
+
+
+def test_battles_of_one_prompt_widen_the_intervals_of_a_curve():
+    truth, labels = make_votes(400)
+    many = np.repeat(np.arange(400), 4)
+    single, repeated = (
+        reliability_curve(truth[many], labels[many], groups) for groups in (np.arange(1600), many)
+    )
+    widths = [curve["high"] - curve["low"] for curve in (single, repeated)]
+    assert (widths[1] / widths[0]).mean() == pytest.approx(2, abs=0.2)
 
 
 def test_leanings_of_hand_worked_examples():
@@ -175,14 +184,64 @@ def test_the_worst_battles_come_first():
     assert worst_battles(probs, np.array([0, 0, 0, 0]), n_shown=2).tolist() == [2, 1]
 
 
-def test_a_confusion_has_recall_by_vote_and_precision_by_prediction():
-    sure = np.eye(3) * 0.7 + 0.1
-    table = count_confusion(sure[[0, 0, 1, 0]], np.array([0, 0, 1, 2]))
+def test_each_class_is_scored_by_its_own_votes():
+    sure, labels = np.eye(3) * 0.7 + 0.1, np.array([0, 0, 1, 2])
+    table = score_classes(sure[[0, 0, 1, 0]], labels, np.arange(4), n_boot=20)
     assert table["vote"].tolist() == list(LABEL_NAMES) and table["n"].tolist() == [2, 1, 1]
-    assert table[list(LABEL_NAMES)].to_numpy().tolist() == [[2, 0, 0], [0, 1, 0], [1, 0, 0]]
+    assert table["share"].tolist() == [0.5, 0.25, 0.25]
+    assert table["predicted"].tolist() == pytest.approx([2.5 / 4, 1.1 / 4, 0.1])
+    assert table["log_loss"].tolist() == pytest.approx(-np.log([0.8, 0.8, 0.1]))
     assert table["recall"].tolist() == [1, 1, 0]
     assert table["precision"].tolist() == pytest.approx([2 / 3, 1, np.nan], nan_ok=True)
-    assert (table["low"] <= table["recall"]).all() and (table["recall"] <= table["high"]).all()
+    for name in ("log_loss", "recall"):
+        assert table[name].between(table[f"{name}_low"] - 1e-9, table[f"{name}_high"] + 1e-9).all()
+    assert (table["share"] * table["log_loss"]).sum() == pytest.approx(
+        log_loss(sure[[0, 0, 1, 0]], labels)
+    )
+
+
+def test_a_class_that_nobody_voted_is_left_open():
+    table = score_classes(np.full((6, 3), 1 / 3), np.arange(6) % 2, np.arange(6), n_boot=20)
+    assert table["n"].tolist() == [3, 3, 0] and table["share"].iloc[2] == 0
+    assert table.loc[2, ["log_loss", "log_loss_low", "recall", "recall_high"]].isna().all()
+
+
+def test_a_share_is_as_uncertain_as_its_groups_are_few():
+    hits = np.repeat([1, 0, 0, 1, 0], 20)
+    alone = share_interval(hits, np.arange(100))
+    assert alone == pytest.approx([float(end) for end in proportion_interval(40, 100)])
+    together = share_interval(hits, np.repeat(np.arange(5), 20))
+    assert together == pytest.approx([float(end) for end in proportion_interval(2, 5)])
+    mixed = share_interval(np.tile([1, 0], 50), np.repeat(np.arange(50), 2))
+    assert mixed == pytest.approx([float(end) for end in proportion_interval(50, 100)])
+    never = share_interval(np.zeros(40), np.repeat(np.arange(4), 10))
+    assert never == pytest.approx([float(end) for end in proportion_interval(0, 4)], abs=1e-9)
+
+
+def test_a_slope_finds_ties_that_are_spread_too_far_or_too_little():
+    truth, labels = make_votes(4000)
+    flat = blur(truth, 0, power=0.5)
+    models = {"truth": truth, "sharp": blur(truth, 0, power=2.0), "flat": flat}
+    models["high"] = np.column_stack([truth[:, :2], 2 * truth[:, 2]]) / (1 + truth[:, 2:])
+    table = calibrate_ties(models, labels, np.arange(4000) // 2).set_index("model")
+    assert (table["observed"] == (labels == 2).mean()).all() and (table["n"] == 4000).all()
+    assert table.loc["truth", "slope_low"] < 1 < table.loc["truth", "slope_high"]
+    assert table.loc["truth", "p_value"] > 0.05 > table.loc["high", "p_value"]
+    assert table.loc["sharp", "slope_high"] < 1 < table.loc["flat", "slope_low"]
+    assert table.loc["high", "predicted"] > table.loc["high", "high"]
+
+
+@pytest.mark.parametrize(
+    ("n_ties", "p_tie"), [(0, None), (20, None), (100, 0.3), (100, "the vote")]
+)
+def test_without_ties_or_a_spread_no_slope_is_claimed(n_ties, p_tie):
+    labels = np.repeat([2, 0], [n_ties, 200 - n_ties])
+    tie = np.random.default_rng(0).uniform(0.1, 0.9, 200) if p_tie is None else np.full(200, 0.3)
+    tie = (labels == 2).astype(float) if p_tie == "the vote" else tie
+    probs = np.column_stack([1 - tie, np.zeros(200), tie])
+    found = calibrate_ties({"model": probs}, labels, np.arange(200)).iloc[0]
+    assert found[["slope", "slope_low", "slope_high", "p_value"]].isna().all()
+    assert found["low"] <= found["observed"] == n_ties / 200 <= found["high"]
 
 
 def test_folds_are_scored_one_by_one_and_each_vote_counts():
@@ -220,6 +279,7 @@ def test_a_length_model_is_symmetric_and_learns_from_the_other_folds():
     first = (pairs["fold"] == 0).to_numpy()
     np.testing.assert_allclose(predict_by_length(flipped)[first], probs[first])
     assert predict_by_length(pairs.assign(fold=0)).shape == (600, 3)
+    assert (predict_by_length(pairs[labels != 2])[:, 2] == 0).all()
 
 
 def test_runs_are_compared_on_shared_battles_with_the_prior_of_all():
@@ -281,6 +341,7 @@ def test_a_summary_scores_held_out_battles_in_any_order():
     assert summary["prior_log_loss"] == log_loss(np.tile(others, (100, 1)), labels[held])
     assert summary["oracle_log_loss"] == log_loss(truth[held], labels[held])
     assert summary["excess_log_loss"] == summary["log_loss"] - summary["oracle_log_loss"]
+    assert [row["n"] for row in summary["by_class"]] == np.bincount(labels[held]).tolist()
     unknown = probs_table(np.array([1]), probs[:1])
     assert "oracle_log_loss" not in summarise(probs_table(pairs["id"], probs), pairs)
     with pytest.raises(KeyError):

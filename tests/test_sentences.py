@@ -176,3 +176,29 @@ def test_a_head_is_said_to_learn_on_states_and_speaks_of_no_steps():
     trained, head = (sentences.describe_training(fitted, is_head) for is_head in (False, True))
     assert "of steps" in trained and "10.0% padding" in trained and "frozen" not in trained
     assert "frozen" in head and "steps" not in head and "padding" not in head
+
+
+@pytest.mark.parametrize(
+    ("slope", "p_value", "part"),
+    [
+        ((0.95, 0.7, 1.2), 0.4, "no measurable miscalibration (slope 0.95, 0.70–1.20)"),
+        ((0.6, 0.5, 0.7), 0.001, "too far, slope 0.60 (0.50–0.70)"),
+        ((1.6, 1.4, 1.8), 0.001, "too little, slope 1.60"),
+        ((1.0, 0.9, 1.1), 0.001, "too high on average"),
+        ((np.nan, np.nan, np.nan), np.nan, "not measurable here"),
+    ],
+)
+def test_calibration_of_ties_is_doubted_only_where_the_test_says_so(slope, p_value, part):
+    row = dict(zip(["slope", "slope_low", "slope_high"], slope, strict=True))
+    row |= {"model": "blend", "n": 900, "p_value": p_value, "predicted": 0.31}
+    table = pd.DataFrame([row | {"observed": 0.3, "low": 0.27, "high": 0.33}])
+    text = sentences.describe_ties_foreseen(table)
+    assert part in text and "Of 900 votes 30.0" in text and "blend predicts 31.0" in text
+
+
+def test_misses_are_the_levels_whose_interval_excludes_the_prediction():
+    table = pd.DataFrame({"property": "kind", "level": ["maths", "advice"], "n": 90})
+    table = table.assign(share=[0.47, 0.26], low=[0.37, 0.2], high=[0.57, 0.33], predicted=0.3)
+    text = sentences.describe_misses(table)
+    assert "1 of 2 levels" in text and "kind: maths" in text and "advice" not in text
+    assert "On no level" in sentences.describe_misses(table[1:])

@@ -104,6 +104,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: expected JSON, got {error}") from error
 
 
+def to_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Turn a table into plain JSON values, one dict per row; NaN becomes None."""
+    return json.loads(table.to_json(orient="records", double_precision=15))
+
+
 def write_table(path: Path, table: pd.DataFrame) -> Path:
     """Write a table as `.parquet` or `.csv`, atomically and without its index."""
     with atomic_path(path) as tmp:

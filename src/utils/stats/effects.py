@@ -6,7 +6,6 @@ is (N,) int, 0 A, 1 B, 2 tie, and `groups` (N,) the prompt of each battle, for c
 errors; without it every battle is its own group.
 """
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -41,6 +40,9 @@ ADVICE = {
     "is_refusal": "never cut the start of an answer: that is where refusals are",
     "prompt_overlap": "keep the prompt beside both answers when cutting to a budget",
 }
+
+_SIDES = pd.Index(["none", "one", "both"])
+_MIN_LEVEL = 10  # battles of a level whose share of ties is compared
 
 
 def winner_shares(labels: np.ndarray) -> pd.DataFrame:
@@ -147,6 +149,40 @@ def share_by_level(levels: pd.Categorical, hits: np.ndarray, exact: bool = False
     seen = np.column_stack([n_hits, n - n_hits])[n > 0]
     testable = len(seen) > 1 and seen.sum(axis=0).all()
     return table.assign(p_value=stats.chi2_contingency(seen).pvalue if testable else np.nan)
+
+
+def tie_properties(style: pd.DataFrame) -> dict[str, pd.Categorical]:
+    """Sort battles of `style.measure_style` by what may make a tie likely: name -> levels, (N,)."""
+    shared = cut_levels(100 * style["word_jaccard"].to_numpy(), 4, " %")
+    is_same = style["is_identical"].to_numpy() > 0
+    codes = np.where(is_same, len(shared.categories), shared.codes)
+    names = pd.Index([*shared.categories, "the same text"], dtype=object)
+    refusals = (style["is_refusal_a"] + style["is_refusal_b"]).to_numpy(dtype=int)
+    longer = style[["n_chars_a", "n_chars_b"]].max(axis=1).to_numpy()
+    return {
+        "words that both answers use": pd.Categorical.from_codes(codes, names),
+        "answers that refuse": pd.Categorical.from_codes(refusals, _SIDES),
+        "the longer answer": cut_levels(longer, 4, " characters"),
+    }
+
+
+def tie_shares(
+    properties: Mapping[str, pd.Categorical], labels: np.ndarray, probs: np.ndarray
+) -> pd.DataFrame:
+    """Compare how often battles tie with P(tie) of `probs`, (N, 3), on each level of properties.
+
+    Returns:
+        One row per level of 10 battles or more: property, what `share_by_level` returns of ties,
+        and predicted, the mean of P(tie).
+    """
+    tables = []
+    for name, levels in properties.items():
+        table = share_by_level(levels, labels == TIE)
+        table.insert(0, "property", name)
+        sums = np.bincount(levels.codes, weights=probs[:, TIE], minlength=len(table))
+        tables.append(table.assign(predicted=sums / table["n"]))
+    table = pd.concat(tables, ignore_index=True)
+    return table[table["n"] >= _MIN_LEVEL].reset_index(drop=True)
 
 
 def _rate_by_bin(values: np.ndarray, hits: np.ndarray, n_bins: int) -> pd.DataFrame:
@@ -440,8 +476,3 @@ def make_verdict(shares: dict[str, dict[str, Any]], effects: pd.DataFrame) -> pd
     rest = table[len(half) :].assign(is_found=table["found"] == "yes", reach=table["size"].abs())
     rest = rest.sort_values(["is_found", "reach"], ascending=False)[table.columns]
     return pd.concat([table[: len(half)], rest], ignore_index=True)
-
-
-def to_records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Turn a table into plain JSON values, one dict per row; NaN becomes None."""
-    return json.loads(table.to_json(orient="records", double_precision=15))

@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -23,12 +22,10 @@ from src.utils.stats.plots import (
     draw_rows,
     label_axes,
     make_figure,
-    number,
     percent,
     place_legend,
-    with_interval,
 )
-from src.utils.stats.sentences import describe_gap
+from src.utils.stats.sentences import describe_gap, describe_slope
 
 _OTHER, _ALARM = "#777777", "#CC79A7"
 _BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncol": 3}
@@ -128,33 +125,42 @@ def plot_published(ax: Axes, published: pd.DataFrame, ours: Mapping[str, float] 
     return label_axes(ax, title, x, "")
 
 
-def plot_confusion(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Show how often each vote was the most probable one, from `scores.count_confusion`."""
-    counts = table[list(LABEL_NAMES)]
-    counts.index = pd.Index([f"{row.vote} ({row.n:,})" for row in table.itertuples()])
-    shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
-    texts = counts.map("{:,}\n".format) + shares.map(number, text="{:.0%}")
-    look: dict[str, Any] = {"cmap": "Greens", "vmin": 0, "vmax": 1, "cbar": False}
-    sns.heatmap(shares, ax=ax, annot=texts, fmt="", **look)
-    ax.tick_params(axis="y", rotation=0)
-    tie = table.iloc[TIE]
-    found = with_interval(tie["recall"], tie["low"], tie["high"], "{:.0%}")
-    return label_axes(ax, f"Of the ties it calls {found}", "most probable", "vote (votes)")
-
-
 def plot_reliability(ax: Axes, curve: pd.DataFrame, ece: float) -> Axes:
     """Compare observed with predicted shares, from `scores.reliability_curve`; `ece` is 0..1."""
-    end = min(1.0, float(curve[["predicted", "high"]].to_numpy().max()) + 0.05)
-    ax.plot([0, end], [0, end], **BLACK)
-    for label, (name, color) in enumerate(zip(LABEL_NAMES, LABEL_COLORS, strict=True)):
-        bins = curve[curve["label"] == label]
-        look = {"fmt": "o-", "color": color, "label": name}
-        draw_intervals(ax, bins, "observed", bins["predicted"], vertical=True, **look)
-    ax.set(xlim=(0, end), ylim=(0, end))
-    ax.legend()
+    shown = sorted(set(curve["label"]))
+    bins = {LABEL_NAMES[label]: curve[curve["label"] == label] for label in shown}
+    _draw_reliability(ax, bins, [LABEL_COLORS[label] for label in shown])
     title = f"Confidence and accuracy differ by {100 * ece:.1f} points"
     y = "observed share (95 % interval)"
     return label_axes(ax, title, "predicted probability", y, percent_on="xy")
+
+
+def plot_tie_calibration(
+    ax: Axes, curves: Mapping[str, pd.DataFrame], calibration: pd.DataFrame
+) -> Axes:
+    """Compare observed with predicted ties before and after, e.g. of a member and of the blend.
+
+    Args:
+        curves: model -> its `scores.reliability_curve`; the last is the one that counts.
+        calibration: of the same models, from `scores.calibrate_ties`.
+    """
+    bins = {name: curve[curve["label"] == TIE] for name, curve in curves.items()}
+    _draw_reliability(ax, bins, (_OTHER, ACCENT))
+    last = calibration.iloc[-1]
+    title = f"P(tie) of {last['model']}: {describe_slope(last)}"
+    y = "ties observed (95 % interval)"
+    return label_axes(ax, title, "P(tie) predicted, bins of equal size", y, percent_on="xy")
+
+
+def _draw_reliability(ax: Axes, bins: Mapping[str, pd.DataFrame], colors: Sequence[str]) -> None:
+    """Draw reliability curves by name, and the diagonal, over the part where they are."""
+    predicted = pd.concat(bins.values())["predicted"]
+    ax.axline((predicted.mean(),) * 2, slope=1, **BLACK)
+    for (name, rows), color in zip(bins.items(), colors, strict=True):
+        look = {"fmt": "o-", "color": color, "label": name}
+        draw_intervals(ax, rows, "observed", rows["predicted"], vertical=True, **look)
+    ax.set_xlim(max(predicted.min() - 0.03, -0.01), min(predicted.max() + 0.03, 1.01))
+    ax.legend()
 
 
 def plot_preferences(ax: Axes, shares: pd.DataFrame) -> Axes:

@@ -13,18 +13,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.special import logit
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
+from statsmodels.genmod.families import Binomial
+from statsmodels.genmod.generalized_linear_model import GLM
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
+from statsmodels.tools import add_constant
 
-from src.utils.runs import read_json
+from src.utils.runs import read_json, to_records
 from src.utils.schema import (
     A_WINS,
     B_WINS,
     LABEL_NAMES,
     LABELS,
     TEXTS,
+    TIE,
     average_over_swap,
     check_probs,
     join_turns,
@@ -39,6 +44,7 @@ Z_95 = float(norm.ppf(0.975))  # half the width of a 95 % interval, in standard 
 _PUBLISHED = Path(__file__).with_name("published_scores.json")
 _MIN_BIN = 40  # battles in a bin of a reliability curve
 _ECE_BINS = 15
+_MIN_SUPPORT = 30  # prompts with, and without, what a calibration slope is about
 
 
 def row_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -179,12 +185,33 @@ def correct(p_values: Any) -> np.ndarray:
     return corrected
 
 
-def reliability_curve(probs: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> pd.DataFrame:
+def share_interval(hits: ArrayLike, groups: ArrayLike) -> tuple[float, float]:
+    """Bound the share of `hits`, (N,) bool with N > 0, at 95 %; groups count as what they are.
+
+    Wilson's interval for the effective number of battles: N over the design effect, which is the
+    variance of the share over groups by that over single battles.
+
+    Source: Korn and Graubard 1998, Confidence intervals for proportions with small expected
+        number of positive counts estimated from survey data.
+    """
+    values, codes = np.asarray(hits, dtype=np.float64), pd.factorize(np.asarray(groups))[0]
+    n, share, sizes = len(values), values.mean(), np.bincount(codes)
+    largest = float((sizes**2).sum() / n)  # where all battles of a group end alike
+    spread = n * share * (1 - share)
+    totals = np.bincount(codes, weights=values - share)
+    effect = np.clip((totals**2).sum() / spread, 1, largest) if spread else largest
+    low, high = proportion_interval(n * share / effect, n / effect)
+    return float(low), float(high)
+
+
+def reliability_curve(
+    probs: np.ndarray, labels: np.ndarray, groups: np.ndarray, n_bins: int = 10
+) -> pd.DataFrame:
     """Compare predicted and observed shares of each class, in bins of equally many battles.
 
     Returns:
-        One row per class and bin of at least 40 battles, at most `n_bins`: label (int),
-        predicted and observed (mean shares), low, high (95 %, Wilson, of observed), n_rows.
+        One row per class and bin of at least 40 battles, at most `n_bins`: label (int), predicted
+        and observed (mean shares), low, high (of observed, by `share_interval`), n_rows.
     """
     n_bins = max(min(n_bins, len(probs) // _MIN_BIN), 1)
     curves = []
@@ -192,11 +219,52 @@ def reliability_curve(probs: np.ndarray, labels: np.ndarray, n_bins: int = 10) -
         rows = pd.DataFrame({"predicted": probs[:, label], "observed": labels == label})
         # Where all predictions are equal, qcut finds no bin at all: that is one bin.
         bins = pd.qcut(rows["predicted"], n_bins, labels=False, duplicates="drop").fillna(0)
-        binned = rows.groupby(bins.to_numpy())
-        n_hits, n = binned["observed"].agg(["sum", "size"]).to_numpy().T
-        low, high = proportion_interval(n_hits, n)
-        curves.append(binned.mean().assign(label=label, low=low, high=high, n_rows=n))
-    return pd.concat(curves, ignore_index=True)
+        for _, inside in rows.assign(group=groups).groupby(bins.to_numpy()):
+            row = inside[["predicted", "observed"]].mean().to_dict() | {"label": label}
+            row["low"], row["high"] = share_interval(inside["observed"], inside["group"])
+            curves.append(row | {"n_rows": len(inside)})
+    return pd.DataFrame(curves)
+
+
+def calibrate_ties(
+    models: Mapping[str, np.ndarray], labels: np.ndarray, groups: np.ndarray
+) -> pd.DataFrame:
+    """Measure how far P(tie) of each model, name -> `probs`, is calibrated.
+
+    Whether a battle tied is regressed on the log-odds of P(tie). The slope is 1 for a calibrated
+    model, below 1 where its probabilities spread too far, above 1 where they spread too little.
+
+    Returns:
+        One row per model: model, n (votes), predicted and observed (mean shares), low, high
+        (95 %, of observed, over groups), slope, slope_low, slope_high, and p_value of the test
+        that the slope is 1 and the intercept 0. The last four are NaN where ties, or other votes,
+        are of fewer than 30 groups, or where predictions are all alike or never wrong.
+
+    Source: Cox 1958, Two further applications of a model for binary regression, Biometrika 45;
+        errors clustered by group, as in `stats.effects`.
+    """
+    tied, codes = np.asarray(labels) == TIE, pd.factorize(np.asarray(groups))[0]
+    low, high = share_interval(tied, codes)
+    seen = {"n": len(tied), "observed": tied.mean(), "low": low, "high": high}
+    support = min(len(np.unique(codes[tied])), len(np.unique(codes[~tied])))
+    rows = []
+    for name, probs in models.items():
+        row = {"model": name, **seen, "predicted": float(probs[:, TIE].mean())}
+        log_odds = logit(np.clip(probs[:, TIE].astype(np.float64), MIN_PROB, 1 - MIN_PROB))
+        if support >= _MIN_SUPPORT and _overlap(log_odds[tied], log_odds[~tied]):
+            model = GLM(tied.astype(float), add_constant(log_odds), family=Binomial())
+            fit = model.fit(cov_type="cluster", cov_kwds={"groups": codes})
+            row["slope"], (row["slope_low"], row["slope_high"]) = fit.params[1], fit.conf_int()[1]
+            row["p_value"] = float(fit.wald_test("const = 0, x1 = 1", scalar=True).pvalue)
+        rows.append(row)
+    columns = "model n predicted observed low high slope slope_low slope_high p_value"
+    return pd.DataFrame(rows, columns=columns.split())
+
+
+def _overlap(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether no threshold separates the two: else a logistic regression has no finite slope."""
+    gap = 1e-6  # log-odds closer than this are alike
+    return bool(first.min() + gap < second.max() and second.min() + gap < first.max())
 
 
 def compare_models(
@@ -322,24 +390,33 @@ def worst_battles(probs: np.ndarray, labels: np.ndarray, n_shown: int = 4) -> np
     return np.argsort(-row_losses(probs, labels), kind="stable")[:n_shown]
 
 
-def count_confusion(probs: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Count votes by what was voted and what was most probable, with recall and precision.
+def score_classes(
+    probs: np.ndarray, labels: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Score the battles that ended in each way: how well, and how often, each vote was foreseen.
 
     Returns:
-        One row per class: vote, one column per predicted class (counts), n (votes), recall (share
-        of these votes that were predicted) with its 95 % interval low and high, precision (share
-        of the predictions of this class that were right; NaN: never predicted).
+        One row per class: vote, n and share (of votes), predicted (mean probability of it),
+        log_loss (nats, of these votes alone), recall (share of them to which this class was the
+        most probable), each of these two with 95 % bounds over groups (_low, _high), precision
+        (share of the battles that were called so and ended so). NaN: never voted, or never called.
     """
-    predicted = np.asarray(probs).argmax(axis=1)
-    counts = np.zeros((len(LABELS), len(LABELS)), dtype=int)
-    np.add.at(counts, (np.asarray(labels), predicted), 1)
-    hits, n = counts.diagonal(), counts.sum(axis=1)
-    low, high = proportion_interval(hits, n)
-    table = pd.DataFrame(counts, columns=list(LABEL_NAMES))
-    table.insert(0, "vote", list(LABEL_NAMES))
-    with np.errstate(invalid="ignore"):
-        rates = {"recall": hits / n, "low": low, "high": high}
-        return table.assign(n=n, **rates, precision=hits / counts.sum(axis=0))
+    called, losses = np.asarray(probs).argmax(axis=1), row_losses(probs, labels)
+    rows = []
+    for label, name in enumerate(LABEL_NAMES):
+        voted, is_called = np.asarray(labels) == label, called == label
+        row = {"vote": name, "n": int(voted.sum()), "share": voted.mean()}
+        row["predicted"] = float(np.asarray(probs)[:, label].mean())
+        if voted.any():
+            inside, hits = np.asarray(groups)[voted], is_called[voted]
+            low, high = bootstrap_interval(losses[voted], inside, n_boot, seed)
+            row |= {"log_loss": losses[voted].mean(), "log_loss_low": low, "log_loss_high": high}
+            low, high = share_interval(hits, inside)
+            row |= {"recall": hits.mean(), "recall_low": low, "recall_high": high}
+        row["precision"] = voted[is_called].mean() if is_called.any() else np.nan
+        rows.append(row)
+    columns = "vote n share predicted log_loss log_loss_low log_loss_high"
+    return pd.DataFrame(rows, columns=f"{columns} recall recall_low recall_high precision".split())
 
 
 def by_fold(oof: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
@@ -393,7 +470,9 @@ def predict_by_length(pairs: pd.DataFrame) -> np.ndarray:
         both = np.vstack([inputs[rows[kept]], mirrored[rows[kept]]])
         votes = np.concatenate([labels[kept], swap_labels(labels[kept])])
         model = LogisticRegression(C=10.0).fit(both, votes)
-        orders = [model.predict_proba(each[folds == fold]) for each in (inputs, mirrored)]
+        orders = np.zeros((2, (folds == fold).sum(), len(LABELS)))  # a class may have no vote
+        for order, each in zip(orders, (inputs, mirrored), strict=True):
+            order[:, model.classes_] = model.predict_proba(each[folds == fold])
         probs[folds == fold] = average_over_swap(*orders)
     return probs
 
@@ -416,7 +495,7 @@ def summarise(
     truth: np.ndarray | None = None,
     n_boot: int = 1000,
     seed: int = 0,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Score held-out probabilities beside what knows nothing and what knows everything.
 
     `oof` has id and one probability per class, for some of `pairs` in any order (KeyError where
@@ -425,16 +504,18 @@ def summarise(
 
     Returns:
         What `score` returns; log_loss_low and log_loss_high, a 95 % interval; prior_log_loss, of
-        the class prior of the other folds; with `truth` oracle_log_loss and excess_log_loss.
+        the class prior of the other folds; with `truth` oracle_log_loss and excess_log_loss;
+        by_class, the rows of `score_classes`.
     """
     places, rows, labels = _votes_on(oof, pairs)
     prior, groups = prior_of(pairs)[places], pairs["group"].to_numpy()[places]
     probs = probs_of(oof)[rows]
     truth = None if truth is None else truth[rows]
     low, high = bootstrap_interval(row_losses(probs, labels), groups, n_boot, seed)
-    summary = score(probs, labels) | {"log_loss_low": low, "log_loss_high": high}
+    summary: dict[str, Any] = score(probs, labels) | {"log_loss_low": low, "log_loss_high": high}
     summary["prior_log_loss"] = log_loss(prior, labels)
     if truth is not None:
         summary["oracle_log_loss"] = log_loss(truth, labels)
         summary["excess_log_loss"] = summary["log_loss"] - summary["oracle_log_loss"]
+    summary["by_class"] = to_records(score_classes(probs, labels, groups, n_boot, seed))
     return summary

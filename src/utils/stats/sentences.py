@@ -275,6 +275,47 @@ def describe_score(result: Mapping[str, float], n_pairs: int) -> str:
     )
 
 
+def describe_slope(found: Found) -> str:
+    """Say whether a row of `scores.calibrate_ties` is calibrated, and if not, how it errs."""
+    if pd.isna(found["p_value"]):
+        return "calibration not measurable here"
+    slope = with_interval(found["slope"], found["slope_low"], found["slope_high"], "{:.2f}")
+    if not found["p_value"] < ALPHA:
+        return f"no measurable miscalibration (slope {slope.replace(' (', ', ', 1)}"
+    if found["slope_high"] < 1:
+        return f"spread too far, slope {slope}"
+    if found["slope_low"] > 1:
+        return f"spread too little, slope {slope}"
+    side = "high" if found["predicted"] > found["observed"] else "low"
+    return f"too {side} on average, slope {slope}"
+
+
+def describe_ties_foreseen(calibration: pd.DataFrame) -> str:
+    """Say how many ties were predicted and seen, and how well, from `scores.calibrate_ties`."""
+    parts = []
+    for row in calibration.to_dict("records"):
+        mean = number(row["predicted"], "{:.1%}")
+        parts.append(f"{row['model']} predicts {mean} on average, {describe_slope(row)}")
+    seen = calibration.iloc[0]
+    share = with_interval(seen["observed"], seen["low"], seen["high"], "{:.1%}")
+    return f"Of {seen['n']:,} votes {share} are ties: {'; '.join(parts)}."
+
+
+def describe_misses(levels: pd.DataFrame) -> str:
+    """Name the levels of `effects.tie_shares` where the prediction leaves the interval."""
+    missed = levels[~levels["predicted"].between(levels["low"], levels["high"])]
+    parts = []
+    for row in missed.to_dict("records"):
+        mean = number(row["predicted"], "{:.1%}")
+        parts.append(f"{row['property']}: {row['level']} ({mean}, seen {share_of(row)})")
+    if not parts:
+        return "On no level is the prediction outside the interval of what is seen."
+    return (
+        f"The prediction is outside the interval on {len(parts)} of {len(levels)} levels, where "
+        f"one in twenty is expected by chance: {join_names(parts)}."
+    )
+
+
 def describe_training(fitted: Found, is_head: bool) -> str:
     """Say what learned from how many battles, how fast; `fitted` is a `training.fit.FitResult`."""
     learned = f"**{fitted.n_parameters:,}** weights learned from {fitted.n_train_pairs:,} battles"
