@@ -39,6 +39,11 @@ from src.utils.stats.tables import to_text
 PRIOR, LENGTH = "the class prior", "length alone"
 N_FOLDS = 5  # of the class prior and of length alone, which learn from the labelled battles
 MIN_SLICE = 30  # battles
+_USAGE = (
+    'make score SUBMISSION=submission.csv LABELS="battles.csv more.csv" '
+    "[AGAINST=other.csv] [PARTIAL=1] [WRITE=scores.json]"
+)
+_RULED_OUT = 0.001  # a probability that no battle deserves
 _LOSS = ["log_loss", "log_loss_low", "log_loss_high"]
 _ROUNDED = 2e-3  # a row of three decimals may miss a sum of 1 by so much
 _N_SHOWN = 3  # ids that a message lists
@@ -66,16 +71,16 @@ def read_submission(path: Path) -> pd.DataFrame:
         row, column = wrong[0]
         raise ValueError(
             f"{path}: row {row + 1}, id {ids[row]}, column {LABELS[column]}: expected a "
-            f"probability from 0 to 1, found {table[LABELS[column]].iloc[row]!r:.40}; so "
-            f"{len(wrong):,} cells of the file; predict these battles again"
+            f"probability from 0 to 1, found {table[LABELS[column]].iloc[row]!r:.40}; so in "
+            f"{len({*wrong[:, 0]}):,} of {len(probs):,} rows; predict these battles again"
         )
     sums = probs.sum(axis=1).to_numpy()
-    wrong = np.flatnonzero(np.abs(sums - 1) > _ROUNDED)
-    if len(wrong):
-        row = wrong[0]
+    is_off = np.abs(sums - 1) > _ROUNDED
+    if is_off.any():
+        row = is_off.argmax()
         raise ValueError(
             f"{path}: row {row + 1}, id {ids[row]}, columns {list(LABELS)}: expected a sum of 1, "
-            f"found {sums[row]:.4f}; so in {len(wrong):,} of {len(sums):,} rows; divide each row "
+            f"found {sums[row]:.4f}; so in {is_off.sum():,} of {len(sums):,} rows; divide each row "
             "by its sum if these are weights"
         )
     return probs.div(sums, axis=0)
@@ -83,6 +88,7 @@ def read_submission(path: Path) -> pd.DataFrame:
 
 def _read_ids(path: Path, table: pd.DataFrame) -> list[str]:
     ids = table["id"].astype(str).str.strip()
+    ids = ids.str.replace(r"^(\d+)\.0$", r"\1", regex=True)  # a spreadsheet wrote 17 as 17.0
     blank = np.flatnonzero(ids.str.casefold().isin(("", "nan", "none")))
     if len(blank):
         raise ValueError(f"{path}: row {blank[0] + 1}, column id: expected an id, found a blank")
@@ -159,7 +165,8 @@ def _read_votes(path: Path) -> pd.DataFrame:
             found = table["label"].iloc[wrong[0]]
             raise ValueError(
                 f"{path}: row {wrong[0] + 1}, id {ids[wrong[0]]}, column label: expected 0 (A "
-                f"wins), 1 (B wins) or 2 (tie), found {found!r:.40}; {len(wrong):,} such rows"
+                f"wins), 1 (B wins) or 2 (tie), found {found!r:.40}; so in "
+                f"{len(wrong):,} of {len(table):,} rows"
             )
         return pd.DataFrame({"id": ids, "label": labels.astype(np.int64)})
     fitting = [each for each in layouts.LAYOUTS[:2] if {*each.votes} <= {*table.columns}]
@@ -203,37 +210,46 @@ def choose_battles(
 
 
 def score_submission(
-    pairs: pd.DataFrame, models: Mapping[str, np.ndarray], n_boot: int = 1000, seed: int = SEED
+    pairs: pd.DataFrame,
+    models: Mapping[str, np.ndarray],
+    labelled: pd.DataFrame,
+    n_boot: int = 1000,
+    seed: int = SEED,
 ) -> dict[str, Any]:
-    """Score the first of `models`, name -> (N, C), on N battles of `read_labelled`.
+    """Score the first of `models`, name -> (N, C), on N battles `pairs`, all or some of `labelled`.
 
-    The class prior and length alone are fitted to the votes of other prompts of these battles.
+    The class prior and length alone learn from the votes of the other folds of `labelled`, which
+    are those of `read_labelled`.
 
     Returns:
         n_pairs, n_votes, n_prompts (0: unknown); what `scores.score` returns; log_loss_low and
-        _high; mean_p_tie; share_of_ties with _low and _high; and three tables: `models`, whose
-        `difference` is the submission minus that model (paired), `classes` and `slices`. Nats per
-        vote, 95 % intervals.
+        _high; n_ruled_out (votes given less than 0.001); mean_p_tie; share_of_ties with _low and
+        _high; and three tables: `models`, whose `difference` is the submission minus that model
+        (paired), `classes` and `slices`. Nats per vote, 95 % intervals.
     """
     own = next(iter(models))
     rows, labels = list_votes(pairs)
     votes = _Votes(rows, labels, pairs["group"].to_numpy()[rows], {"n_boot": n_boot, "seed": seed})
     probs, has_texts = models[own][rows], {*TEXTS} <= {*pairs.columns}
     # Length alone needs every vote in the battles that it learns from.
-    is_enough = has_texts and count_votes(pairs).sum(axis=0).min() >= N_FOLDS
-    known = dict(models) | ({LENGTH: scores.predict_by_length(pairs)} if is_enough else {})
-    compared = _compare_models(pairs, known, votes)
+    is_enough = has_texts and count_votes(labelled).sum(axis=0).min() >= N_FOLDS
+    known, places = dict(models), pd.Index(labelled["id"]).get_indexer(pairs["id"])
+    if is_enough:
+        known[LENGTH] = scores.predict_by_length(labelled)[places]
+    compared = _compare_models(pairs, known, labelled, votes)
     first = compared[compared["model"] == own].iloc[0]
     low, high = scores.bootstrap_interval(labels == TIE, votes.groups, **votes.bootstrap)
-    result = {"n_pairs": len(pairs), "n_votes": len(labels)}
+    result: dict[str, Any] = {"n_pairs": len(pairs), "n_votes": len(labels)}
     result["n_prompts"] = int(pairs["group"].nunique()) if has_texts else 0
     result |= scores.score(probs, labels)
     result |= {"log_loss_low": first["low"], "log_loss_high": first["high"]}
+    result["n_ruled_out"] = int((probs[np.arange(len(labels)), labels] < _RULED_OUT).sum())
     result |= {"mean_p_tie": probs[:, TIE].mean(), "share_of_ties": (labels == TIE).mean()}
     result |= {"share_of_ties_low": low, "share_of_ties_high": high, "models": compared}
     result |= {"classes": _score_classes(probs, votes), "slices": pd.DataFrame()}
     if is_enough:
-        result["slices"] = _compare_slices(pairs, known | {PRIOR: scores.prior_of(pairs)}, votes)
+        known[PRIOR] = scores.prior_of(labelled)[places]
+        result["slices"] = _compare_slices(pairs, known, votes)
     return result
 
 
@@ -247,10 +263,10 @@ class _Votes(NamedTuple):
 
 
 def _compare_models(
-    pairs: pd.DataFrame, models: Mapping[str, np.ndarray], votes: _Votes
+    pairs: pd.DataFrame, models: Mapping[str, np.ndarray], labelled: pd.DataFrame, votes: _Votes
 ) -> pd.DataFrame:
     own = next(iter(models))
-    table = scores.compare_runs(models, pairs, pairs, None, own, **votes.bootstrap)
+    table = scores.compare_runs(models, pairs, labelled, None, own, **votes.bootstrap)
     table = pd.concat([table[1:], table[:1]], ignore_index=True)  # the class prior comes last
     # Its difference is that model minus the submission: turned round.
     turned = -table[["difference", "difference_high", "difference_low"]].to_numpy()
@@ -299,17 +315,24 @@ def format_scores(result: Mapping[str, Any]) -> str:
     classes = result["classes"][["vote", "n", *_LOSS, "recall", "low", "high", "precision"]]
     texts = [f"{title} {prompts}:\n{to_text(result['models'], formats, 4, bounds, headers)}"]
     texts.append(to_text(classes, formats, 4, within, headers))
-    seen = [result[f"share_of_ties{end}"] for end in ("", "_low", "_high")]
+    low, high = result["share_of_ties_low"], result["share_of_ties_high"]
     texts.append(
         f"Calibration: confidence and accuracy differ by {100 * result['ece']:.1f} points (ECE). "
         f"P(tie) is {percent(result['mean_p_tie'])} on average; "
-        f"{with_interval(*seen, '{:.1%}')} of the votes are ties."
+        f"{with_interval(result['share_of_ties'], low, high, '{:.1%}')} of the votes are ties."
     )
+    if result["n_ruled_out"]:
+        texts[-1] += (
+            f" Of {result['n_ruled_out']:,} votes the submission was sure that they would not come "
+            f"(P below {_RULED_OUT}); each costs 7 to 35 nats: mix it with the class prior."
+        )
     slices = result["slices"].rename(columns={"log_loss": "submission"})
     if slices.empty:
         texts.append(f"No slices: they need texts, and {N_FOLDS} votes of each class or more.")
     else:
-        headers = {"difference": f"minus {slices.columns[3]}"}
+        first = slices.columns[3]
+        name = first if first == LENGTH else "against"
+        headers = {first: name, "difference": f"submission minus {name}"}
         bounds = {"difference": ("low", "high")}
         texts.append(to_text(slices, {"difference": "{:+.3f}"}, 3, bounds, headers))
     return "\n\n".join(texts)
@@ -317,7 +340,7 @@ def format_scores(result: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Score a submission from the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="make score", description="Score a submission.")
+    parser = argparse.ArgumentParser(prog="make score", usage=_USAGE)
     add = parser.add_argument
     add("submission", type=Path, help="csv, csv.gz or parquet: id and a column per class")
     add("--labels", required=True, help="files of battles with votes, as after DATA=")
@@ -345,9 +368,9 @@ def _score_files(given: argparse.Namespace) -> dict[str, Any]:
         print(f"scored in part: {len(pairs):,} of {len(labelled):,} battles with votes")
     for name, probs in submissions.items():
         if n_more := len(probs) - len(pairs):
-            print(f"{name}: {n_more:,} of {len(probs):,} rows have no vote and are left out")
+            print(f"{name}: {n_more:,} of {len(probs):,} rows are of other battles and left out")
     models = {name: probs.loc[pairs["id"]].to_numpy() for name, probs in submissions.items()}
-    return score_submission(pairs, models)
+    return score_submission(pairs, models, labelled)
 
 
 def _to_json(result: dict[str, Any]) -> dict[str, Any]:

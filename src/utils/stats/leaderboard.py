@@ -20,13 +20,7 @@ from src.utils import paths
 from src.utils.runs import hash_rows, label_member, read_json, write_table
 from src.utils.schema import VOTES, list_votes, probs_of
 from src.utils.stats.plots import number
-from src.utils.stats.scores import (
-    correct,
-    measure_optimism,
-    p_of_mean,
-    paired_difference,
-    row_losses,
-)
+from src.utils.stats.scores import bootstrap_means, correct, measure_optimism, p_of_mean, row_losses
 from src.utils.stats.tables import to_text
 
 COLUMNS = (
@@ -105,9 +99,10 @@ def _compare(artifacts: Path, rows: pd.DataFrame, n_boot: int, seed: int) -> pd.
     found[[*DIFFERENCE, "p_holm", "optimism"]] = np.nan
     found["nested"] = [_describe_choice(artifacts, run, rows["run"]) for run in rows["run"]]
     held = {}
-    for row, run in rows["run"].items():
+    folders = {row: artifacts / run for row, run in rows["run"].items()}
+    for row, folder in folders.items():
         try:
-            held[row] = _read_held_out(artifacts / run)
+            held[row] = _read_held_out(folder)
         except (ValueError, KeyError, OSError) as error:
             found.loc[row, "note"] = f"not compared: {error}"
     if not held:
@@ -116,34 +111,25 @@ def _compare(artifacts: Path, rows: pd.DataFrame, n_boot: int, seed: int) -> pd.
     ids = battles.index[battles.index.isin(probs.index)]
     groups = battles.loc[ids, "group"].to_numpy()[list_votes(battles.loc[ids])[0]]
     losses = {row: each.losses_on(ids) for row, each in held.items()}
-    _add_optimism(found, rows.index[0], losses, groups, n_boot, seed)
-    versus, base = _find_baseline([artifacts / rows["run"][row] for row in held], ids)
-    if base is None:
-        found.loc[list(held), "note"] = f"no {BASELINE} that held out all of these battles"
-        return found
-    found.loc[list(held), "versus"] = name = versus.relative_to(artifacts).as_posix()
-    others = [row for row in held if rows["run"][row] != name]
-    for row in others:
-        gap = paired_difference(losses[row], base, groups, n_boot, seed)
-        found.loc[row, DIFFERENCE] = [gap["mean"], gap["low"], gap["high"]]
-        found.loc[row, "p_holm"] = p_of_mean(losses[row] - base, groups)
-    found["p_holm"] = correct(found["p_holm"])
-    return found
-
-
-def _add_optimism(
-    found: pd.DataFrame,
-    best: Any,
-    losses: Mapping[Any, np.ndarray],
-    groups: np.ndarray,
-    n_boot: int,
-    seed: int,
-) -> None:
+    best = rows.index[0]
     if best in losses:
         stacked = np.stack(list(losses.values()), axis=1)
         found.loc[best, "optimism"] = measure_optimism(stacked, groups, n_boot, seed)
-        if len(losses) < len(found):
-            found.loc[best, "note"] = f"optimism: among {len(losses)} of {len(found)} runs"
+        if len(losses) < len(rows):
+            found.loc[best, "note"] = f"optimism: among {len(losses)} of {len(rows)} runs"
+    versus, base = _find_baseline([folders[row] for row in held], ids)
+    if base is None:
+        found.loc[list(held), "note"] = f"no {BASELINE} that held out all of these battles"
+        return found
+    found.loc[list(held), "versus"] = versus.relative_to(artifacts).as_posix()
+    others = [row for row in held if folders[row] != versus]
+    if others:
+        gaps = np.stack([losses[row] - base for row in others], axis=1)
+        low, high = np.quantile(bootstrap_means(gaps, groups, n_boot, seed), [0.025, 0.975], axis=0)
+        found.loc[others, DIFFERENCE] = np.stack([gaps.mean(axis=0), low, high], axis=1)
+        found.loc[others, "p_holm"] = [p_of_mean(gap, groups) for gap in gaps.T]
+    found["p_holm"] = correct(found["p_holm"])
+    return found
 
 
 def _read_held_out(run: Path) -> _HeldOut:
@@ -194,7 +180,7 @@ def _describe_choice(artifacts: Path, run: str, same: pd.Series) -> str:
         n_members = len(read_json(folder / "blend.json")["members"])
         return f"no: best of {n_members} members and their blend"
     search = _name_search(run)
-    trials = [other for other in same if _name_search(other) and other[-3:] == run[-3:]]
+    trials = [other for other in same if _name_search(other) and Path(other).name == folder.name]
     mine = [other for other in trials if _name_search(other) == search]
     if search:
         place = "best" if mine[0] == run else "one"
@@ -241,7 +227,8 @@ def _format_set(rows: pd.DataFrame) -> str:
     shown = rows[[*columns, "accuracy", "nested", "run", "note"]].head(_N_SHOWN)
     shown = shown.assign(p_holm=shown["p_holm"].map(_write_p))
     formats = {"difference": "{:+.4f}", "accuracy": "{:.1%}"}
-    bounds = {"log_loss": ("log_loss_low", "log_loss_high"), "difference": tuple(DIFFERENCE[1:])}
+    bounds = {"log_loss": ("log_loss_low", "log_loss_high")}
+    bounds["difference"] = ("difference_low", "difference_high")
     headers = {"difference": "minus the CPU baseline", "p_holm": "p (Holm)"}
     lines = [title, to_text(shown, formats, intervals=bounds, headers=headers)]
     if len(rows) > _N_SHOWN:

@@ -162,7 +162,7 @@ def search(space: Space, pipeline: Pipeline, storage: str, n_trials: int) -> opt
     runs.write_table(folder / "trials.csv", study.trials_dataframe())
     board = write_leaderboard(pipeline.artifacts)
     same = board.groupby(SAME_BATTLES, dropna=False).ngroup()
-    own = board["run"].str.startswith(f"searches/{space.name}/")
+    own = board["run"].astype(str).str.startswith(f"searches/{space.name}/")
     print(f"\n{format_leaderboard(board[same.isin(same[own])])}\n")
     return study
 
