@@ -179,16 +179,16 @@ def _describe_choice(artifacts: Path, run: str, same: pd.Series) -> str:
     if (folder / "blend.json").exists():
         n_members = len(read_json(folder / "blend.json")["members"])
         return f"no: best of {n_members} members and their blend"
-    search = _name_search(run)
-    trials = [other for other in same if _name_search(other) and Path(other).name == folder.name]
-    mine = [other for other in trials if _name_search(other) == search]
-    if search:
-        place = "best" if mine[0] == run else "one"
-        return f"no: {place} of {len(mine)} trials"
+    searches: dict[str, list[str]] = {}  # name -> trials of this notebook, best first
+    for other in same:
+        if _name_search(other) and Path(other).name == folder.name:
+            searches.setdefault(_name_search(other), []).append(other)
     config = _without_refit(_read_config(folder))
-    for other in trials:
-        if config and config == _without_refit(_read_config(artifacts / other)):
-            return f"no: has the settings of a trial, {other}"
+    for trials in searches.values():
+        if run in trials:
+            return f"no: {'best' if run == trials[0] else 'one'} of {len(trials)} trials"
+        if config and config == _without_refit(_read_config(artifacts / trials[0])):
+            return f"no: has the settings of the best of {len(trials)} trials"
     return "yes, unless tuned by hand"
 
 
