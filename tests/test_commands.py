@@ -186,7 +186,8 @@ EFFECTS: dict[str, Run | str] = {
     "AGAINST=artifacts/03_modernbert/oof.parquet PARTIAL=1 WRITE=scores.json": (
         "--against artifacts/03_modernbert/oof.parquet --partial --write scores.json"
     ),
-    "python -m src.utils.delivery.score submission.csv --labels battles.csv": "delivery.score",
+    "python -m src.utils.delivery.score": "delivery.score",
+    "python -m src.utils.stats.leaderboard": "stats.leaderboard",
     "make leaderboard": "python -m src.utils.stats.leaderboard",
     "make score": "python -m src.utils.delivery.score",
     "make search": "suite.search",

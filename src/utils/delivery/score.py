@@ -40,7 +40,7 @@ PRIOR, LENGTH = "the class prior", "length alone"
 N_FOLDS = 5  # of the class prior and of length alone, which learn from the labelled battles
 MIN_SLICE = 30  # battles
 _USAGE = (
-    'make score SUBMISSION=submission.csv LABELS="battles.csv more.csv" '
+    'make score SUBMISSION=submission.csv LABELS="a.csv b.csv" '
     "[AGAINST=other.csv] [PARTIAL=1] [WRITE=scores.json]"
 )
 _RULED_OUT = 0.001  # a probability that no battle deserves
