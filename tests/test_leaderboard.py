@@ -114,6 +114,9 @@ def test_trials_of_the_baseline_are_compared_with_the_baseline_itself(folder):
     (trial.parent / "01_eda").symlink_to(folder / "01_eda")
     found = read_board(folder).loc["searches/toy-0/0/02_baseline"]
     assert found["versus"] == "02_baseline" and found["difference"] < 0
+    runs.shutil.rmtree(folder / "02_baseline")
+    found = read_board(folder).loc["searches/toy-0/0/02_baseline"]
+    assert "no 02_baseline" in found["note"], "a trial is no baseline of its own"
 
 
 def forget_battles(path):

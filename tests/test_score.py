@@ -15,6 +15,7 @@ from src.utils.delivery.score import (
     read_submission,
     score_submission,
 )
+from src.utils.paths import REAL_DATA
 from src.utils.runs import write_pairs
 from src.utils.schema import LABELS, TEXTS, TIE
 from src.utils.stats.scores import log_loss, paired_difference, row_losses
@@ -211,9 +212,7 @@ def test_the_command_prints_and_writes_every_number(battles, predicted, tmp_path
     assert "none.csv" in capsys.readouterr().err
 
 
-def test_real_layouts_can_be_scored(real_pairs, capsys):
-    from tests.conftest import REAL_DATA
-
+def test_real_layouts_can_be_scored(real_pairs):
     for name in ("several_votes.csv.gz", "plain_texts_wsdm.csv", "arena_140k_sample.csv"):
         labelled = read_labelled([REAL_DATA / "layouts" / name])
         probs = np.full((len(labelled), 3), 1 / 3)
