@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Values from the command line reach the shell through the environment, so spaces in them survive.
-export DATA TEST SET SPACE STORAGE GPU PROFILE
+export DATA TEST SET SPACE STORAGE GPU PROFILE SUBMISSION LABELS AGAINST
 SUITE_OPTIONS = $(if $(PROFILE),--profile "$(PROFILE)") $(if $(DATA),--data "$$DATA") $(if $(TEST),--test "$$TEST") \
 	$(if $(SET),--set "$$SET") $(if $(ARTIFACTS),--artifacts "$(ARTIFACTS)")
 SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(SUITE_OPTIONS) \
@@ -17,7 +17,7 @@ SUITE = $(BIN)/python -m src.utils.suite.run $(if $(NB),--only "$(NB)") $(SUITE_
 typed = $(filter command,$(firstword $(origin $(1))))
 
 .DEFAULT_GOAL := help
-.PHONY: help run play plan test lint check gpu-check data train search kernel kernel-push rehearse bench docs gallery site notebook clean
+.PHONY: help run play plan test lint check gpu-check data train search score leaderboard kernel kernel-push rehearse bench docs gallery site notebook clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -84,6 +84,13 @@ train: run  ## the real thing on a GPU, without inference: NB=01-05 PROFILE=full
 search: $(READY)  ## a search over a notebook's parameters: SPACE=file.yaml NB=03 N=20 STORAGE=file or URL of a database; takes DATA, TEST, PROFILE, SET, ARTIFACTS too
 	@$(BIN)/python -m src.utils.suite.search "$$SPACE" $(if $(NB),--notebook "$(NB)") $(if $(N),--n-trials "$(N)") \
 		$(if $(STORAGE),--storage "$$STORAGE") $(SUITE_OPTIONS)
+
+score: $(READY)  ## any submission on battles with votes: SUBMISSION=file.csv LABELS="a.csv b.csv" AGAINST=other.csv PARTIAL=1 WRITE=file.json
+	@$(BIN)/python -m src.utils.delivery.score $(if $(SUBMISSION),"$$SUBMISSION") $(if $(LABELS),--labels "$$LABELS") \
+		$(if $(AGAINST),--against "$$AGAINST") $(if $(filter-out 0,$(PARTIAL)),--partial) $(if $(WRITE),--write "$(WRITE)")
+
+leaderboard: $(READY)  ## every run in ARTIFACTS=artifacts, compared on the same battles, with what choosing the best is worth
+	@$(BIN)/python -m src.utils.stats.leaderboard $(if $(ARTIFACTS),"$(ARTIFACTS)")
 
 KERNEL_NB = $(if $(NB),--notebook "$(NB)")
 

@@ -177,6 +177,20 @@ EFFECTS: dict[str, Run | str] = {
     "make search NB=03 SPACE=file.yaml N=20": "suite.search file.yaml --notebook 03 --n-trials 20",
     "python -m src.utils.suite.search space.yaml --n-trials 20": "suite.search space.yaml",
     "python -m src.utils.suite.search": "suite.search",
+    'make score SUBMISSION=submission.csv LABELS="a.csv b.csv"': "--labels a.csv b.csv",
+    "make score SUBMISSION=artifacts/06_kaggle_inference/submission.csv "
+    'LABELS="artifacts/01_eda/arena/test.csv artifacts/01_eda/arena/votes_test.parquet"': (
+        "delivery.score artifacts/06_kaggle_inference/submission.csv --labels artifacts/01_eda"
+    ),
+    "make score SUBMISSION=artifacts/02_baseline/oof.parquet LABELS=artifacts/01_eda/pairs.parquet "
+    "AGAINST=artifacts/03_modernbert/oof.parquet PARTIAL=1 WRITE=scores.json": (
+        "--against artifacts/03_modernbert/oof.parquet --partial --write scores.json"
+    ),
+    "python -m src.utils.delivery.score": "delivery.score",
+    "python -m src.utils.stats.leaderboard": "stats.leaderboard",
+    "make leaderboard": "python -m src.utils.stats.leaderboard",
+    "make score": "python -m src.utils.delivery.score",
+    "make search": "suite.search",
     f"torchrun --nproc-per-node 8 {LAUNCH}": LAUNCH,
     f"torchrun --nnodes 2 --nproc-per-node 8 {RENDEZVOUS} {LAUNCH}": LAUNCH,
     "papermill notebooks/02_baseline.ipynb out.ipynb -p SEED 7": "papermill notebooks/02_baseline",

@@ -1,4 +1,4 @@
-"""Run folders: written atomically, hashed, checked, and collected in the leaderboard."""
+"""Run folders: written atomically, hashed and checked."""
 
 import json
 
@@ -122,38 +122,6 @@ def test_a_damaged_folder_is_found_by_its_manifest(tmp_path):
     assert "manifest.json: expected JSON" in runs.find_damage(tmp_path)
 
 
-def make_run(folder, loss, data="d", **more):
-    runs.write_json(folder / "config.json", {"seed": 7})
-    scores = METRICS | {"log_loss": loss, "data_hash": data} | more
-    runs.write_json(folder / "metrics.json", scores)
-
-
-def test_the_leaderboard_has_every_completed_run_the_best_of_its_data_first(tmp_path):
-    make_run(tmp_path / "02_baseline", 1.05, log_loss_low=1.0, log_loss_high=1.1)
-    make_run(tmp_path / "search" / "ridge" / "0" / "02_baseline", 1.02, peak_mib=100.0)
-    make_run(tmp_path / "03_modernbert", 0.9, data="e")
-    make_run(tmp_path / "03_modernbert" / "model" / "fold_0", 0.8)  # part of a run
-    make_run(tmp_path / "03_modernbert" / "earlier" / "0123" / "fold_0", 0.7)  # set aside
-    runs.write_json(tmp_path / "01_eda" / "metrics.json", {"n_pairs": 10})  # not a model
-    (tmp_path / "04_qwen").mkdir()
-    table = runs.write_leaderboard(tmp_path)
-    assert table["run"].tolist() == ["search/ridge/0/02_baseline", "02_baseline", "03_modernbert"]
-    assert table["rank"].tolist() == [1, 2, 1] and table["seed"].tolist() == [7] * 3
-    written = pd.read_csv(tmp_path / "leaderboard.csv")
-    assert written["log_loss"].tolist() == [1.02, 1.05, 0.9]
-    assert written["log_loss_low"].isna().tolist() == [True, False, True]
-
-
-def test_runs_on_other_rows_of_the_same_data_are_ranked_apart(tmp_path):
-    few, many = runs.hash_rows([1, 2]), runs.hash_rows([1, 2, 3])
-    assert few != many and many == runs.hash_rows(np.array([3, 1, 2, 2]))
-    make_run(tmp_path / "02_baseline", 1.0, rows_hash=many)
-    make_run(tmp_path / "03_modernbert", 1.05, rows_hash=few)
-    make_run(tmp_path / "05_ensemble", 0.99, rows_hash=few)
-    table = runs.write_leaderboard(tmp_path).set_index("run")["rank"]
-    assert table.to_dict() == {"02_baseline": 1, "05_ensemble": 1, "03_modernbert": 2}
-
-
 def test_a_run_notes_which_rows_it_scored(tmp_path):
     oof = probs_table([4, 5], np.full((2, 3), 1 / 3), fold=0)
     runs.write_run(tmp_path, config={}, oof=oof, metrics={"log_loss": 1.0})
@@ -178,13 +146,6 @@ def test_a_member_is_named_by_what_it_really_is(tmp_path):
     assert "02 alone" in runs.label_member(tmp_path, "05_ensemble")
     runs.write_json(tmp_path / "05_ensemble" / "blend.json", blend | {"weights": [0.5, 0.5]})
     assert runs.label_member(tmp_path, "05_ensemble") == "05 blend of 02, 03"
-
-
-def test_a_removed_run_disappears_from_the_leaderboard(tmp_path):
-    make_run(tmp_path / "02_baseline", 1.0)
-    assert len(runs.write_leaderboard(tmp_path)) == 1
-    (tmp_path / "02_baseline" / "metrics.json").unlink()
-    assert runs.write_leaderboard(tmp_path).empty
 
 
 def test_the_columns_of_probabilities_are_checked(tmp_path):

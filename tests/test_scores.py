@@ -8,6 +8,7 @@ import sklearn.metrics
 from src.utils.schema import LABEL_NAMES, list_votes, probs_of, probs_table, swap_pairs, swap_probs
 from src.utils.stats.scores import (
     bootstrap_interval,
+    bootstrap_means,
     by_fold,
     calibrate_ties,
     class_prior,
@@ -19,6 +20,8 @@ from src.utils.stats.scores import (
     draw_groups,
     held_out_prior,
     log_loss,
+    measure_optimism,
+    p_of_mean,
     paired_difference,
     predict_by_length,
     prior_of,
@@ -359,3 +362,38 @@ def test_each_of_several_votes_on_a_battle_counts_once():
     assert summary["log_loss"] == pytest.approx(-np.log(each).mean())
     plain = pairs.drop(columns=["votes_a", "votes_b", "votes_tie"])
     assert [part.tolist() for part in list_votes(plain)] == [[0, 1, 2], [0, 2, 1]]
+
+
+def test_means_of_several_columns_are_resampled_together():
+    rng = np.random.default_rng(0)
+    values, groups = rng.normal(size=(300, 2)), np.arange(300) // 3
+    means = bootstrap_means(values, groups, 500)
+    assert means.shape == (500, 2)
+    low, high = np.quantile(means[:, 1], [0.025, 0.975])
+    np.testing.assert_allclose((low, high), bootstrap_interval(values[:, 1], groups, 500))
+    twice = bootstrap_means(np.stack([values[:, 0], 2 * values[:, 0]], axis=1), groups, 50)
+    np.testing.assert_allclose(twice[:, 1], 2 * twice[:, 0])
+
+
+@pytest.mark.parametrize(("step", "share"), [(0.0, 1.0), (1.0, 0.0)])
+def test_optimism_is_what_the_best_of_equals_gains_and_nothing_for_a_clear_winner(step, share):
+    """K models on 400 battles in 200 groups; their true losses are 0, step, 2 step, …"""
+    rng = np.random.default_rng(1)
+    gained, told = [], []
+    for _ in range(40):
+        noise = rng.normal(size=(200, 8)).repeat(2, axis=0)
+        losses = noise + step * np.arange(8)
+        best = losses.mean(axis=0).argmin()
+        gained.append(step * best - losses[:, best].mean())
+        told.append(measure_optimism(losses, np.arange(400) // 2, 100))
+    assert np.mean(told) == pytest.approx(share * np.mean(gained), abs=0.015)
+
+
+def test_p_values_are_uniform_where_nothing_differs_in_spite_of_clusters():
+    rng, groups = np.random.default_rng(2), np.arange(400) // 4
+    p = [p_of_mean(rng.normal(size=100).repeat(4), groups) for _ in range(400)]
+    assert np.mean(np.array(p) < 0.1) == pytest.approx(0.1, abs=0.04)
+    shifted = rng.normal(0.5, 1, size=100).repeat(4)
+    assert p_of_mean(shifted, groups) < 0.001
+    assert p_of_mean(np.zeros(400), groups) == 1.0
+    assert np.isnan(p_of_mean(shifted, np.zeros(400)))

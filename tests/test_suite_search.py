@@ -190,8 +190,9 @@ def test_searches_share_a_storage(folder, storage):
     assert len(calls(folder)) == 3
 
 
-def test_results_are_a_table_and_the_leaderboard(folder):
+def test_results_are_a_table_and_the_leaderboard(folder, capsys):
     run(folder, RANGE, n_trials=3)
+    assert "best of 3 trials" in capsys.readouterr().out
     assert len(pd.read_csv(results(folder) / "trials.csv")) == 3
     board = pd.read_csv(folder / "artifacts/leaderboard.csv")
     assert board["run"].str.match(r"searches/toy-\w+/\w+,RATE=[\d.]+/02_count").sum() == 3

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from src.utils.stats import tables
-from src.utils.stats.tables import show
+from src.utils.stats.tables import show, to_text
 from tests.markup import IMAGE, NAMES
 
 ESCAPED = IMAGE.replace("<", "&lt;").replace(">", "&gt;")
@@ -66,3 +66,14 @@ def test_findings_fill_the_box_that_was_shown_first(monkeypatch):
     monkeypatch.setattr(tables, "display", lambda content, display_id: box)
     tables.Findings().fill(["one 50 %", "two"])
     assert shown == ["**In short**\n\n- one 50 %\n- two"]
+
+
+def test_a_table_for_a_terminal_has_the_cells_of_the_page_in_columns():
+    table = pd.DataFrame({"model": ["a", "longer"], "log_loss": [0.5, 12.25], "low": [0.4, 12.0]})
+    table = table.assign(high=[0.6, np.nan], empty=np.nan, n=[12000, 7])
+    lines = to_text(table, {"log_loss": "{:.2f}"}, intervals={"log_loss": ("low", "high")})
+    lines = lines.split("\n")
+    assert lines[0].split() == ["model", "log", "loss", "battles"]
+    assert lines[1].startswith("a       ") and "0.50 (0.40–0.60)" in lines[1]
+    assert lines[1].endswith("12,000") and len({len(line) for line in lines}) == 1
+    assert to_text(table[:0]).split("\n")[0].startswith("model")

@@ -1,4 +1,4 @@
-"""Write, read and hash a notebook's run folder; collect the leaderboard of all runs.
+"""Write, read and hash a notebook's run folder.
 
 Each file is written under another name in the same folder and then renamed, so that a
 partial file is never seen. `metrics.json` is written last: its existence means that the
@@ -27,11 +27,6 @@ from src.utils.schema import LABELS, TEXTS, VOTES, probs_of
 
 _MANIFEST = "manifest.json"
 _PACKAGES = "torch transformers peft bitsandbytes scikit-learn lightgbm pandas numpy".split()
-LEADERBOARD_COLUMNS = (
-    "rank run model n_pairs seed log_loss log_loss_low log_loss_high accuracy seconds peak_mib "
-    "data_hash rows_hash config_hash"
-).split()
-_NOT_RUNS = {"checkpoints", "earlier", "model"}  # folders inside a run
 
 
 @contextmanager
@@ -312,30 +307,3 @@ def write_run(
     write_json(run_dir / "config.json", config)
     write_table(run_dir / "oof.parquet", oof)
     write_json(run_dir / "metrics.json", {**metrics, "rows_hash": hash_rows(oof["id"])})
-
-
-def write_leaderboard(artifacts: Path) -> pd.DataFrame:
-    """Collect the scores of all completed runs below `artifacts` in its `leaderboard.csv`.
-
-    Returns:
-        One row per run, `LEADERBOARD_COLUMNS`: `run` is its folder relative to `artifacts`,
-        `model` its `label_member`. Losses on different battles cannot be compared, so `rank`
-        counts among the runs on the same data and the same held-out rows alone.
-    """
-    rows = []
-    for path in sorted(artifacts.rglob("metrics.json")):
-        run = path.parent.relative_to(artifacts)
-        metrics = read_json(path)
-        if "log_loss" in metrics and _NOT_RUNS.isdisjoint(run.parts):
-            config = path.with_name("config.json")
-            seed = read_json(config).get("seed") if config.exists() else None
-            label = label_member(artifacts, run.as_posix())
-            rows.append(metrics | {"run": run.as_posix(), "seed": seed, "model": label})
-    table = pd.DataFrame(rows, columns=LEADERBOARD_COLUMNS)
-    # Runs of an older version did not note their rows: as many are taken for the same.
-    same = ["data_hash", "rows_hash", "n_pairs"]
-    table["rank"] = table.groupby(same, dropna=False)["log_loss"].rank(method="min")
-    table = table.astype({"seed": "Int64", "n_pairs": "Int64", "rank": "Int64"})
-    table = table.sort_values([*same, "log_loss", "run"], ignore_index=True)
-    write_table(artifacts / "leaderboard.csv", table)
-    return table

@@ -6,7 +6,7 @@ with rows that sum to 1 and columns in the order of `schema.LABELS`, `labels` (N
 0..C-1, `groups` (N,) any hashable, `n_boot` the number of resamples and `seed` their seed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +138,69 @@ def bootstrap_interval(
     Source: Efron and Tibshirani 1993, chapter 13; for clusters, Field and Welsh 2007,
         doi:10.1111/j.1467-9868.2007.00593.x.
     """
-    codes = pd.factorize(np.asarray(groups))[0]
-    sums, sizes = np.bincount(codes, weights=np.asarray(values)), np.bincount(codes)
-    rng = np.random.default_rng(seed)
-    means = np.empty(n_boot)
-    for i in range(n_boot):
-        drawn = rng.integers(len(sums), size=len(sums))
-        means[i] = sums[drawn].sum() / sizes[drawn].sum()
+    means = bootstrap_means(np.asarray(values)[:, None], groups, n_boot, seed)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def bootstrap_means(
+    values: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """Resample groups, the same for K columns of `values`: (N, K) float -> means, (n_boot, K)."""
+    sums, sizes = _sum_groups(values, groups)
+    draws = _draw_counts(len(sums), n_boot, seed)
+    return np.array([counts @ sums / (counts @ sizes) for counts in draws])
+
+
+def _sum_groups(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum (N, K) values over each of G groups, and count its rows: (G, K) and (G,) float64."""
+    codes = pd.factorize(np.asarray(groups))[0]
+    sums = [np.bincount(codes, weights=column) for column in np.asarray(values).T]
+    return np.stack(sums, axis=1), np.bincount(codes).astype(np.float64)
+
+
+def _draw_counts(n_groups: int, n_boot: int, seed: int) -> Iterator[np.ndarray]:
+    """Draw how often each group is in a resample: (G,) float64, `n_boot` times."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n_boot):
+        drawn = rng.integers(n_groups, size=n_groups)
+        yield np.bincount(drawn, minlength=n_groups).astype(np.float64)
+
+
+def measure_optimism(
+    losses: np.ndarray, groups: np.ndarray, n_boot: int = 1000, seed: int = 0
+) -> float:
+    """Estimate by how much the best of K models seems better than it is, in nats.
+
+    Who is the best of many on some battles owes a part of it to chance. In each resample the best
+    model is chosen, and compared with the one that is best on all battles, on the groups that the
+    resample left out: equal models lose all that choosing seemed to gain, a clear winner nothing.
+    `losses` are `row_losses` of K models, (N, K) float.
+
+    Source: Tsamardinos et al. 2018, Bootstrapping the out-of-sample predictions for efficient and
+        accurate cross-validation, doi:10.1007/s10994-018-5714-4.
+    """
+    sums, sizes = _sum_groups(losses, groups)
+    best, gaps = sums.sum(axis=0).argmin(), []
+    for counts in _draw_counts(len(sums), n_boot, seed):
+        chosen, left_out = (counts @ sums).argmin(), counts == 0
+        gap = (sums[left_out, chosen] - sums[left_out, best]).sum()
+        gaps.append(gap / max(sizes[left_out].sum(), 1))
+    return max(float(np.mean(gaps)), 0.0)
+
+
+def p_of_mean(values: np.ndarray, groups: np.ndarray) -> float:
+    """Test whether the mean of `values`, (N,) float, is 0: two-sided p; NaN below two groups.
+
+    The normal approximation, with the standard error of a mean over clusters.
+    """
+    sums, sizes = _sum_groups(np.asarray(values)[:, None], groups)
+    if len(sums) < 2:
+        return float("nan")
+    total = float(sums.sum())
+    errors = sums[:, 0] - sizes * total / sizes.sum()
+    error = np.sqrt((errors**2).sum() * len(sums) / (len(sums) - 1))
+    return float(2 * norm.sf(abs(total) / error)) if error else float(total == 0)
 
 
 def paired_difference(

@@ -37,27 +37,11 @@ def show(
         headers: column -> header; the others lose their underscores.
         best: column whose smallest value makes its row bold.
     """
+    cells = _write_cells(table, formats, digits, intervals, headers)
     table = table.reset_index(drop=True)
     is_best = table[best] == table[best].min() if best else np.zeros(len(table), dtype=bool)
-    intervals, formats = intervals or {}, _NAMES | dict(formats or {})
-    bounds = {name for pair in intervals.values() for name in pair}
-    cells, texts = {}, []
-    for name in table.columns:
-        column = table[name]
-        is_empty = len(column) > 0 and (column.isna() | column.astype(str).eq("")).all()
-        if name in bounds or is_empty:
-            continue
-        title = _name_column(name, headers or {})
-        text = formats.get(name) or _choose_format(column, digits)
-        if name in intervals:
-            low, high = (table[bound] for bound in intervals[name])
-            rows = zip(column, low, high, strict=True)
-            cells[title] = [with_interval(*row, text=text) for row in rows]
-        else:
-            cells[title] = [number(value, text) for value in column]
-        if not pd.api.types.is_numeric_dtype(column):
-            texts.append(title)
-    styler = pd.DataFrame(cells, index=table.index, dtype=object).style.format(escape="html")
+    texts = [title for title, column in cells.items() if not column.attrs["is_number"]]
+    styler = pd.DataFrame(cells, index=table.index).style.format(escape="html")
     styler = styler.format_index(escape="html", axis=1).hide(axis="index")
     styler = styler.set_properties(subset=pd.Index(texts), **{"text-align": "left"})
     left = [f"th.col{place}" for place, title in enumerate(cells) if title in texts]
@@ -67,6 +51,53 @@ def show(
     if best:
         styler = styler.apply(lambda _: ["font-weight: bold" if row else "" for row in is_best])
     return styler.set_table_attributes(_NO_FORMULAS)
+
+
+def to_text(
+    table: pd.DataFrame,
+    formats: Mapping[str, str] | None = None,
+    digits: int = 4,
+    intervals: Mapping[str, tuple[str, str]] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> str:
+    """Write a table for a terminal, as `show` does for a page: words to the left, numbers right."""
+    lines = [""] * (len(table) + 1)
+    for title, column in _write_cells(table, formats, digits, intervals, headers).items():
+        texts = [title, *column]
+        width = max(map(len, texts))
+        for row, text in enumerate(texts):
+            aligned = text.rjust(width) if column.attrs["is_number"] else text.ljust(width)
+            lines[row] += ("  " if lines[row] else "") + aligned
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _write_cells(
+    table: pd.DataFrame,
+    formats: Mapping[str, str] | None,
+    digits: int,
+    intervals: Mapping[str, tuple[str, str]] | None,
+    headers: Mapping[str, str] | None,
+) -> dict[str, pd.Series]:
+    """Header -> cells as texts, with `attrs["is_number"]`; arguments are those of `show`."""
+    intervals, formats = intervals or {}, _NAMES | dict(formats or {})
+    bounds = {name for pair in intervals.values() for name in pair}
+    cells: dict[str, pd.Series] = {}
+    for name in table.columns:
+        column = table[name]
+        is_empty = len(column) > 0 and (column.isna() | column.astype(str).eq("")).all()
+        if name in bounds or is_empty:
+            continue
+        text = formats.get(name) or _choose_format(column, digits)
+        if name in intervals:
+            low, high = (table[bound] for bound in intervals[name])
+            rows = zip(column, low, high, strict=True)
+            written = [with_interval(*row, text=text) for row in rows]
+        else:
+            written = [number(value, text) for value in column]
+        title = _name_column(name, headers or {})
+        cells[title] = pd.Series(written, dtype=object)
+        cells[title].attrs["is_number"] = pd.api.types.is_numeric_dtype(column)
+    return cells
 
 
 def _choose_format(column: pd.Series, digits: int) -> str:

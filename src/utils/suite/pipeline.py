@@ -37,7 +37,7 @@ class Stage:
 
 _PAIRS: Files = {"01_eda": ("pairs.parquet", "truth.parquet")}
 _MODEL = ("config.json", "model/", "oof.parquet", "figures/", "metrics.json")
-_BLEND = ("blend.json", "slices.csv", "figures/", "metrics.json")
+_BLEND = ("blend.json", "oof.parquet", "slices.csv", "figures/", "metrics.json")
 _SUBMITTED = ("submission.csv", "figures/", "timing.json")
 _TEST = ("test", "sample_submission")
 _CARD = ("model/", "README.md", "parity.json")

@@ -41,6 +41,7 @@ from src.utils.runs import (
     write_text,
 )
 from src.utils.stats.explorer import STATIC
+from src.utils.stats.tables import to_text
 from src.utils.suite.pipeline import EARLIER, RECORD, Pipeline, Stage, files_under, measure_states
 
 SAMPLE_S = 0.5  # between two measurements of memory
@@ -285,18 +286,11 @@ def format_results(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _format_scores(scored: Sequence[Mapping[str, Any]], published: str) -> str:
     """Format a line per model, and mark the one that is published."""
-    lines = []
-    for score in scored:
-        loss, low, high = (score.get(name) for name in ("log_loss", "low", "high"))
-        line = {"model": score["model"], "log loss": f"{loss:.3f}"}
-        line["95 % interval"] = f"({low:.3f}–{high:.3f})" if low else ""
-        line["battles"] = f"{score['battles']:,}"
-        lines.append(line | {"": "published" if score["model"] == published else ""})
-    width = max(len(line["model"]) for line in lines)
-    for line in lines:
-        line["model"] = line["model"].ljust(width)
-    table = pd.DataFrame(lines).rename(columns={"model": "model".ljust(width)})
-    return table.to_string(index=False)
+    table = pd.DataFrame(scored, columns=["model", "log_loss", "low", "high", "battles"])
+    is_published = table["model"].eq(published).map({True: "published", False: ""})
+    bounds, formats = {"log_loss": ("low", "high")}, {"log_loss": "{:.3f}"}
+    headers = {"log_loss": "log loss (95 % interval)", "is_published": ""}
+    return to_text(table.assign(is_published=is_published), formats, 4, bounds, headers)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -33,6 +33,7 @@ from optuna.trial import BaseTrial, FixedTrial, Trial, TrialState
 
 from src.utils import runs
 from src.utils.config import SuiteError, find_name, make_parameters, with_options
+from src.utils.stats.leaderboard import SAME_BATTLES, format_leaderboard, write_leaderboard
 from src.utils.suite.pipeline import CODE, Pipeline, measure_states
 from src.utils.suite.run import make_pipeline, parse_arguments, report_errors, run_suite
 
@@ -159,7 +160,10 @@ def search(space: Space, pipeline: Pipeline, storage: str, n_trials: int) -> opt
             lambda trial: run_trial(trial, space, pipeline, folder), n_trials=1, catch=(SuiteError,)
         )
     runs.write_table(folder / "trials.csv", study.trials_dataframe())
-    runs.write_leaderboard(pipeline.artifacts)
+    board = write_leaderboard(pipeline.artifacts)
+    same = board.groupby(SAME_BATTLES, dropna=False).ngroup()
+    own = board["run"].astype(str).str.startswith(f"searches/{space.name}/")
+    print(f"\n{format_leaderboard(board[same.isin(same[own])])}\n")
     return study
 
 
