@@ -161,6 +161,7 @@ def curve_real(
     labels = pairs["label"].to_numpy(dtype=int)
     features = baseline.measure_features(pairs, config)
     losses: Losses = {}
+    shape = len(sizes), len(splits), len(pairs)
     for at, seed in enumerate(splits):
         split = add_groups_and_folds(pairs, CURVE_FOLDS, seed)
         groups, folds = split["group"].to_numpy(), split["fold"].to_numpy()
@@ -172,7 +173,7 @@ def curve_real(
                 prior = np.tile(scores.class_prior(labels[drawn]), (len(held_out), 1))
                 found = {PRIOR: prior, **predict(model, features.take(held_out))}
                 for name, probs in found.items():
-                    rows = losses.setdefault(name, np.empty((len(sizes), len(splits), len(pairs))))
+                    rows = losses.setdefault(name, np.full(shape, np.nan))
                     rows[step, at, held_out] = scores.row_losses(probs, labels[held_out])
     models: dict[str, list] = {name: [] for name in losses}
     for name, rows in losses.items():
