@@ -1,8 +1,9 @@
 """Measure the CPU baseline: its scores on real battles, and all it does at full size.
 
-    python -m benchmarks.baseline                        # all parts, a quarter of an hour
-    python -m benchmarks.baseline --parts real stand_in
-    python -m benchmarks.baseline --keep VERSION         # compare later versions with this one
+    python -m benchmarks.baseline
+
+takes a quarter of an hour on two idle cores; `--parts` measures some parts, `--keep VERSION` keeps
+the row losses of this version, with which later ones are compared.
 
 Parts, each a key of `benchmarks/results/baseline.json`, of which a run replaces those it measured:
 

@@ -1,9 +1,10 @@
 """A stand-in for the competition's rows whose true probabilities are known.
 
-Answers are those of the battles at hand, rewritten: most lines are exchanged for lines of other
-answers that begin alike and are about as long, and one word in ten for another one, half of these
-for a word that the simulated author likes. Votes follow Bradley-Terry with ties; the log-odds of
-A against B add three parts, of which no member of the CPU baseline has the form:
+Each battle is spliced from two of those at hand: both answers are about half one's and half the
+other's, cut between lines, and one word in ten is replaced, half of these by a word that the
+simulated author likes. Lengths, layouts and what two answers share stay like the real ones'.
+Votes follow Bradley-Terry with ties; the log-odds of A against B add three parts, of which no
+member of the CPU baseline has the form:
 
     style    effects of length that level off and depend on the prompt, of lists, refusals …
     words    a small effect of each of some thousand words that an answer holds
@@ -24,11 +25,10 @@ from src.utils.schema import MODELS, TEXTS, TIE, Turns, join_turns
 from src.utils.stats.ranking import davidson_logits
 
 N_AUTHORS, N_LIKED = 64, 40  # the competition's chatbots; words that each of them likes
-KEPT, REACH = 0.3, 100  # share of the lines that stay; how far away others come from, in lines
 MIN_SHARE = 0.01  # a word that a smaller share of the answers holds has no effect
 # Standard deviations over battles of each part of the log-odds of A against B, and of a tie:
 # the oracle and what is reached from 1,000 battles are then about those of the arena.
-GAP_PARTS = {"style": 1.0, "words": 0.65, "author": 0.35}
+GAP_PARTS = {"style": 0.95, "words": 0.65, "author": 0.35}
 TIE_PARTS = {"likeness": 0.35, "prompt": 0.2}
 TIE_SHARE = 0.3
 
@@ -39,9 +39,6 @@ class _Writer:
     def __init__(self, pairs: pd.DataFrame, rng: np.random.Generator) -> None:
         self._rng = rng
         texts = [join_turns(turns) for name in TEXTS[1:] for turns in pairs[name]]
-        lines = {line for text in texts for line in text.split("\n") if line.strip()}
-        self._lines = sorted(lines, key=lambda line: (_mark(line), len(line), line))
-        self._places = {line: place for place, line in enumerate(self._lines)}
         self._words = " ".join(texts).split(" ")
         self._liked = rng.choice(sorted(set(self._words)), size=(N_AUTHORS, N_LIKED)).tolist()
 
@@ -57,22 +54,15 @@ class _Writer:
                 words[place] = self._liked[author][other % N_LIKED]
         return " ".join(words)
 
-    def rewrite(self, turn: str, author: int) -> str:
-        """Exchange most lines of an answer for others like them, then some words."""
-        lines = turn.split("\n")
-        kept = self._rng.random(len(lines)) < KEPT
-        moves = self._rng.integers(-REACH, REACH + 1, size=len(lines))
-        for i in np.flatnonzero(~kept):
-            place = self._places.get(lines[i])
-            if place is not None:
-                lines[i] = self._lines[(place + moves[i]) % len(self._lines)]
-        return self.replace_words("\n".join(lines), author)
-
-
-def _mark(line: str) -> str:
-    """The sign that a line begins with (list items, headers, code), "" for a letter."""
-    first = line.lstrip()[0]
-    return "" if first.isalpha() else "0" if first.isdigit() else first
+    def splice(self, first: Turns, second: Turns, cut: float, author: int) -> Turns:
+        """Start each turn with the lines of one answer, end it with another's, replace words."""
+        turns = []
+        for place, turn in enumerate(first):
+            other = second[place % len(second)] if second else ""
+            lines, others = (turn or "").split("\n"), (other or "").split("\n")
+            lines[round(cut * len(lines)) :] = others[round(cut * len(others)) :]
+            turns.append(self.replace_words("\n".join(lines), author))
+        return tuple(turns)
 
 
 def make_battles(
@@ -88,6 +78,8 @@ def make_battles(
     rng = np.random.default_rng(seed)
     writer = _Writer(source, rng)
     pairs = source.iloc[rng.integers(len(source), size=n_pairs)].reset_index(drop=True)
+    seconds = source.iloc[rng.integers(len(source), size=n_pairs)]
+    cuts = rng.uniform(0.3, 0.7, size=n_pairs)
     authors = rng.integers(N_AUTHORS, size=(n_pairs, 2))
     prompts: list[Turns] = []
     for turns in pairs["prompt"]:
@@ -95,8 +87,8 @@ def make_battles(
     columns = {"prompt": prompts}
     for side, name in enumerate(TEXTS[1:]):
         columns[name] = []
-        for turns, author in zip(pairs[name], authors[:, side], strict=True):
-            columns[name].append(tuple(writer.rewrite(turn or "", author) for turn in turns))
+        for parts in zip(pairs[name], seconds[name], cuts, authors[:, side], strict=True):
+            columns[name].append(writer.splice(*parts))
     pairs = pairs.assign(id=np.arange(n_pairs))
     for name, texts in columns.items():
         pairs[name] = pd.Series(texts, dtype=object)

@@ -123,5 +123,5 @@ def test_the_curves_of_the_baseline_are_those_of_the_committed_result():
         assert left[name].get_xydata().tolist() == np.transpose([real["n_train"], losses]).tolist()
         excess = [size["models"][name]["excess"] for size in stand_in["sizes"]]
         assert right[name].get_ydata().tolist() == excess
-    assert {"class prior", "authors of equal strength"} <= right.keys()
+    assert {"class prior", "authors\nof equal strength"} <= right.keys()
     plt.close(fig)
