@@ -67,7 +67,7 @@ def executed(tmp_path_factory):
     first = shared | {"DATA": folder / "train.csv", "SPLIT": "time"}
     return folder / "artifacts", {
         "01": run(folder, "01_eda", first, ("01-eda-06", EXTRAS)),
-        "02": run(folder, "02_baseline", shared | {"N_TREES": 20}),
+        "02": run(folder, "02_baseline", shared | {"N_TREES": 20, "WORD_VECTORS": "none"}),
         "05": run(folder, "05_ensemble", shared),
     }
 

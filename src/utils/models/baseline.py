@@ -408,9 +408,17 @@ def save_baseline(baseline: Baseline, folder: Path) -> None:
 
 
 def load_baseline(folder: Path) -> Baseline:
-    """Read what `save_baseline` wrote; a missing file is named in a FileNotFoundError."""
+    """Read what `save_baseline` wrote; a missing file is named in a FileNotFoundError.
+
+    Raises ValueError for a model of an earlier version, whose members read other features.
+    """
     folder = Path(folder)
     content = read_json(folder / "baseline.json")
+    if "word_vectors" not in content["config"]:
+        raise ValueError(
+            f"{folder}: expected a CPU baseline of this version, found an earlier one, whose "
+            "members read other features. Train it again: `make run NB=02`."
+        )
     members: dict[str, dict[str, np.ndarray]] = {}
     for name, array in load_file(folder / "linear.safetensors").items():
         member, part = name.split(".")
