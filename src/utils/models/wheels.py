@@ -52,7 +52,8 @@ PACKAGES = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "PROFILE=small, with tiny models",
     ),
-    # A static vector of 256 numbers for each of 32,000 tokens, in 16 bit (MIT licence).
+    # A static vector of 256 numbers for each of 32,000 tokens, in 16 bit (MIT licence). Its makers
+    # trained it from the token vectors of larger models, Llama 2 70B and Phi 3 medium among them.
     "wordllama": Package(
         "0.4.0.post1",
         "wordllama",
