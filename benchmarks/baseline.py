@@ -1,58 +1,77 @@
-"""Measure the CPU baseline: its scores on real battles, its time and memory at full size.
+"""Measure the CPU baseline: its scores on real battles, and all it does at full size.
 
-    python benchmarks/baseline.py
+    python -m benchmarks.baseline
 
-Real battles are read from the folder that ARENA_REAL_DATA names; without it the scores are
-skipped and the full size is made of demo battles. Writes `benchmarks/results/baseline.json`.
+takes a quarter of an hour on two idle cores; `--parts` measures some parts, `--keep VERSION` keeps
+the row losses of this version, with which later ones are compared.
+
+Parts, each a key of `benchmarks/results/baseline.json`, of which a run replaces those it measured:
+
+    real        repeated cross-validation, compared with simpler models and an earlier version
+    real_curve  what more real battles bring
+    stand_in    the same on a stand-in of the competition's size (`standin.py`), above the oracle,
+                with seconds and memory; each size in a process of its own
+
+Real battles are read from the folder that ARENA_REAL_DATA names; without it the stand-in is made
+of demo battles, and the other parts are skipped.
 """
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # every fit of the CPU baseline is single-threaded
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # no fit of the CPU baseline uses OpenMP's threads
 
 import argparse
+import hashlib
+import multiprocessing
 import platform
-import sys
-import time
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import rel_entr
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from src.utils.battles.demo import make_battles
+from benchmarks import standin
+from src.utils import runs
+from src.utils.battles import demo
 from src.utils.battles.readers import add_groups_and_folds, load_pairs
 from src.utils.battles.style import measure_style, style_differences
 from src.utils.config import BaselineConfig
 from src.utils.models import baseline
 from src.utils.paths import REAL_DATA
-from src.utils.runs import measure_peak_mib, measure_versions, read_json, write_json
-from src.utils.schema import LABELLED_COLUMNS, TEXTS, Turns, average_over_swap
+from src.utils.schema import LABELLED_COLUMNS, TEXTS, average_over_swap, join_turns
 from src.utils.stats import scores
-from src.utils.stats.blend import cross_fit_blend
+from src.utils.stats.blend import apply_blend, cross_fit_blend
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "baseline.json"
-REAL = [REAL_DATA / f"arena_{name}.csv" for name in ("sample", "extra")]
-N_TRAIN, N_TEST = 57_477, 25_000  # the competition's
-SEEDS = (11, 12, 13, 14, 15)  # of the splits; none of them chose a setting
-THIRTEEN = (
+RESULTS = Path(__file__).resolve().parent / "results"
+RESULT = RESULTS / "baseline.json"
+EARLIER = RESULTS / "baseline_before.csv"  # row losses of an earlier version, which names a column
+REAL = [REAL_DATA / f"arena_{name}.csv" for name in ("sample", "extra", "more")]
+PARTS = ("real", "real_curve", "stand_in")
+SPLITS = range(10)  # seeds
+CURVE_SPLITS = range(2)
+CURVE_FOLDS = 8  # so that 1,200 of the 1,384 real battles are left to learn from
+REAL_SIZES = (300, 600, 900, 1200)
+SIZES = (1000, 3000, 10_000, 30_000, 57_477)
+N_TEST = 25_000
+N_AT_ONCE = 4096  # battles whose features are in memory at a time, as in `predict_probs`
+PRIOR, THIRTEEN, BLEND = "class prior", "13 style features", "CPU baseline"
+THIRTEEN_FEATURES = (
     "n_chars n_words n_sentences n_lines n_list_items n_headers n_bold n_code_blocks "
     "n_question_marks n_exclamation_marks punctuation_per_char lexical_diversity is_refusal"
 ).split()
-
-
-def read_real() -> pd.DataFrame | None:
-    """Read the real battles; None if they are not there."""
-    return load_pairs(REAL)[0] if all(path.exists() for path in REAL) else None
+Losses = dict[str, np.ndarray]
 
 
 def cross_fit_thirteen(pairs: pd.DataFrame) -> np.ndarray:
     """Predict each fold by a logistic regression on 13 style features, averaged over the swap."""
     differences, names = style_differences(measure_style(pairs))
-    chosen = differences[:, [names.index(name) for name in THIRTEEN]]
+    chosen = differences[:, [names.index(name) for name in THIRTEEN_FEATURES]]
     labels = pairs["label"].to_numpy(dtype=int)
     probs = np.empty((len(pairs), 3))
     for fold in np.unique(pairs["fold"]):
@@ -64,91 +83,208 @@ def cross_fit_thirteen(pairs: pd.DataFrame) -> np.ndarray:
     return probs
 
 
-def score_real(pairs: pd.DataFrame, config: BaselineConfig) -> dict:
-    """Cross-validate over several splits: mean losses, with intervals that resample prompts."""
+def measure_losses(pairs: pd.DataFrame, config: BaselineConfig, splits: range = SPLITS) -> Losses:
+    """Cross-validate over several splits: model -> (N,) losses of the rows, mean over the splits.
+
+    The blend of a fold is fitted to the members' predictions of the other folds.
+    """
     labels = pairs["label"].to_numpy(dtype=int)
     features = baseline.measure_features(pairs, config)
     losses: dict[str, list[np.ndarray]] = {}
-    for seed in SEEDS:
+    for seed in splits:
         split = add_groups_and_folds(pairs, seed=seed)
         folds = split["fold"].to_numpy()
         members = baseline.cross_fit(split, config, features)
-        models = {"class prior": scores.held_out_prior(labels, folds)}
-        models |= {"13 style features": cross_fit_thirteen(split), **members}
-        models["CPU baseline"] = cross_fit_blend(members, labels, folds, len(set(folds)))
+        models = {PRIOR: scores.held_out_prior(labels, folds), THIRTEEN: cross_fit_thirteen(split)}
+        models |= members
+        models[BLEND] = cross_fit_blend(members, labels, folds, len(set(folds)))
         for name, probs in models.items():
             losses.setdefault(name, []).append(scores.row_losses(probs, labels))
+    return {name: np.mean(rows, axis=0) for name, rows in losses.items()}
+
+
+def score_real(
+    pairs: pd.DataFrame, losses: Losses, earlier: Losses, n_splits: int
+) -> dict[str, Any]:
+    """Score models by their row losses: means and paired differences; intervals resample prompts.
+
+    Differences are to the class prior, the 13 style features and the `earlier` versions.
+    """
     groups = add_groups_and_folds(pairs)["group"].to_numpy()
-    mean = {name: np.mean(values, axis=0) for name, values in losses.items()}
-    rows = {}
-    for name, values in mean.items():
-        low, high = scores.bootstrap_interval(values, groups)
-        gap = scores.paired_difference(values, mean["13 style features"], groups)
-        rows[name] = {"log_loss": float(values.mean()), "low": low, "high": high}
-        rows[name]["minus_13_style_features"] = gap
-    return {"n_pairs": len(pairs), "n_folds": 5, "seeds": list(SEEDS), "models": rows}
+    references = {PRIOR: losses[PRIOR], THIRTEEN: losses[THIRTEEN], **earlier}
+    models = {}
+    for name, rows in (losses | earlier).items():
+        low, high = scores.bootstrap_interval(rows, groups)
+        row: dict[str, Any] = {"log_loss": float(rows.mean()), "low": low, "high": high}
+        for reference, others in references.items():
+            row[f"minus {reference}"] = scores.paired_difference(rows, others, groups)
+        models[name] = row
+    return {"n_pairs": len(pairs), "n_folds": 5, "n_splits": n_splits, "models": models}
 
 
-def enlarge(pairs: pd.DataFrame, n_pairs: int, seed: int) -> pd.DataFrame:
-    """Draw battles with replacement, and replace one word in ten by one from another battle."""
-    rng = np.random.default_rng(seed)
-    drawn = pairs.iloc[rng.integers(len(pairs), size=n_pairs)].reset_index(drop=True)
-    words = []
-    for turns in pairs["response_a"]:
-        for turn in turns:
-            words += (turn or "").split(" ")
-    for name in TEXTS:
-        texts = [_perturb(turns, words, rng) for turns in drawn[name]]
-        drawn[name] = pd.Series(texts, dtype=object)
-    return drawn.assign(id=np.arange(n_pairs))
+def name_rows(pairs: pd.DataFrame) -> list[str]:
+    """Name battles by a hash of their ids."""
+    return [hashlib.sha256(str(key).encode()).hexdigest()[:12] for key in pairs["id"]]
 
 
-def _perturb(turns: Turns, words: list[str], rng: np.random.Generator) -> Turns:
-    changed = []
-    for turn in turns:
-        parts = (turn or "").split(" ")
-        places = rng.integers(len(parts), size=(len(parts) + 9) // 10)
-        for place, word in zip(places, rng.integers(len(words), size=len(places)), strict=True):
-            parts[place] = words[word]
-        changed.append(" ".join(parts))
-    return tuple(changed)
+def keep_losses(path: Path, version: str, pairs: pd.DataFrame, rows: np.ndarray) -> None:
+    """Write the losses of a version's rows, for `read_earlier`."""
+    table = pd.DataFrame({"battle": name_rows(pairs), version: rows.astype(np.float32)})
+    runs.write_table(path, table)
 
 
-def _read_clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
+def read_earlier(path: Path, pairs: pd.DataFrame) -> Losses:
+    """Read what `keep_losses` wrote about these battles; nothing where there is no file."""
+    if not path.exists():
+        return {}
+    table = pd.read_csv(path).set_index("battle").loc[name_rows(pairs)]
+    return {f"{BLEND} {name}": table[name].to_numpy(dtype=float) for name in table}
 
 
-def measure_size(
-    pairs: pd.DataFrame, config: BaselineConfig, n_train: int, n_test: int, seed: int = 0
-) -> dict:
-    """Train on all folds and predict at the competition's size: seconds and MiB."""
-    train = add_groups_and_folds(enlarge(pairs, n_train, seed))
-    test = enlarge(pairs, n_test, seed + 1)
-    clocks = [_read_clocks()]
+def fit(pairs: pd.DataFrame, config: BaselineConfig, features: Any) -> baseline.Baseline:
+    """Fit the CPU baseline to battles, its blend by five folds of them."""
+    return baseline.fit_baseline(add_groups_and_folds(pairs), config, features)
+
+
+def predict(model: baseline.Baseline, features: Any) -> dict[str, np.ndarray]:
+    """Predict by each member and by their blend."""
+    members = model.ensemble.predict(features)
+    return members | {BLEND: apply_blend(model.blend, members)}
+
+
+def curve_real(
+    pairs: pd.DataFrame,
+    config: BaselineConfig,
+    sizes: tuple[int, ...] = REAL_SIZES,
+    splits: range = CURVE_SPLITS,
+) -> dict[str, Any]:
+    """Score members and blend by the number of battles learned from, nested, on held-out folds."""
+    labels = pairs["label"].to_numpy(dtype=int)
+    features = baseline.measure_features(pairs, config)
+    losses: Losses = {}
+    shape = len(sizes), len(splits), len(pairs)
+    for at, seed in enumerate(splits):
+        split = add_groups_and_folds(pairs, CURVE_FOLDS, seed)
+        groups, folds = split["group"].to_numpy(), split["fold"].to_numpy()
+        for fold in range(CURVE_FOLDS):
+            held_out, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+            for step, n_train in enumerate(sizes):
+                drawn = rest[scores.draw_groups(groups[rest], n_train, seed)]
+                model = fit(pairs.iloc[drawn], config, features.take(drawn))
+                prior = np.tile(scores.class_prior(labels[drawn]), (len(held_out), 1))
+                found = {PRIOR: prior, **predict(model, features.take(held_out))}
+                for name, probs in found.items():
+                    rows = losses.setdefault(name, np.full(shape, np.nan))
+                    rows[step, at, held_out] = scores.row_losses(probs, labels[held_out])
+    models: dict[str, list] = {name: [] for name in losses}
+    for name, rows in losses.items():
+        for each in rows.mean(axis=1):
+            low, high = scores.bootstrap_interval(each, groups)
+            models[name].append({"log_loss": float(each.mean()), "low": low, "high": high})
+    result = {"n_pairs": len(pairs), "n_folds": CURVE_FOLDS, "n_splits": len(splits)}
+    return result | {"n_train": list(sizes), "models": models}
+
+
+def run_alone(function: Any, *args: Any) -> Any:
+    """Call a function in a process of its own, so that its peak memory is its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure_size(folder: Path, config: BaselineConfig, n_cores: int, test: bool) -> dict[str, Any]:
+    """Train on the `train.parquet` of a folder, and predict its `test.parquet` where wanted."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:n_cores])
+    train = add_groups_and_folds(runs.read_pairs(folder / "train.parquet"))
+    clock = _Clock()
     features = baseline.measure_features(train, config)
-    clocks.append(_read_clocks())
+    clock.stop("measure")
     members = baseline.cross_fit(train, config, features)
-    clocks.append(_read_clocks())
+    clock.stop("cross_fit")
+    result = {"n_train": len(train), "n_cores": n_cores}
+    if not test:
+        return result | clock.read()
     model = baseline.fit_baseline(train, config, features, members)
-    del features
-    clocks.append(_read_clocks())
-    model.predict_probs(test)
-    clocks.append(_read_clocks())
-    steps = ["measure", "cross_fit", "fit", "predict"]
-    spent = pd.DataFrame(np.diff(clocks, axis=0), index=steps, columns=["wall_s", "cpu_s"])
-    spent.loc["train_all"] = spent.loc[steps[:3]].sum()
-    n_characters = 0
-    for name in TEXTS:
-        for turns in train[name]:
-            n_characters += sum(len(turn or "") for turn in turns)
+    clock.stop("fit")
+    del train, features, members
+    rows = runs.read_pairs(folder / "test.parquet")
+    clock.start()
+    model.predict_probs(rows)
+    clock.stop("predict")
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(rows), N_AT_ONCE):
+        part = baseline.measure_features(rows.iloc[start : start + N_AT_ONCE], config)
+        for name, probs in predict(model, part).items():
+            found.setdefault(name, []).append(probs)
+    truth = np.load(folder / "truth.npy")
+    models = {name: score_excess(rows, np.concatenate(p), truth) for name, p in found.items()}
+    return result | {"models": models} | clock.read()
+
+
+class _Clock:
+    """Sums wall-clock and CPU seconds of named steps."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, np.ndarray] = {}
+        self.start()
+
+    def start(self) -> None:
+        used = os.times()
+        self._last = np.array([used.elapsed, used.user + used.system])
+
+    def stop(self, name: str) -> None:
+        last = self._last
+        self.start()
+        self._steps[name] = self._last - last
+
+    def read(self) -> dict[str, Any]:
+        """Seconds of each step, and the process's peak memory."""
+        table = pd.DataFrame(self._steps, index=["wall_s", "cpu_s"]).round(1)
+        return {**table.to_dict("index"), "peak_mib": round(runs.measure_peak_mib())}
+
+
+def score_excess(pairs: pd.DataFrame, probs: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """Score probabilities by votes, and by the nats that they are expected to lose to the truth."""
+    groups = add_groups_and_folds(pairs)["group"].to_numpy()
+    excess = rel_entr(truth, probs).sum(axis=1)
+    low, high = scores.bootstrap_interval(excess, groups)
+    loss = scores.log_loss(probs, pairs["label"].to_numpy(dtype=int))
+    return {"log_loss": loss, "excess": float(excess.mean()), "low": low, "high": high}
+
+
+def measure_stand_in(
+    source: pd.DataFrame, config: BaselineConfig, sizes: tuple[int, ...], n_test: int, seed: int = 0
+) -> dict[str, Any]:
+    """Measure all sizes on the stand-in, with two cores; the five folds of the last with one, too.
+
+    Sizes are nested, and all are scored on the same `n_test` battles.
+    """
+    battles, truth, equal = standin.make_battles(source, sizes[-1] + n_test, seed)
+    train, test = battles[: sizes[-1]], battles[sizes[-1] :].reset_index(drop=True)
+    prior = np.tile(scores.class_prior(train["label"].to_numpy(dtype=int)), (n_test, 1))
+    known = {"oracle": truth[-n_test:], "authors of equal strength": equal[-n_test:], PRIOR: prior}
+    n_characters = [train[name].map(join_turns).str.len().sum() for name in TEXTS]
+    measured = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.save(folder / "truth.npy", truth[-n_test:])
+        runs.write_pairs(folder / "test.parquet", test)
+        for n_train in sizes:
+            runs.write_pairs(folder / "train.parquet", train[:n_train])
+            measured.append(run_alone(measure_size, folder, config, 2, True))
+            print(f"stand-in of {n_train:,} battles: {measured[-1]}")
+        one_core = run_alone(measure_size, folder, config, 1, False)
+    shares = np.bincount(battles["label"], minlength=3) / len(battles)
     return {
-        "n_train": n_train,
         "n_test": n_test,
         "seed": seed,
-        "characters_train": n_characters,
-        # One thread works; on a busy machine the wall clock also counts other processes.
-        **{name: column.round(1).to_dict() for name, column in spent.items()},
-        "peak_mib": round(measure_peak_mib()),
+        "characters": int(sum(n_characters)),
+        "parts_of_the_truth": {"gap": standin.GAP_PARTS, "tie": standin.TIE_PARTS},
+        "shares": shares.round(4).tolist(),
+        "known": {key: score_excess(test, probs, known["oracle"]) for key, probs in known.items()},
+        "sizes": measured,
+        "one_core": one_core,
     }
 
 
@@ -162,29 +298,44 @@ def describe_machine() -> str:
     return f"{platform.system()}, {model}, {os.cpu_count()} cores"
 
 
+def measure_part(part: str, real: pd.DataFrame | None, options: argparse.Namespace) -> Any:
+    """Measure one of `PARTS`."""
+    config = BaselineConfig()
+    if part == "stand_in":
+        source = demo.make_battles(2000, seed=0)[0] if real is None else real
+        result = measure_stand_in(
+            source[list(LABELLED_COLUMNS)], config, tuple(options.sizes), options.n_test
+        )
+        result["made_of"] = "demo battles" if real is None else "real battles"
+    elif part == "real_curve":
+        result = curve_real(real, config)
+    else:
+        losses = measure_losses(real, config)
+        result = score_real(real, losses, read_earlier(EARLIER, real), len(SPLITS))
+        if options.keep:
+            keep_losses(EARLIER, options.keep, real, losses[BLEND])
+    about = {"machine": describe_machine(), "versions": runs.measure_versions()}
+    return result | about | {"config": config.to_json()}
+
+
 def main() -> None:
-    """Measure, and write the result."""
+    """Measure, and replace what was measured in the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n-train", type=int, default=N_TRAIN, help="training battles, full size")
-    parser.add_argument("--n-test", type=int, default=N_TEST, help="test battles, full size")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="of the stand-in")
+    parser.add_argument("--n-test", type=int, default=N_TEST, help="test battles of the stand-in")
+    parser.add_argument("--keep", metavar="VERSION", help="keep the row losses of part real")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    config, real = BaselineConfig(), read_real()
-    source = make_battles(2000, seed=0)[0][list(LABELLED_COLUMNS)] if real is None else real
-    kind = "demo battles" if real is None else "real battles"
-    result = {
-        "command": "python benchmarks/baseline.py",
-        "machine": describe_machine(),
-        "versions": measure_versions(),
-        "config": config.to_json(),
-        "rows_are": f"{kind}, drawn with replacement and perturbed",
-        "real": None if real is None else score_real(real, config),
-        "full_size": measure_size(source, config, options.n_train, options.n_test),
-    }
-    if real is None and options.out.exists():
-        result["real"] = read_json(options.out)["real"]  # measured where real battles were present
-    write_json(options.out, result)
-    print(f"wrote {os.path.relpath(options.out)}", file=sys.stderr)
+    real = load_pairs(REAL)[0] if all(path.exists() for path in REAL) else None
+    for part in options.parts:
+        if real is None and part != "stand_in":
+            print(f"{part}: skipped, ARENA_REAL_DATA names no real battles")
+            continue
+        measured = measure_part(part, real, options)
+        result = runs.read_json(options.out) if options.out.exists() else {}
+        runs.write_json(options.out, {**result, part: measured})
+        print(f"{part}: written to {os.path.relpath(options.out)}")
 
 
 if __name__ == "__main__":

@@ -251,6 +251,7 @@ EFFECTS: dict[str, Run | str] = {
     ),
     "python -m docs.parameters": "python -m docs.parameters",
     "python -m src.utils.battles.download": "battles.download",
+    "python -m benchmarks.baseline": "benchmarks.baseline",
     "python -m benchmarks.inference": "benchmarks.inference",
     "python -m benchmarks.training": "benchmarks.training",
     "python -m benchmarks.tokenising": "benchmarks.tokenising",

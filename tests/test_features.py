@@ -6,7 +6,7 @@ import pytest
 
 from src.utils.config import BaselineConfig
 from src.utils.models import features as module
-from src.utils.models.features import ENDING, OPENING, hash_bytes, measure_features
+from src.utils.models.features import BEGINNING, ENDING, OPENING, hash_bytes, measure_features
 from src.utils.schema import PAIR_COLUMNS, swap_pairs
 
 CONFIG = BaselineConfig(n_hashed=4096, word_vectors="none")
@@ -22,7 +22,7 @@ def battles(*answers):
 def test_blocks_change_sign_or_stay_the_same_under_the_swap(ugly_pairs, vectors):
     features = measure_features(ugly_pairs, CONFIG, vectors)
     swapped = measure_features(swap_pairs(ugly_pairs), CONFIG, vectors)
-    assert {"style", "meaning", "relevance"} == {*features.signed}
+    assert {"style", "meaning", "beginning", "relevance"} == {*features.signed}
     assert {"words", "characters", "opening", "ending", "signs"} == {*features.texts}
     for name, block in features.signed.items():
         np.testing.assert_array_equal(swapped.signed[name], -block, err_msg=name)
@@ -59,6 +59,14 @@ def test_openings_and_endings_see_only_their_part_of_an_answer():
     assert found["opening"][0].nnz == 0 and found["ending"][0].nnz > 0
     assert found["opening"][1].nnz > 0 and found["ending"][1].nnz == 0
     assert len("begin") < OPENING < ENDING < len(body)
+
+
+def test_the_beginning_means_what_its_words_do_whatever_follows(vectors):
+    one, other = (vectors.tokenizer.id_to_token(place) for place in (3, 4))
+    start = f"{one} " * (BEGINNING // (len(one) + 1) + 1)
+    pairs = battles((start, start + f"{other} " * 100))
+    found = measure_features(pairs, CONFIG, vectors).signed
+    assert np.abs(found["beginning"]).max() < 1e-6 < np.abs(found["meaning"]).max()
 
 
 def test_signs_are_told_apart_by_case_and_counted_once():

@@ -1,6 +1,7 @@
 """README's scores are those of the committed results, and say what each model is."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from torch.utils.tensorboard import SummaryWriter
@@ -108,5 +109,19 @@ def test_the_pictures_of_training_are_drawn_from_histories_and_tensorboard(tmp_p
     pictures.draw_assets(tmp_path, tmp_path / "assets")
     drawn = {path.stem for path in (tmp_path / "assets").glob("*.png")}
     names = {"gpu_usage", "llm_report", "train_accuracy", "validation_accuracy", "ladder"}
-    assert drawn == {*names, *pictures.EDA_FIGURES}
+    assert drawn == {*names, *pictures.EDA_FIGURES, "baseline_by_size"}
     plt.close("all")
+
+
+def test_the_curves_of_the_baseline_are_those_of_the_committed_result():
+    result = read_json(record.RESULTS / "baseline.json")
+    real, stand_in = result["real_curve"], result["stand_in"]
+    fig = pictures.draw_sizes(result)
+    left, right = ({line.get_label(): line for line in ax.lines} for ax in fig.axes)
+    for name in stand_in["sizes"][0]["models"]:
+        losses = [row["log_loss"] for row in real["models"][name]]
+        assert left[name].get_xydata().tolist() == np.transpose([real["n_train"], losses]).tolist()
+        excess = [size["models"][name]["excess"] for size in stand_in["sizes"]]
+        assert right[name].get_ydata().tolist() == excess
+    assert {"class prior", "authors\nof equal strength"} <= right.keys()
+    plt.close(fig)

@@ -22,15 +22,7 @@ from src.utils.battles import layouts, style
 from src.utils.battles.files import read_table
 from src.utils.battles.readers import SEED, add_groups_and_folds, load_pairs
 from src.utils.runs import read_pairs, write_json
-from src.utils.schema import (
-    FROZEN_COLUMNS,
-    LABEL_NAMES,
-    LABELS,
-    TEXTS,
-    TIE,
-    count_votes,
-    list_votes,
-)
+from src.utils.schema import FROZEN_COLUMNS, LABELS, TEXTS, TIE, count_votes, list_votes
 from src.utils.stats import scores
 from src.utils.stats.extras import slice_extras
 from src.utils.stats.plots import percent, with_interval
@@ -44,7 +36,6 @@ _USAGE = (
     "[AGAINST=other.csv] [PARTIAL=1] [WRITE=scores.json]"
 )
 _RULED_OUT = 0.001  # a probability that no battle deserves
-_LOSS = ["log_loss", "log_loss_low", "log_loss_high"]
 _ROUNDED = 2e-3  # a row of three decimals may miss a sum of 1 by so much
 _N_SHOWN = 3  # ids that a message lists
 
@@ -239,6 +230,7 @@ def score_submission(
     compared = _compare_models(pairs, known, labelled, votes)
     first = compared[compared["model"] == own].iloc[0]
     low, high = scores.bootstrap_interval(labels == TIE, votes.groups, **votes.bootstrap)
+    classes = scores.score_classes(probs, labels, votes.groups, **votes.bootstrap)
     result: dict[str, Any] = {"n_pairs": len(pairs), "n_votes": len(labels)}
     result["n_prompts"] = int(pairs["group"].nunique()) if has_texts else 0
     result |= scores.score(probs, labels)
@@ -246,7 +238,7 @@ def score_submission(
     result["n_ruled_out"] = int((probs[np.arange(len(labels)), labels] < _RULED_OUT).sum())
     result |= {"mean_p_tie": probs[:, TIE].mean(), "share_of_ties": (labels == TIE).mean()}
     result |= {"share_of_ties_low": low, "share_of_ties_high": high, "models": compared}
-    result |= {"classes": _score_classes(probs, votes), "slices": pd.DataFrame()}
+    result |= {"classes": classes, "slices": pd.DataFrame()}
     if is_enough:
         known[PRIOR] = scores.prior_of(labelled)[places]
         result["slices"] = _compare_slices(pairs, known, votes)
@@ -274,17 +266,6 @@ def _compare_models(
     return table.assign(difference=table["difference"].mask(table["model"] == own))
 
 
-def _score_classes(probs: np.ndarray, votes: _Votes) -> pd.DataFrame:
-    table = scores.count_confusion(probs, votes.labels).drop(columns=list(LABEL_NAMES))
-    table[_LOSS] = np.nan
-    losses = scores.row_losses(probs, votes.labels)
-    for label in np.unique(votes.labels):
-        inside, groups = losses[votes.labels == label], votes.groups[votes.labels == label]
-        bounds = scores.bootstrap_interval(inside, groups, **votes.bootstrap)
-        table.loc[label, _LOSS] = (inside.mean(), *bounds)
-    return table
-
-
 def _compare_slices(
     pairs: pd.DataFrame, models: Mapping[str, np.ndarray], votes: _Votes
 ) -> pd.DataFrame:
@@ -308,11 +289,11 @@ def format_scores(result: Mapping[str, Any]) -> str:
         prompts = "without prompts, so too narrow where battles share one"
     title = f"{result['n_pairs']:,} battles{n_votes}. Log loss in nats per vote, 95 % intervals"
     formats = {"log_loss": "{:.4f}", "difference": "{:+.4f}"}
-    formats |= dict.fromkeys(("accuracy", "ece", "recall", "precision"), "{:.1%}")
-    headers = {"difference": "submission minus it", "n": "votes"}
+    formats |= dict.fromkeys(("accuracy", "ece", "predicted", "recall", "precision"), "{:.1%}")
+    headers = {"difference": "submission minus it", "n": "votes", "predicted": "mean probability"}
     bounds = {"log_loss": ("low", "high"), "difference": ("difference_low", "difference_high")}
-    within = {"log_loss": ("log_loss_low", "log_loss_high"), "recall": ("low", "high")}
-    classes = result["classes"][["vote", "n", *_LOSS, "recall", "low", "high", "precision"]]
+    within = {name: (f"{name}_low", f"{name}_high") for name in ("log_loss", "recall")}
+    classes = result["classes"].drop(columns="share")
     texts = [f"{title} {prompts}:\n{to_text(result['models'], formats, 4, bounds, headers)}"]
     texts.append(to_text(classes, formats, 4, within, headers))
     low, high = result["share_of_ties_low"], result["share_of_ties_high"]

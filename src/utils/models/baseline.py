@@ -83,6 +83,7 @@ LINEAR_MEMBERS = {
             "opening": 0.4,
             "ending": 0.4,
             "meaning": 0.3,
+            "beginning": 0.25,
             "relevance": 0.02,
         },
         unsigned={"shared": 0.1, "likeness": 0.12},
@@ -176,13 +177,13 @@ def linear_inputs(features: Features, units: Units, prior: Prior) -> tuple[Block
             if name == "style":
                 own = np.array([prior.own.get(feature, 0.0) for feature in STYLE_FEATURES])
                 scales = np.where(own, np.sqrt(own), scales)
-            signed.append((_cut(features.signed[name] / units[name]), scales))
+            signed.append((_standardise(features.signed[name], 0, units[name]), scales))
     unsigned: list = []
     for name, variance in prior.unsigned.items():
         if name in features.unsigned:
             mean, std = units[name]
             scales = _share(variance, len(mean))
-            unsigned.append((_cut((features.unsigned[name] - mean) / std), scales))
+            unsigned.append((_standardise(features.unsigned[name], mean, std), scales))
     for name, variance in prior.unlike.items():
         text = features.texts[name]
         # abs(text) would copy the positions of the entries as well.
@@ -196,8 +197,10 @@ def _share(variance: float, width: int) -> np.ndarray:
     return np.full(width, np.sqrt(variance / width))
 
 
-def _cut(standardised: np.ndarray) -> np.ndarray:
-    return np.clip(standardised, -_MAX_DEVIATION, _MAX_DEVIATION)
+def _standardise(block: np.ndarray, mean: np.ndarray | int, scale: np.ndarray) -> np.ndarray:
+    """Cut off what is odd; in the block's own precision, since some are large."""
+    standardised = ((block - mean) / scale).astype(block.dtype)
+    return np.clip(standardised, -_MAX_DEVIATION, _MAX_DEVIATION, out=standardised)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Every block of features either changes its sign when A and B are exchanged, or s
     opening     the same, of the first characters alone; ending: of the last ones
     signs       which single characters one answer holds and the other does not
     meaning     difference of the answers' mean word vectors
+    beginning   the same, of their first few sentences
     relevance   whose word vectors are closer to the prompt's
     shared      features of the battle as a whole, as `style.py` has them
     likeness    how much the answers have in common, by the blocks above
@@ -29,7 +30,7 @@ from src.utils.models.word_vectors import WordVectors, fetch_vectors
 from src.utils.schema import join_turns
 
 WORD_PATTERN = r"\w+|[^\w\s]"  # words and signs
-OPENING, ENDING = 40, 100  # characters of an answer
+OPENING, ENDING, BEGINNING = 40, 100, 300  # characters of an answer
 _N_GRAMS = (2, 3, 4)  # bytes
 _AT_ONCE = 4096  # battles
 # 2^64 over the golden ratio: Fibonacci hashing, Knuth volume 3, section 6.4.
@@ -100,6 +101,8 @@ def _measure(pairs: pd.DataFrame, n_hashed: int, vectors: WordVectors | None) ->
         prompt = vectors.embed([*pairs["prompt"].map(join_turns)])
         a, b = (vectors.embed(side) for side in sides)
         signed["meaning"] = a - b
+        a_first, b_first = (vectors.embed([text[:BEGINNING] for text in side]) for side in sides)
+        signed["beginning"] = a_first - b_first
         signed["relevance"] = (_cosine(prompt, a) - _cosine(prompt, b))[:, None]
         likeness.append(_cosine(a, b))
     unsigned = {"shared": style_shared(style), "likeness": np.column_stack(likeness)}
