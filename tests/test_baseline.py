@@ -162,12 +162,19 @@ def test_word_vectors_are_saved_with_the_model_and_exchange_with_the_answers(rea
     assert np.abs(without.predict_probs(pairs) - probs).max() > 1e-4
 
 
-def test_a_model_of_an_earlier_version_is_refused_with_what_to_do(model, tmp_path):
-    save_baseline(model, tmp_path)
+@pytest.mark.parametrize("change", ["a block less", "another width"])
+def test_a_model_that_reads_other_features_is_refused_with_what_to_do(model, tmp_path, change):
+    units = dict(model.ensemble.units)
+    if change == "another width":
+        units["style"] = units["style"][1:]
+    else:
+        del units["signs"]
+    name = "style" if "width" in change else "signs"
+    save_baseline(replace(model, ensemble=replace(model.ensemble, units=units)), tmp_path)
     content = read_json(tmp_path / "baseline.json")
-    del content["config"]["word_vectors"]
+    del content["config"]["word_vectors"]  # as in the first version
     write_json(tmp_path / "baseline.json", content)
-    with pytest.raises(ValueError, match=f"{tmp_path}.*earlier.*make run NB=02"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*\({name}\).*make run NB=02"):
         load_baseline(tmp_path)
 
 
