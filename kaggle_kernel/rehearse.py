@@ -267,6 +267,7 @@ def run_kernel(build: Path, root: Path, python: str, settings: str = "") -> tupl
         "ARENA_KAGGLE_ROOT": str(root),
         "KAGGLE_KERNEL_RUN_TYPE": "Batch",
         "HF_HOME": str(scratch / "hub"),
+        "XDG_CACHE_HOME": str(scratch / "cache"),  # no wheel of this machine
         "JUPYTER_PREFER_ENV_PATH": "1",
         "IPYTHONDIR": str(scratch / "ipython"),
     }

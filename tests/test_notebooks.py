@@ -17,7 +17,7 @@ from src.utils.paths import REAL_DATA, ROOT
 from src.utils.runs import hash_file
 from src.utils.schema import LABELS
 from src.utils.suite.pipeline import STAGES, files_under
-from tests.conftest import NO_REAL_DATA
+from tests.conftest import NO_REAL_DATA, find_missing
 
 pytestmark = pytest.mark.slow
 
@@ -39,10 +39,15 @@ def run_suite(artifacts, *arguments, settings=()):
 
 @pytest.fixture(scope="module")
 def tiny_models(tiny_base):
-    """Settings that give 03 and 04 tiny checkpoints with random weights instead of pretraining."""
+    """Settings that give 03 and 04 tiny checkpoints with random weights instead of pretraining.
+
+    02 does without word vectors where no package index is in reach.
+    """
+    without = ["02_baseline.WORD_VECTORS=none"] if find_missing("package:wordllama") else []
     bases = {"03_modernbert": "modernbert", "04_qwen": "qwen3"}
     return [
         *TINY,
+        *without,
         *(f"{notebook}.CHECKPOINT={tiny_base(kind)}" for notebook, kind in bases.items()),
     ]
 

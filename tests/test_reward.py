@@ -40,7 +40,7 @@ def test_the_best_of_several_is_preferred_to_the_others():
 
 def test_a_refusal_scores_lower_than_an_answer():
     pairs = add_groups_and_folds(make_battles(1000, seed=3)[0], n_folds=3)
-    predict = fit_baseline(pairs, BaselineConfig(n_trees=20)).predict_probs
+    predict = fit_baseline(pairs, BaselineConfig(n_trees=20, word_vectors="none")).predict_probs
     unseen = make_battles(30, seed=4)[0]
     answers = unseen["response_a"].map(join_turns)
     is_answer = ~answers.str.contains("sorry|cannot|can't|unable", case=False)

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from src.utils import paths
-from src.utils.config import BaselineConfig, FinetuneConfig, read_parameters
+from src.utils.config import FinetuneConfig, read_parameters
 from src.utils.delivery import submit
 from src.utils.delivery.submit import (
     Models,
@@ -33,7 +33,7 @@ from src.utils.delivery.submit import (
     predict_submission,
 )
 from src.utils.models import bases, checkpoints, predict
-from src.utils.models.baseline import fit_baseline, save_baseline
+from src.utils.models.baseline import save_baseline
 from src.utils.models.predict import predict_pairs
 from src.utils.models.reading import LocalReader, load_reader, open_reader
 from src.utils.schema import LABELS
@@ -50,13 +50,12 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_base, _demo_pairs, tmp_path_factory) -> dict[str, Path]:
+def trained(tiny_base, small_baseline, tmp_path_factory) -> dict[str, Path]:
     """Run folders of a small CPU baseline and two untrained networks, the second an adapter."""
     folder = tmp_path_factory.mktemp("trained")
     runs = {name: folder / name for name in (BASELINE, *CONFIGS)}
-    config = BaselineConfig(n_hashed=256, n_trees=5)
-    save_baseline(fit_baseline(_demo_pairs, config), runs[BASELINE] / "model")
-    (runs[BASELINE] / "config.json").write_text(json.dumps(config.to_json()))
+    save_baseline(small_baseline, runs[BASELINE] / "model")
+    (runs[BASELINE] / "config.json").write_text(json.dumps(small_baseline.config.to_json()))
     for name, config in CONFIGS.items():
         kind = config.checkpoint.removeprefix("tiny:")
         base = shutil.copytree(tiny_base(kind), runs[name] / "base")

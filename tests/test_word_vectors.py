@@ -29,8 +29,16 @@ def test_vectors_read_the_same_after_saving_and_loading(vectors, tmp_path):
     np.testing.assert_array_equal(loaded.embed(texts), vectors.embed(texts))
 
 
+@pytest.mark.parametrize("name", ["vectors.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(vectors, tmp_path, name):
+    vectors.save(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        load_vectors(tmp_path)
+
+
 @pytest.mark.slow
-def test_the_packages_vectors_know_what_words_mean():
+def test_the_packages_vectors_know_what_words_mean(word_package):
     vectors = fetch_vectors(BaselineConfig().word_vectors)
     assert vectors.vectors.shape == (32_000, 256) and vectors.vectors.dtype == np.float16
     texts = (

@@ -411,20 +411,40 @@ def save_baseline(baseline: Baseline, folder: Path) -> None:
 
 
 def load_baseline(folder: Path) -> Baseline:
-    """Read what `save_baseline` wrote; a missing file is named in a FileNotFoundError."""
+    """Read what `save_baseline` wrote; a missing file is named in a FileNotFoundError.
+
+    Raises ValueError for a model of another version, whose members read other features.
+    """
     folder = Path(folder)
     content = read_json(folder / "baseline.json")
     members: dict[str, dict[str, np.ndarray]] = {}
     for name, array in load_file(folder / "linear.safetensors").items():
         member, part = name.split(".")
         members.setdefault(member, {})[part] = array
+    # The first version of all had no word vectors.
+    config = BaselineConfig.from_json({"word_vectors": "none"} | content["config"])
+    vectors = None if config.word_vectors == "none" else load_vectors(folder)
     units = members.pop("units")
+    _check_version(folder, units, config, vectors)
     linear = {}
     for name in LINEAR_MEMBERS:  # in this order, which the file does not keep
         parts = members[name]
         linear[name] = Davidson(parts["differences"], parts["shared"], float(parts["intercept"]))
     trees = lgb.Booster(model_file=folder / "trees.txt")
-    config = BaselineConfig.from_json(content["config"])
-    vectors = None if config.word_vectors == "none" else load_vectors(folder)
     ensemble = Ensemble(units, linear, trees)
     return Baseline(config, ensemble, Blend.from_json(content["blend"]), vectors)
+
+
+def _check_version(
+    folder: Path, units: Units, config: BaselineConfig, vectors: WordVectors | None
+) -> None:
+    """Raise ValueError unless the features that are measured now are those of the model."""
+    battle = pd.DataFrame({"prompt": [("",)], "response_a": [("",)], "response_b": [("",)]})
+    now = measure_units(measure_features(battle, config, vectors))
+    shapes = [{(name, unit.shape) for name, unit in each.items()} for each in (now, units)]
+    if odd := shapes[0] ^ shapes[1]:
+        names = ", ".join(sorted({name for name, _ in odd}))
+        raise ValueError(
+            f"{folder}: expected a CPU baseline of this version, found one that reads other "
+            f"features ({names}). Train it again: `make run NB=02`."
+        )
