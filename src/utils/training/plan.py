@@ -56,7 +56,7 @@ SMALL_TEXT = "small enough to train on a CPU"
 # For `N_BATTLES`: benchmarks/results/eda.json and baseline.json.
 ON_CPU = {
     "01_eda": "45 s and 1.1 GiB on two cores, no GPU",
-    "02_baseline": "256 s and 3.6 GiB on two cores, no GPU",
+    "02_baseline": "276 s and 3.8 GiB on two cores, no GPU",
     "05_ensemble": "seconds, no GPU",
 }
 
