@@ -36,7 +36,8 @@ _AT_ONCE = 4096  # battles
 # 2^64 over the golden ratio: Fibonacci hashing, Knuth volume 3, section 6.4.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
-_Sides = tuple[list[str], list[str]]
+_Sides = tuple[list[str], list[str]]  # texts of the answers A, and B
+_Reader = Callable[[list[str]], sparse.csr_matrix]  # which columns each text has
 
 
 @dataclass(frozen=True)
@@ -82,36 +83,43 @@ def _stack(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _measure(pairs: pd.DataFrame, n_hashed: int, vectors: WordVectors | None) -> Features:
     style = measure_style(pairs)
     sides = [*pairs["response_a"].map(join_turns)], [*pairs["response_b"].map(join_turns)]
-    narrow = max(n_hashed // 4, 1)
-    signed = {"style": style_differences(style)[0]}
     words = hash_words(n_hashed)
     texts = {"words": words.transform(sides[0]) - words.transform(sides[1])}
+    narrow = max(n_hashed // 4, 1)
+    readers: dict[str, _Reader] = {
+        "characters": lambda side: hash_bytes(side, n_hashed),
+        "opening": lambda side: hash_bytes([text[:OPENING] for text in side], narrow),
+        "ending": lambda side: hash_bytes([text[-ENDING:] for text in side], narrow),
+        "signs": lambda side: _find_signs(side, narrow),
+    }
     likeness = []
-    for name, read in {
-        "characters": lambda texts: hash_bytes(texts, n_hashed),
-        "opening": lambda texts: hash_bytes([text[:OPENING] for text in texts], narrow),
-        "ending": lambda texts: hash_bytes([text[-ENDING:] for text in texts], narrow),
-        "signs": lambda texts: _find_signs(texts, narrow),
-    }.items():
+    for name, read in readers.items():
         texts[name], in_common = _compare(sides, read)
         likeness.append(in_common)
-    n_chars = np.log1p([[*map(len, texts)] for texts in sides])
+    n_chars = np.log1p([[*map(len, side)] for side in sides])
     likeness.append(np.abs(n_chars[0] - n_chars[1]))
+    signed = {"style": style_differences(style)[0]}
     if vectors is not None:
-        prompt = vectors.embed([*pairs["prompt"].map(join_turns)])
-        a, b = (vectors.embed(side) for side in sides)
-        signed["meaning"] = a - b
-        a_first, b_first = (vectors.embed([text[:BEGINNING] for text in side]) for side in sides)
-        signed["beginning"] = a_first - b_first
-        signed["relevance"] = (_cosine(prompt, a) - _cosine(prompt, b))[:, None]
-        likeness.append(_cosine(a, b))
+        meanings, closeness = _read_meaning([*pairs["prompt"].map(join_turns)], sides, vectors)
+        signed |= meanings
+        likeness.append(closeness)
     unsigned = {"shared": style_shared(style), "likeness": np.column_stack(likeness)}
     return Features(signed, unsigned, texts)
 
 
-def _compare(
-    sides: _Sides, read: Callable[[list[str]], sparse.csr_matrix]
-) -> tuple[sparse.csr_matrix, np.ndarray]:
+def _read_meaning(
+    prompts: list[str], sides: _Sides, vectors: WordVectors
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The blocks that word vectors give, and how close the answers are: cosines, (N,)."""
+    prompt = vectors.embed(prompts)
+    a, b = (vectors.embed(side) for side in sides)
+    a_first, b_first = (vectors.embed([text[:BEGINNING] for text in side]) for side in sides)
+    relevance = _cosine(prompt, a) - _cosine(prompt, b)
+    signed = {"meaning": a - b, "beginning": a_first - b_first, "relevance": relevance[:, None]}
+    return signed, _cosine(a, b)
+
+
+def _compare(sides: _Sides, read: _Reader) -> tuple[sparse.csr_matrix, np.ndarray]:
     """What one answer holds and the other does not; the share in common, (N,) in 0..1."""
     a, b = (read(texts) for texts in sides)
     difference = a - b
