@@ -2,7 +2,7 @@
 
     python -m benchmarks.baseline
 
-takes a quarter of an hour on two idle cores; `--parts` measures some parts, `--keep VERSION` keeps
+takes some 25 minutes on two idle cores; `--parts` measures some parts, `--keep VERSION` keeps
 the row losses of this version, with which later ones are compared.
 
 Parts, each a key of `benchmarks/results/baseline.json`, of which a run replaces those it measured:

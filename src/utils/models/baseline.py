@@ -346,8 +346,7 @@ class Baseline:
             when A and B are exchanged. Words and characters have their say in other members.
         """
         features = Features({"style": style_differences(measure_style(pairs))[0]}, {}, {})
-        prior = Prior(LINEAR_MEMBERS["style"].signed, {}, own=LINEAR_MEMBERS["style"].own)
-        inputs, _ = linear_inputs(features, self.ensemble.units, prior)
+        inputs, _ = linear_inputs(features, self.ensemble.units, LINEAR_MEMBERS["style"])
         differences, scales = inputs.parts[0]
         weights = self.ensemble.linear["style"].differences * scales
         return pd.DataFrame(differences * weights, pairs.index, list(STYLE_FEATURES))
@@ -387,8 +386,8 @@ def fit_baseline(
     members = cross_fit(pairs, config, features) if members is None else members
     rows, labels = list_votes(pairs[pairs["fold"] >= 0])
     blend = fit_blend({name: probs[rows] for name, probs in members.items()}, labels)
-    vectors = None if config.word_vectors == "none" else fetch_vectors(config.word_vectors)
-    return Baseline(config, fit_ensemble(features, vote_shares(pairs), config), blend, vectors)
+    ensemble = fit_ensemble(features, vote_shares(pairs), config)
+    return Baseline(config, ensemble, blend, fetch_vectors(config.word_vectors))
 
 
 def save_baseline(baseline: Baseline, folder: Path) -> None:

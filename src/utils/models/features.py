@@ -66,8 +66,7 @@ def measure_features(
     `config.n_hashed` is the width of words and characters, a quarter of it that of openings,
     endings and signs. Without `vectors`, those that `config.word_vectors` names are fetched.
     """
-    if vectors is None and config.word_vectors != "none":
-        vectors = fetch_vectors(config.word_vectors)
+    vectors = vectors or fetch_vectors(config.word_vectors)
     # Some battles at a time: all blocks of both answers would take four times the room.
     starts = range(0, len(pairs), _AT_ONCE)
     measured = [_measure(pairs.iloc[n : n + _AT_ONCE], config.n_hashed, vectors) for n in starts]

@@ -64,12 +64,14 @@ def load_vectors(folder: Path) -> WordVectors:
 
 
 @cache
-def fetch_vectors(source: str) -> WordVectors:
-    """Take the vectors of "package:NAME" from its wheel; see `wheels`.
+def fetch_vectors(source: str) -> WordVectors | None:
+    """Take the vectors of "package:NAME" from its wheel, see `wheels`; None for "none".
 
     Raises:
         SuiteError: they cannot be had; the text says how to go on.
     """
+    if source == "none":
+        return None
     package = find_package(source)[1]
     with open_package(source) as folder:
         vectors = next(iter(load_file(folder / package.weights).values())).astype(np.float16)
